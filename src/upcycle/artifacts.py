@@ -1,0 +1,222 @@
+"""What stages hand over, and how it is kept safe.
+
+A stage writes into `<stage>.partial/`. When it is done, `manifest.json` (settings, seed, versions, hashes of the
+inputs and of every file) is written last and the folder is renamed to `<stage>/`: its presence means complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from upcycle.errors import UpcycleError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+LIBRARIES = ("upcycle", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy", "scipy")
+MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+NOT_MODEL = ("trainer_state.json", MANIFEST)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made a stage folder, and what is in it."""
+
+    stage: str
+    inputs: dict[str, str]
+    """Name of an input to the hash of its content (settings and seed included)."""
+    settings: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    """Relative path to `bytes` and `sha256`."""
+    format: int = FORMAT
+
+    @property
+    def content(self) -> str:
+        """One hash over every file: what the next stage records as its input."""
+        return digest({path: entry["sha256"] for path, entry in self.files.items()})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A dense snapshot that becomes an expert."""
+
+    name: str
+    path: str
+    """A folder: relative to the manifest's for our own, absolute for the user's."""
+    epoch: float | None = None
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One row of the expansion plan: a checkpoint, or a child of two earlier experts."""
+
+    name: str
+    kind: Literal["checkpoint", "child"]
+    parents: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    similarity: float | None = None
+    """How alike the parents were when they were chosen."""
+
+
+@dataclass(frozen=True)
+class ExpansionPlan:
+    """How m experts come from n checkpoints; the first n rows are the checkpoints, in order.
+
+    `gram[i][j]` is the inner product of the FFN task vectors of experts i and j (for children: the
+    expectation over DARE's masks, see `expert_expansion.plan`).
+    """
+
+    experts: tuple[Expert, ...]
+    drop_rate: float
+    seed: int
+    similarity: str
+    gram: tuple[tuple[float, ...], ...]
+
+    @property
+    def num_checkpoints(self) -> int:
+        return sum(expert.kind == "checkpoint" for expert in self.experts)
+
+    def save(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "ExpansionPlan":
+        values = json.loads(path.read_text())
+        experts = tuple(
+            Expert(**{**e, "parents": tuple(e["parents"]), "weights": tuple(e["weights"])})
+            for e in values.pop("experts")
+        )
+        return cls(experts=experts, gram=tuple(map(tuple, values.pop("gram"))), **values)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_model(folder: Path) -> str:
+    """One hash over the files of a model folder that decide what it computes."""
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and p.name not in NOT_MODEL)
+    return digest({name: hash_file(folder / name) for name in names})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, replaced atomically."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a complete stage folder, None if the stage has not been completed.
+
+    Raises:
+        UpcycleError: the manifest is there but not readable, or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = Manifest(**json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UpcycleError(f"{path} is damaged ({error}); rerun with --update to rebuild the stage") from None
+    if manifest.format != FORMAT:
+        raise UpcycleError(f"{path} has format {manifest.format}, this version reads {FORMAT}: use a new --run")
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        UpcycleError: names the first file that is missing or differs.
+    """
+    for name, entry in manifest.files.items():
+        path = inside(folder, name)
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != entry["bytes"]:
+            problem = f"has {path.stat().st_size} bytes, expected {entry['bytes']}"
+        elif hash_file(path) != entry["sha256"]:
+            problem = "has other content than when it was written"
+        else:
+            continue
+        raise UpcycleError(f"{path} {problem}; restore it, or rerun with --update to rebuild the stage")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused if the name leads out of the folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UpcycleError(f"'{name}' leads out of {folder}")
+    return path
+
+
+def open_partial(folder: Path, inputs: Mapping[str, str]) -> Path:
+    """The working folder of a stage; what an interrupted run left is kept if it had the same inputs."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    stamp = partial / "inputs.json"
+    if partial.exists() and not (stamp.exists() and json.loads(stamp.read_text()) == dict(inputs)):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    write_json(stamp, dict(inputs))
+    return partial
+
+
+def seal(partial: Path, folder: Path, inputs: Mapping[str, str], settings: Mapping[str, Any], seed: int) -> Manifest:
+    """Write the manifest and rename the working folder to the stage's, replacing an outdated one."""
+    (partial / "inputs.json").unlink()
+    files = {str(p.relative_to(partial)): _describe(p) for p in sorted(_files(partial))}
+    manifest = Manifest(folder.name, dict(inputs), dict(settings), seed, library_versions(), files)
+    write_json(partial / MANIFEST, asdict(manifest))
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _sync_folder(folder.parent)
+    return manifest
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide a run's bytes."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return (p for p in folder.rglob("*") if p.is_file())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,163 @@
+"""The command line: parses everything before torch is imported."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from upcycle import __version__
+from upcycle.errors import UpcycleError
+from upcycle.pipeline import STAGE_NAMES, Run, run_stages, show_summary, status
+from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn a dense LLM and the checkpoints of one fine-tuning run into a mixture-of-experts model (UpIT).",
+)
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe (see `upcycle recipes`)."),
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace the recipe's."),
+]
+RunOption = Annotated[Path, typer.Option("--run", help="The run folder: made if missing, resumed if there.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; do nothing.")
+]
+UpdateOption = Annotated[
+    bool,
+    typer.Option(
+        "--update",
+        help="Accept a changed recipe: build again, in place, what has other inputs or is damaged.",
+    ),
+]
+
+STAGE_HELP = {
+    "prepare": "Stage 1: instruction-tune the base and keep checkpoints, or take existing ones.",
+    "expand": "Stage 2: plan m experts from the n checkpoints (most dissimilar parents, DARE).",
+    "assemble": "Write the MoE: every expert's FFN side by side, in one streaming pass.",
+    "route": "Stage 3: give seed data to experts and start the router from them.",
+    "posttrain": "Stage 4: train the MoE with top-k routing and a load-balancing loss.",
+    "evaluate": "Score base, checkpoints and MoE on held-out rows, by domain.",
+}
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeArgument,
+    run: RunOption,
+    overrides: OverridesArgument = None,
+    dry_run: DryRunOption = False,
+    update: UpdateOption = False,
+) -> None:
+    """All stages of RECIPE in order. Run it again to resume: what is complete is not done again."""
+    _execute(STAGE_NAMES, recipe, run, overrides, dry_run, update)
+
+
+def _stage_command(stage: str) -> None:
+    @app.command(stage, help=f"{STAGE_HELP[stage]} One stage of `run`; earlier ones must be complete.")
+    def command(
+        recipe: RecipeArgument,
+        run: RunOption,
+        overrides: OverridesArgument = None,
+        dry_run: DryRunOption = False,
+        update: UpdateOption = False,
+    ) -> None:
+        _execute((stage,), recipe, run, overrides, dry_run, update)
+
+
+for _stage in STAGE_NAMES:
+    _stage_command(_stage)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML.")] = None) -> None:
+    """List the shipped recipes, or print one."""
+    shipped = shipped_recipes()
+    if name is None:
+        for key, text in sorted(shipped.items()):
+            print(f"{key:14} {text.splitlines()[0].removeprefix('# ')}")
+    elif name in shipped:
+        print(shipped[name], end="")
+    else:
+        raise UpcycleError(f"no shipped recipe '{name}'; there are {', '.join(sorted(shipped))}")
+
+
+@app.command()
+def settings() -> None:
+    """List every setting of a recipe with its default and meaning."""
+    print(describe_settings(), end="")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"upcycle {__version__}")
+        raise typer.Exit
+
+
+def _execute(
+    stages: tuple[str, ...],
+    recipe: str,
+    folder: Path,
+    overrides: list[str] | None,
+    dry_run: bool,
+    update: bool,
+) -> None:
+    run = Run(load_recipe(recipe, overrides or []), folder)
+    if dry_run:
+        print(dump_recipe(run.recipe))
+        for stage, todo in status(run):
+            print(f"{stage:10} {todo if stage in stages else 'not asked for'}")
+        return
+    _quiet_libraries()
+    try:
+        run_stages(run, stages, update)
+    except KeyboardInterrupt:
+        command = "run" if len(stages) > 1 else stages[0]
+        _stop(
+            130,
+            f"stopped; go on with: upcycle {command} {' '.join([recipe, *(overrides or [])])} --run {folder}",
+        )
+    if "evaluate" in stages:
+        show_summary(run)
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _stop(code: int, message: str) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend are printed without a traceback."""
+    try:
+        app()
+    except UpcycleError as error:
+        _stop(2, f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _stop(2, f"error: no space left on disk ({error}); make room and run the same command to resume")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What the user sees: one console, progress bars with the time left, tables."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Off a terminal: how often a long piece of work says how far it is."""
+WIDTH = 140
+"""Columns when the output is not a terminal."""
+
+console = Console(highlight=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console = Console(highlight=False, width=WIDTH)
+
+
+def say(message: str) -> None:
+    """One line of progress for the user."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Something the user should know but that does not stop the run."""
+    console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+class Progress:
+    """One bar with elapsed and remaining time; off a terminal, a line now and then instead.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, description: str, total: int, done: int = 0) -> None:
+        self._total = total
+        self._done = done
+        self._spoken = done
+        self._begin = self._last = time.monotonic()
+        self._skipped = done
+        self._bar = RichProgress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._description = description
+        self._task = self._bar.add_task(description, total=total, completed=done)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """`steps` more are done; `note` stands behind the description."""
+        self._done += steps
+        text = f"{self._description} {note}".rstrip()
+        self._bar.update(self._task, completed=self._done, description=text)
+        if not console.is_terminal and time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
+            self._speak(text)
+
+    def _speak(self, text: str) -> None:
+        self._last = time.monotonic()
+        pace = (self._last - self._begin) / max(1, self._done - self._skipped)
+        left = timedelta(seconds=round(pace * (self._total - self._done)))
+        say(f"{text}: {self._done} of {self._total}, {left} left")
+
+
+def track(items: Sequence[T], description: str) -> Iterator[T]:
+    """The items, with a progress bar."""
+    with Progress(description, len(items)) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table under its title: first column left, the others right."""
+    grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        grid.add_row(*row)
+    console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
+    console.print(grid)

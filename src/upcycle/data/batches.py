@@ -1,0 +1,72 @@
+"""Padded batches of samples, sorted by length and cut by a token budget.
+
+Legend: B samples in a batch, S tokens of the longest one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from upcycle.data.chat import IGNORED, Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded samples; `indices` are their places in the list that was batched."""
+
+    indices: list[int]
+    input_ids: Int[Tensor, "B S"]
+    attention_mask: Int[Tensor, "B S"]
+    labels: Int[Tensor, "B S"]
+
+
+def token_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Indices in order of length, grouped so that rows times longest row stays within the budget.
+
+    A sample longer than the budget gets a batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def collate(samples: Sequence[Sample], indices: Sequence[int], pad_token_id: int, device: torch.device | str) -> Batch:
+    """The samples at `indices`, padded on the right."""
+    chosen = [samples[i] for i in indices]
+    longest = max(len(s.input_ids) for s in chosen)
+
+    def padded(rows: list[list[int]], value: int) -> Int[Tensor, "B S"]:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows], device=device)
+
+    return Batch(
+        list(indices),
+        padded([s.input_ids for s in chosen], pad_token_id),
+        padded([[1] * len(s.input_ids) for s in chosen], 0),
+        padded([s.labels for s in chosen], IGNORED),
+    )
+
+
+def make_batches(
+    samples: Sequence[Sample], tokens_per_batch: int, pad_token_id: int, device: torch.device | str
+) -> list[Batch]:
+    """All samples in token-budgeted batches."""
+    groups = token_batches([len(s.input_ids) for s in samples], tokens_per_batch)
+    return [collate(samples, group, pad_token_id, device) for group in groups]
+
+
+def answer_losses(
+    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"]
+) -> tuple[Float[Tensor, " B"], Bool[Tensor, "B S"]]:
+    """Mean token loss of each sample's answer (log perplexity), and which positions predict an answer token."""
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    predicts = targets != IGNORED
+    losses = torch.nn.functional.cross_entropy(logits[predicts].float(), targets[predicts], reduction="none")
+    sums = torch.zeros(len(labels), device=logits.device).index_add(0, predicts.nonzero()[:, 0], losses)
+    return sums / predicts.sum(dim=1), predicts

@@ -1,0 +1,105 @@
+"""Chat rows to tokens, with a label on the assistant's tokens only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle.data.sources import Row
+from upcycle.errors import UpcycleError
+
+IGNORED = -100
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tokenised chat. `labels` equals `input_ids` on the assistant's tokens and is -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+    domain: str
+    question: str
+    answer: str
+    """Text of the last assistant turn."""
+    answer_start: int
+    """Index of the last turn's first token: `input_ids[:answer_start]` is the prompt for generation."""
+    where: str
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+def load_tokenizer(folder: Path, chat_template: str | None) -> Any:
+    """The base's tokenizer with the chat template in force.
+
+    Raises:
+        UpcycleError: it has no template and none is asked for, or it gives no character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if chat_template is not None:
+        tokenizer.chat_template = _template(chat_template)
+    if not tokenizer.chat_template:
+        raise UpcycleError(
+            f"the tokenizer of {folder} has no chat template; give data.chat_template: a Jinja file, or chatml"
+        )
+    if not tokenizer.is_fast:
+        raise UpcycleError(f"the tokenizer of {folder} has no fast version, which the answer mask needs")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _template(name: str) -> str:
+    if name == "chatml":
+        return CHATML
+    path = Path(name)
+    if not path.is_file():
+        raise UpcycleError(f"data.chat_template: no file {name} (or use chatml)")
+    return path.read_text()
+
+
+def encode(row: Row, tokenizer: Any) -> Sample:
+    """Render and tokenise a chat; every assistant turn, its end-of-turn token included, gets labels.
+
+    Raises:
+        UpcycleError: the template does not render a chat as an extension of its own beginning.
+    """
+    text = _render(tokenizer, row.messages, row.where)
+    spans = [_span(tokenizer, row, i, text) for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    labels = [
+        token if any(begin <= first and last <= end for begin, end in spans) else IGNORED
+        for token, (first, last) in zip(ids, offsets, strict=True)
+    ]
+    begin = spans[-1][0]
+    start = next((i for i, (first, _) in enumerate(offsets) if first >= begin), len(ids))
+    answer = next(m["content"] for m in reversed(row.messages) if m["role"] == "assistant")
+    return Sample(ids, labels, row.domain, row.question, answer.strip(), start, row.where)
+
+
+def _span(tokenizer: Any, row: Row, turn: int, text: str) -> tuple[int, int]:
+    """Character range of an assistant turn: from behind the generation prompt to its end-of-turn token."""
+    before = _render(tokenizer, row.messages[:turn], row.where, add_generation_prompt=True)
+    until = _render(tokenizer, row.messages[: turn + 1], row.where)
+    if not (until.startswith(before) and text.startswith(until)):
+        raise UpcycleError(
+            f"{row.where}: the chat template rewrites earlier turns (message {turn}), so the answer's tokens "
+            "cannot be told apart; give a plainer data.chat_template, or single-turn rows"
+        )
+    return len(before), len(until.rstrip())
+
+
+def _render(tokenizer: Any, messages: Any, where: str, add_generation_prompt: bool = False) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except Exception as error:  # jinja2 raises its own and the template's exceptions
+        raise UpcycleError(f"{where}: the chat template cannot render this chat: {error}") from None

@@ -1,0 +1,102 @@
+"""Who sees which sample: training, seed data (fit and test), validation."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle.console import say, track, warn
+from upcycle.data.chat import Sample, encode
+from upcycle.data.sources import Row, read_rows
+from upcycle.errors import UpcycleError
+from upcycle.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint by question, except that `seed_from: train` leaves the seed data in `train`."""
+
+    train: list[Sample]
+    seed_fit: list[Sample]
+    """Seed data that the router is pre-optimised on."""
+    seed_test: list[Sample]
+    """Seed data that only measure the router."""
+    validation: list[Sample]
+
+
+def load_splits(recipe: Recipe, tokenizer: Any, context_length: int) -> Splits:
+    """Read, encode and split the data of a recipe; says what was left out and why.
+
+    Raises:
+        UpcycleError: unreadable data, or too few rows for the seed data that the recipe asks for.
+    """
+    data, limit = recipe.data, min(recipe.data.max_length, context_length)
+    rows = in_hash_order(read_rows(data.train), recipe.seed)
+    held_out = in_hash_order(read_rows(data.validation), recipe.seed) if data.validation else []
+    if not data.validation:
+        held_out, rows = split_questions(rows, math.ceil(len(rows) * data.validation_fraction))
+    rows = _without_questions(rows, held_out)
+    rows = rows[: math.ceil(len(rows) * data.fraction)]
+    train = _encode_all(rows, tokenizer, limit, "training")
+    validation = _encode_all(held_out[: data.max_validation], tokenizer, limit, "validation")
+    seed, rest = _seed_data(train, recipe)
+    fit = seed_sizes(len(train), recipe)[0]
+    splits = Splits(rest if recipe.route.seed_from == "held_out" else train, seed[:fit], seed[fit:], validation)
+    say(
+        f"data: {len(splits.train)} training rows, {len(splits.seed_fit)} + {len(splits.seed_test)} seed rows "
+        f"({recipe.route.seed_from.replace('_', ' ')}), {len(validation)} validation rows"
+    )
+    return splits
+
+
+def seed_sizes(num_rows: int, recipe: Recipe) -> tuple[int, int]:
+    """Number of seed samples for fitting and for testing the router."""
+    route = recipe.route
+    fit = max(math.ceil(num_rows * route.seed_fraction), route.min_samples_per_expert * recipe.expand.num_experts)
+    return fit, round(fit * route.test_fraction / (1 - route.test_fraction))
+
+
+def in_hash_order(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Shuffled by a keyed hash of the question: independent of file order, equal questions side by side."""
+    return sorted(rows, key=lambda row: hashlib.blake2b(f"{seed}\n{row.question}".encode()).digest())
+
+
+def split_questions(rows: Sequence[Any], size: int) -> tuple[list[Any], list[Any]]:
+    """The first `size` rows and the rest, the cut moved on so that no question is on both sides."""
+    while 0 < size < len(rows) and rows[size].question == rows[size - 1].question:
+        size += 1
+    return list(rows[:size]), list(rows[size:])
+
+
+def _without_questions(rows: list[Row], held_out: list[Row]) -> list[Row]:
+    questions = {row.question for row in held_out}
+    kept = [row for row in rows if row.question not in questions]
+    if len(kept) < len(rows):
+        warn(f"left out {len(rows) - len(kept)} training rows whose question is in the validation data")
+    return kept
+
+
+def _encode_all(rows: list[Row], tokenizer: Any, limit: int, name: str) -> list[Sample]:
+    answered = [row for row in rows if row.has_answer]
+    if len(answered) < len(rows):
+        first = next(row for row in rows if not row.has_answer)
+        warn(f"left out {len(rows) - len(answered)} {name} rows with no assistant turn (first: {first.where})")
+    samples = [encode(row, tokenizer) for row in track(answered, f"encoding {name} rows")]
+    kept = [s for s in samples if len(s.input_ids) <= limit]
+    if len(kept) < len(samples):
+        warn(f"left out {len(samples) - len(kept)} {name} rows longer than {limit} tokens")
+    if not kept:
+        raise UpcycleError(f"no {name} row is left of {len(rows)}; see the warnings above")
+    return kept
+
+
+def _seed_data(train: list[Sample], recipe: Recipe) -> tuple[list[Sample], list[Sample]]:
+    size = sum(seed_sizes(len(train), recipe))
+    if size > len(train) // 2:
+        raise UpcycleError(
+            f"the recipe asks for {size} seed rows, more than half of the {len(train)} training rows; lower "
+            f"route.min_samples_per_expert (now {recipe.route.min_samples_per_expert}), route.seed_fraction or "
+            "expand.num_experts, or give more data"
+        )
+    return split_questions(train, size)

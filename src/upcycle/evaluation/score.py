@@ -1,0 +1,129 @@
+"""Held-out loss, exact match of greedy answers, and the share of tokens that each expert gets, by domain.
+
+Legend: L layers, E experts, B samples in a batch, S tokens.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upcycle.console import Progress
+from upcycle.data.batches import answer_losses, make_batches, token_batches
+from upcycle.data.chat import Sample
+from upcycle.models.routers import RouterRecorder
+from upcycle.recipe import EvaluateSettings
+
+ALL = "all"
+"""The entry over all domains."""
+
+
+def score(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], settings: EvaluateSettings, name: str, is_moe: bool
+) -> dict[str, Any]:
+    """Scores of one model by domain: `loss`, `exact_match` (with the number of rows) and `expert_share`.
+
+    `loss` is the mean over samples of the mean token loss of the answer; `expert_share` has a list of experts
+    per layer, over all tokens but padding.
+    """
+    losses, shares = held_out(model, samples, settings, tokenizer.pad_token_id, name, is_moe)
+    result: dict[str, Any] = {"loss": _by_domain(zip(samples, losses, strict=True))}
+    if is_moe:
+        result["expert_share"] = {domain: share.tolist() for domain, share in shares.items()}
+    if settings.exact_match:
+        chosen = short_answers(samples, settings)
+        result["exact_match"] = _by_domain(
+            zip(chosen, exact_matches(model, tokenizer, chosen, settings, name), strict=True)
+        )
+        result["exact_match_rows"] = len(chosen)
+    return result
+
+
+@torch.no_grad()
+def held_out(
+    model: Any,
+    samples: Sequence[Sample],
+    settings: EvaluateSettings,
+    pad_token_id: int,
+    name: str,
+    is_moe: bool,
+) -> tuple[list[float], dict[str, Float[Tensor, "L E"]]]:
+    """Loss of each sample, and for a MoE the share of routed slots per layer and expert of each domain."""
+    losses = torch.zeros(len(samples))
+    counts: dict[str, Any] = defaultdict(float)
+    batches = make_batches(samples, settings.tokens_per_batch, pad_token_id, model.device)
+    recorder = RouterRecorder(model) if is_moe else None
+    with recorder or nullcontext(), Progress(f"evaluate {name}: loss", len(batches)) as bar:
+        for batch in batches:
+            if recorder:
+                recorder.clear()
+            logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            losses[batch.indices] = answer_losses(logits, batch.labels)[0].cpu()
+            if recorder:
+                for row, slots in enumerate(_slots(recorder, batch.attention_mask)):
+                    for domain in {samples[batch.indices[row]].domain, ALL}:
+                        counts[domain] = counts[domain] + slots
+            bar.advance()
+    shares = {domain: slots / slots.sum(dim=1, keepdim=True) for domain, slots in sorted(counts.items())}
+    return losses.tolist(), shares
+
+
+def _slots(recorder: RouterRecorder, mask: Tensor) -> Float[Tensor, "B L E"]:
+    """Routed slots of each sample per layer and expert, padding left out."""
+    num_experts = recorder.logits[0].shape[-1]
+    layers = []
+    for indices in recorder.indices:
+        slots = torch.nn.functional.one_hot(indices, num_experts).sum(dim=1).view(*mask.shape, num_experts)
+        layers.append((slots * mask[:, :, None]).sum(dim=1))
+    return torch.stack(layers, dim=1).float().cpu()
+
+
+def short_answers(samples: Sequence[Sample], settings: EvaluateSettings) -> list[Sample]:
+    """The rows whose last answer is short enough to be compared word by word."""
+    chosen = [s for s in samples if len(s.input_ids) - s.answer_start <= settings.max_answer_tokens]
+    return chosen[: settings.max_generated]
+
+
+@torch.no_grad()
+def exact_matches(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], settings: EvaluateSettings, name: str
+) -> list[float]:
+    """1.0 where the greedy answer to the prompt equals the reference (white space at the ends aside)."""
+    matches = [0.0] * len(samples)
+    lengths = [s.answer_start + settings.max_answer_tokens for s in samples]
+    groups = token_batches(lengths, settings.tokens_per_batch)
+    with Progress(f"evaluate {name}: answers", len(samples)) as bar:
+        for group in groups:
+            answers = _greedy(model, tokenizer, [samples[i] for i in group], settings.max_answer_tokens)
+            for index, answer in zip(group, answers, strict=True):
+                matches[index] = float(answer.strip() == samples[index].answer)
+            bar.advance(len(group))
+    return matches
+
+
+def _greedy(model: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
+    longest = max(s.answer_start for s in samples)
+    pad = tokenizer.pad_token_id
+    prompts = [s.input_ids[: s.answer_start] for s in samples]
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+    )
+    return [str(text) for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
+
+
+def _by_domain(values: Iterable[tuple[Sample, float]]) -> dict[str, float]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for sample, value in values:
+        for domain in {sample.domain, ALL}:
+            groups[domain].append(value)
+    return {domain: sum(group) / len(group) for domain, group in sorted(groups.items())}

@@ -1,0 +1,47 @@
+"""Stage 2 as the pipeline calls it: compare, plan, show."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from upcycle.artifacts import Checkpoint, ExpansionPlan
+from upcycle.console import table
+from upcycle.expert_expansion.gram import task_vector_gram
+from upcycle.expert_expansion.plan import make_plan, similarities
+from upcycle.recipe import ExpandSettings
+
+PLAN = "plan.json"
+
+
+def expand(
+    base: Path,
+    checkpoints: Sequence[Checkpoint],
+    folders: Sequence[Path],
+    settings: ExpandSettings,
+    seed: int,
+    out_dir: Path,
+) -> ExpansionPlan:
+    """Write `plan.json`: how m experts come from the checkpoints. No expert is made here.
+
+    Raises:
+        UpcycleError: see `make_plan` and `task_vector_gram`.
+    """
+    plan = make_plan(checkpoints, task_vector_gram(base, folders), settings, seed)
+    plan.save(out_dir / PLAN)
+    show_plan(plan)
+    return plan
+
+
+def show_plan(plan: ExpansionPlan) -> None:
+    """The lineage and how alike the experts are, on the terminal."""
+    similarity = similarities(np.array(plan.gram), plan.similarity)
+    rows = []
+    for i, expert in enumerate(plan.experts):
+        others = np.delete(similarity[i], i)
+        lineage = " + ".join(f"{w:.2f} E{p}" for p, w in zip(expert.parents, expert.weights, strict=True))
+        parents = "" if expert.similarity is None else f"{expert.similarity:.3f}"
+        norm = f"{plan.gram[i][i] ** 0.5:.3g}"
+        rows.append((f"E{i} {expert.name}", lineage, parents, norm, f"{others.min():.3f}", f"{others.max():.3f}"))
+    columns = ("expert", "merged from", "their similarity", "norm", "least similar", "most similar")
+    table(f"expansion plan (similarity: {plan.similarity}, drop rate {plan.drop_rate})", columns, rows)

@@ -1,0 +1,86 @@
+"""Checkpoints that exist already: any list of model folders, or a Trainer's output folder."""
+
+from pathlib import Path
+
+from upcycle.artifacts import Checkpoint, hash_model, write_json
+from upcycle.console import say
+from upcycle.errors import UpcycleError
+from upcycle.models.folders import find_model, read_config
+from upcycle.recipe import PrepareSettings
+from upcycle.training.checkpoints import step_of
+
+SAME = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def adopt(base: Path, settings: PrepareSettings, out_dir: Path) -> list[Checkpoint]:
+    """Take the user's checkpoints as they are: nothing is trained or copied.
+
+    Raises:
+        UpcycleError: a folder is missing, or a checkpoint is of another architecture than the base.
+    """
+    folders = checkpoint_folders(settings.checkpoints)
+    for folder in folders:
+        check_same_architecture(base, folder)
+    checkpoints = [Checkpoint(_unique_name(f, folders), str(f.resolve())) for f in folders]
+    say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
+    write_checkpoints(out_dir, checkpoints)
+    return checkpoints
+
+
+def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
+    """The folders of existing checkpoints, in the order of training (by step, for a Trainer folder).
+
+    Raises:
+        UpcycleError: a folder is missing, or a Trainer folder has fewer than two checkpoints.
+    """
+    if given is None:
+        return []
+    if isinstance(given, list):
+        return [find_model(name) for name in given]
+    parent = Path(given)
+    if not parent.is_dir():
+        raise UpcycleError(f"prepare.checkpoints: {parent} is not a folder")
+    folders = sorted((p for p in parent.glob("checkpoint-*") if p.is_dir()), key=step_of)
+    if len(folders) < 2:
+        raise UpcycleError(
+            f"prepare.checkpoints: {parent} holds {len(folders)} folders named checkpoint-<step>, expected 2 or "
+            "more; to name model folders yourself give a list"
+        )
+    return folders
+
+
+def hash_checkpoints(given: str | list[str]) -> str:
+    """One hash over the user's checkpoints, in order."""
+    return "+".join(hash_model(folder)[:16] for folder in checkpoint_folders(given))
+
+
+def check_same_architecture(base: Path, checkpoint: Path) -> None:
+    """Compare the sizes that decide the tensors' shapes.
+
+    Raises:
+        UpcycleError: names the first field that differs.
+    """
+    expected, found = read_config(base), read_config(checkpoint)
+    for field in SAME:
+        if expected.get(field) != found.get(field):
+            raise UpcycleError(
+                f"{checkpoint}: {field} is {found.get(field)!r}, but the base {base} has {expected.get(field)!r}; "
+                "the checkpoints of one run have the base's architecture"
+            )
+
+
+def write_checkpoints(out_dir: Path, checkpoints: list[Checkpoint]) -> None:
+    """`checkpoints.json`: what the later stages read, in the order of training."""
+    write_json(out_dir / "checkpoints.json", [vars(c) for c in checkpoints])
+
+
+def _unique_name(folder: Path, folders: list[Path]) -> str:
+    same = [f for f in folders if f.name == folder.name]
+    return folder.name if len(same) == 1 else f"{folder.name}#{folders.index(folder) + 1}"

@@ -1,0 +1,64 @@
+"""Stage 1: one instruction-tuning run of the dense model leaves the checkpoints that become experts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.artifacts import Checkpoint, write_json
+from upcycle.data.chat import Sample
+from upcycle.expert_preparation.checkpoints import write_checkpoints
+from upcycle.models.families import family_of, ffn_names
+from upcycle.models.folders import copy_companions, load_model, read_config, write_config
+from upcycle.recipe import PrepareSettings
+from upcycle.training.checkpoints import step_of, strip_resume_files
+from upcycle.training.fine_tune import fine_tune
+
+
+def tune(
+    base: Path,
+    tokenizer: Any,
+    chat_template: str | None,
+    train: list[Sample],
+    settings: PrepareSettings,
+    seed: int,
+    out_dir: Path,
+) -> list[Checkpoint]:
+    """Instruction-tune the base and keep a checkpoint every `checkpoint_every` epochs (UpIT, section 3).
+
+    Writes `checkpoint-<step>/` folders, `checkpoints.json` and `log.json`. Resumes from its own last checkpoint.
+
+    Raises:
+        UpcycleError: the base is of an unsupported family, or training diverges.
+    """
+    family_of(read_config(base), str(base))
+    model = load_model(base, dtype=torch.float32).train()
+    if settings.train == "ffn":
+        freeze_all_but_ffn(model, base)
+    log = fine_tune(model, tokenizer, train, settings, out_dir, seed, "prepare: instruction tuning")
+    folders = sorted(out_dir.glob("checkpoint-*"), key=step_of)
+    last_step = step_of(folders[-1])
+    checkpoints = []
+    for folder in folders:
+        strip_resume_files(folder)
+        (folder / "trainer_state.json").unlink()
+        _finish(folder, base, chat_template)
+        epoch = round(settings.epochs * step_of(folder) / last_step, 4)
+        checkpoints.append(Checkpoint(folder.name, folder.name, epoch))
+    write_json(out_dir / "log.json", log)
+    write_checkpoints(out_dir, checkpoints)
+    return checkpoints
+
+
+def freeze_all_but_ffn(model: Any, base: Path) -> None:
+    """Leave only the FFN weights trainable: the experts then differ in nothing else."""
+    config = read_config(base)
+    names = {dense for dense, _ in ffn_names(family_of(config, str(base)), config)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+def _finish(folder: Path, base: Path, chat_template: str | None) -> None:
+    # training switches the cache off in the saved configuration; the architecture is the base's
+    write_config(folder, {**read_config(base), "dtype": "float32"})
+    copy_companions(base, folder, chat_template)

@@ -1,0 +1,51 @@
+"""Stage 4, model upcycling: the whole MoE is trained with top-k routing and a load-balancing loss."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.artifacts import write_json
+from upcycle.data.chat import Sample
+from upcycle.models.folders import finish_moe_folder, load_model, load_routers
+from upcycle.recipe import PosttrainSettings
+from upcycle.training.fine_tune import fine_tune
+
+TRAINER = "trainer"
+"""Folder of the Trainer's own checkpoints while the stage runs."""
+
+
+def posttrain(
+    initial: Path,
+    router: Path,
+    tokenizer: Any,
+    train: list[Sample],
+    settings: PosttrainSettings,
+    seed: int,
+    out_dir: Path,
+) -> None:
+    """Train the MoE in `initial` with the routing vectors in `router`; write it as a plain model folder.
+
+    Resumes from its own last checkpoint.
+
+    Raises:
+        UpcycleError: training diverges.
+    """
+    model = load_model(initial, dtype=torch.float32).train()
+    load_routers(model, router)
+    log = fine_tune(
+        model,
+        tokenizer,
+        train,
+        settings,
+        out_dir / TRAINER,
+        seed,
+        "posttrain: mixture of experts",
+        keep=1,
+        router_aux_loss_coef=settings.router_aux_loss_coef,
+    )
+    model.save_pretrained(out_dir)
+    finish_moe_folder(out_dir, initial)
+    write_json(out_dir / "log.json", log)
+    shutil.rmtree(out_dir / TRAINER)

@@ -1,0 +1,145 @@
+"""Model folders: find them, read their configuration, load them, finish them for other programs."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.models.families import Config, family_of_moe
+
+BUILTIN_BASE = "builtin:tiny"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def find_model(name: str) -> Path:
+    """The local folder of a model: given as a folder, `builtin:tiny`, or a hub name (downloaded once).
+
+    Raises:
+        UpcycleError: none of these.
+    """
+    if name == BUILTIN_BASE:
+        return Path(__file__).parents[1] / "assets" / "tiny_base"
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise UpcycleError(f"model folder {name} does not exist (nor is it a hub name, owner/model)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:
+        raise UpcycleError(f"'{name}' is neither a folder nor a hub model that can be read: {error}") from None
+
+
+def read_config(folder: Path) -> Config:
+    """The decoded config.json.
+
+    Raises:
+        UpcycleError: it is missing or not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UpcycleError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UpcycleError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UpcycleError(f"{path} holds {type(config).__name__}, expected an object")
+    return _normalised(config)
+
+
+def _normalised(config: Config) -> Config:
+    """Fields as transformers 5 writes them: rope_parameters instead of rope_theta and rope_scaling."""
+    if "rope_parameters" not in config:
+        scaling = dict(config.get("rope_scaling") or {})
+        scaling.setdefault("rope_type", scaling.pop("type", "default"))
+        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
+    return config
+
+
+def pick_device() -> torch.device:
+    """The accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+    return torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on an accelerator; fp32 on a CPU, where bf16 products can be a hundred times slower."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A causal language model from safetensors, in evaluation mode; never unpickles, runs no remote code.
+
+    Raises:
+        UpcycleError: keys are missing or left over, so the model would be partly random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise UpcycleError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]}")
+    return model.to(device).eval()
+
+
+def copy_companions(source: Path, folder: Path, chat_template: str | None = None) -> None:
+    """Tokenizer, chat template and generation settings as they are; `chat_template` replaces the tokenizer's."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """config.json, indented like transformers' own."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def finish_moe_folder(folder: Path, initial: Path) -> None:
+    """Undo what training leaves in a saved MoE, so that the folder stands alone and other programs read it.
+
+    Training switches the cache off and drops the top-level rope_theta; the configuration and the tokenizer of the
+    assembled MoE are the ones to serve with.
+    """
+    write_config(folder, json.loads((initial / "config.json").read_text()))
+    copy_companions(initial, folder)
+
+
+def routers(model: Any) -> list[tuple[Any, str]]:
+    """(parent module, attribute) of every layer's router, in layer order."""
+    family = family_of_moe(model.config.to_dict())
+    parent, _, attribute = family.gate.rpartition(".")
+    return [(layer.get_submodule(parent), attribute) for layer in model.model.layers]
+
+
+def load_routers(model: Any, path: Path) -> None:
+    """Put the routing vectors of a router file into the model."""
+    from safetensors.torch import load_file
+
+    family = family_of_moe(model.config.to_dict())
+    tensors = load_file(path)
+    with torch.no_grad():
+        for layer, (parent, attribute) in enumerate(routers(model)):
+            weight = getattr(parent, attribute).weight
+            weight.copy_(tensors[family.router.format(layer=layer)])

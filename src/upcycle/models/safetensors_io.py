@@ -1,0 +1,189 @@
+"""Streaming access to safetensors: read slices of a sharded model, write a sharded model piece by piece.
+
+Reading maps the files; writing knows every name, shape and dtype beforehand, so headers are written first and each
+piece goes to its place. Memory is that of the pieces, whatever the model.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from upcycle.artifacts import inside
+from upcycle.errors import UpcycleError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 4 << 30
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor on disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class ModelReader:
+    """The tensors of a model folder, single file or sharded, by name.
+
+    Raises:
+        UpcycleError: no weights, a damaged file, an index that names a missing shard or one outside the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = {path: _open(path) for path in _shards(folder)}
+        self._where = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+
+    def names(self) -> list[str]:
+        return sorted(self._where)
+
+    def spec(self, name: str) -> TensorSpec:
+        piece = self._slice(name)
+        code = piece.get_dtype()
+        if code not in DTYPES:
+            raise UpcycleError(f"{self.folder}: tensor {name} is {code}, expected one of {', '.join(DTYPES)}")
+        return TensorSpec(tuple(piece.get_shape()), DTYPES[code])
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows `begin..end` of a tensor, copied out of the mapped file."""
+        return cast(Tensor, self._slice(name)[begin:end])
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._where:
+            raise UpcycleError(f"{self.folder} has no tensor {name}")
+        return self._where[name].get_slice(name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UpcycleError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).is_file():
+            raise UpcycleError(f"{folder} has no {SINGLE} (nor an index of shards): weights must be safetensors")
+        return [folder / SINGLE]
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UpcycleError(f"{index} is not a safetensors index: {error!r}") from None
+    shards = [inside(folder, name) for name in sorted(set(weight_map.values()))]
+    missing = [path.name for path in shards if not path.is_file()]
+    if missing:
+        raise UpcycleError(f"{index} names {missing[0]}, which is not there")
+    return shards
+
+
+class ModelWriter:
+    """Writes a model's tensors piece by piece into shards laid out beforehand.
+
+    Use as a context manager; `write` may come in any order.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES):
+        self._folder = folder
+        self._specs = dict(specs)
+        self._shards = _lay_out(self._specs, max_shard_bytes)
+        self._files: list[BinaryIO] = []
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+
+    def __enter__(self) -> "ModelWriter":
+        for number, names in enumerate(self._shards):
+            file = (self._folder / _shard_name(number, len(self._shards))).open("wb")
+            self._files.append(file)
+            offset = _write_header(file, {name: self._specs[name] for name in names})
+            for name in names:
+                self._places[name] = (file, offset)
+                offset += self._specs[name].num_bytes
+            file.truncate(offset)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files:
+            file.close()
+        if kind is None and len(self._shards) > 1:
+            self._write_index()
+
+    def write(self, name: str, piece: Tensor, element: int = 0) -> None:
+        """Put a flat piece of a tensor at `element`, converted to the tensor's dtype."""
+        spec = self._specs[name]
+        file, offset = self._places[name]
+        assert 0 <= element <= prod(spec.shape) - piece.numel()
+        data = piece.detach().to("cpu", spec.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+        written = os.pwrite(file.fileno(), data, offset + element * spec.dtype.itemsize)
+        if written != data.nbytes:
+            raise OSError(f"wrote {written} of {data.nbytes} bytes of {name}: is the disk full?")
+
+    def _write_index(self) -> None:
+        total = sum(spec.num_bytes for spec in self._specs.values())
+        weight_map = {
+            name: _shard_name(number, len(self._shards)) for number, names in enumerate(self._shards) for name in names
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _lay_out(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.num_bytes
+    return shards
+
+
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> int:
+    """The safetensors header: 8 bytes of length, JSON padded to 8; returns where the data begin."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        end = offset + spec.num_bytes
+        entry = {"dtype": DTYPE_CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        header[name] = entry
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.flush()
+    return 8 + len(text)
+
+
+def pieces(shape: tuple[int, ...], elements: int) -> Iterator[tuple[int, int, int]]:
+    """(first row, last row, first element) of successive runs of whole rows of about `elements` elements."""
+    width = prod(shape[1:])
+    step = max(1, elements // max(1, width))
+    for begin in range(0, shape[0], step):
+        yield begin, min(begin + step, shape[0]), begin * width

@@ -1,0 +1,351 @@
+"""The stages in order: what each one needs, what is done already, what is resumed.
+
+prepare -> expand -> assemble -> route -> posttrain -> evaluate. A stage runs if its folder is missing or was made
+from other inputs; inputs are compared by the hashes of their content.
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from upcycle.artifacts import (
+    Checkpoint,
+    ExpansionPlan,
+    digest,
+    hash_model,
+    inside,
+    open_partial,
+    read_manifest,
+    seal,
+    verify,
+    write_json,
+)
+from upcycle.console import say, table
+from upcycle.errors import UpcycleError
+from upcycle.recipe import Recipe, differences, dump_recipe, load_recipe
+
+MOE_INIT = "MoE before post-training"
+MOE = "MoE"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the flow."""
+
+    name: str
+    needs: tuple[str, ...]
+    """Earlier stages whose artifact it reads."""
+    data: bool
+    """Whether it reads the instruction data."""
+    run: Callable[["Run", Path], None]
+
+
+class Run:
+    """A recipe and its run folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+
+    @cached_property
+    def base(self) -> Path:
+        from upcycle.models.folders import find_model
+
+        return find_model(self.recipe.base)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from upcycle.data.chat import load_tokenizer
+
+        return load_tokenizer(self.base, self.recipe.data.chat_template)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that replaces the base's own, to be written into every model folder."""
+        return str(self.tokenizer.chat_template) if self.recipe.data.chat_template else None
+
+    @cached_property
+    def splits(self) -> Any:
+        from upcycle.data.splits import load_splits
+        from upcycle.models.folders import read_config
+
+        return load_splits(self.recipe, self.tokenizer, read_config(self.base)["max_position_embeddings"])
+
+    @cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        values = json.loads((self.folder / "prepare" / "checkpoints.json").read_text())
+        return [Checkpoint(**value) for value in values]
+
+    @cached_property
+    def checkpoint_folders(self) -> list[Path]:
+        # a relative path is one of ours and stays inside; an absolute one is the user's own
+        prepared = self.folder / "prepare"
+        return [Path(c.path) if Path(c.path).is_absolute() else inside(prepared, c.path) for c in self.checkpoints]
+
+    @cached_property
+    def plan(self) -> ExpansionPlan:
+        return ExpansionPlan.load(self.folder / "expand" / "plan.json")
+
+    @cached_property
+    def base_hash(self) -> str:
+        return hash_model(self.base)
+
+    @cached_property
+    def data_hash(self) -> str:
+        from upcycle.data.sources import hash_sources
+
+        data = self.recipe.data
+        validation = hash_sources(data.validation) if data.validation else ""
+        return digest([hash_sources(data.train), validation])
+
+    @cached_property
+    def given_checkpoints_hash(self) -> str:
+        from upcycle.expert_preparation.checkpoints import hash_checkpoints
+
+        given = self.recipe.prepare.checkpoints
+        return hash_checkpoints(given) if given else ""
+
+    def inputs(self, stage: Stage) -> dict[str, str] | None:
+        """Name to hash of everything that decides what the stage makes; None while an earlier one is missing."""
+        found = {
+            "settings": digest(self.settings(stage)),
+            "seed": str(self.recipe.seed),
+            "base": self.base_hash,
+        }
+        if stage.data:
+            found["data"] = self.data_hash
+        if stage.name == "prepare" and self.recipe.prepare.checkpoints:
+            found["checkpoints"] = self.given_checkpoints_hash
+        for need in stage.needs:
+            manifest = read_manifest(self.folder / need)
+            if manifest is None:
+                return None
+            found[need] = manifest.content
+        return found
+
+    def settings(self, stage: Stage) -> dict[str, Any]:
+        """The sections that decide what the stage makes."""
+        sections = {stage.name: getattr(self.recipe, stage.name).model_dump()}
+        if stage.data:
+            sections["data"] = self.recipe.data.model_dump(exclude={"train", "validation"})
+            route = self.recipe.route.model_dump(include={"seed_from", "seed_fraction", "min_samples_per_expert"})
+            route |= self.recipe.route.model_dump(include={"test_fraction"})
+            sections["seed_data"] = {**route, "num_experts": self.recipe.expand.num_experts}
+        if stage.name == "assemble":
+            sections["init_std"] = self.recipe.route.init_std
+        return sections
+
+
+def _prepare(run: Run, out: Path) -> None:
+    from upcycle.expert_preparation.checkpoints import adopt
+    from upcycle.expert_preparation.prepare import tune
+
+    settings = run.recipe.prepare
+    if settings.checkpoints:
+        adopt(run.base, settings, out)
+    else:
+        train, seed = run.splits.train, run.recipe.seed
+        tune(run.base, run.tokenizer, run.chat_template, train, settings, seed, out)
+
+
+def _expand(run: Run, out: Path) -> None:
+    from upcycle.expert_expansion.expand import expand
+
+    expand(run.base, run.checkpoints, run.checkpoint_folders, run.recipe.expand, run.recipe.seed, out)
+
+
+def _assemble(run: Run, out: Path) -> None:
+    from upcycle.model_upcycling.assemble import assemble
+
+    recipe = run.recipe
+    assemble(
+        run.base,
+        run.checkpoint_folders,
+        run.plan,
+        recipe.assemble,
+        run.chat_template,
+        recipe.route.init_std,
+        recipe.seed,
+        out,
+    )
+
+
+def _route(run: Run, out: Path) -> None:
+    from upcycle.router_initialization.route import route
+
+    names = [expert.name for expert in run.plan.experts]
+    splits, recipe = run.splits, run.recipe
+    moe, pad = run.folder / "assemble", run.tokenizer.pad_token_id
+    route(moe, splits.seed_fit, splits.seed_test, names, recipe.route, pad, recipe.seed, out)
+
+
+def _posttrain(run: Run, out: Path) -> None:
+    from upcycle.model_upcycling.posttrain import posttrain
+    from upcycle.router_initialization.route import ROUTER
+
+    router = run.folder / "route" / ROUTER
+    settings, seed = run.recipe.posttrain, run.recipe.seed
+    posttrain(run.folder / "assemble", router, run.tokenizer, run.splits.train, settings, seed, out)
+
+
+def _evaluate(run: Run, out: Path) -> None:
+    from upcycle.evaluation.evaluate import evaluate
+
+    evaluate(_candidates(run), run.tokenizer, run.splits.validation, run.recipe.evaluate, out)
+
+
+def _candidates(run: Run) -> list[Any]:
+    from upcycle.evaluation.evaluate import Candidate
+    from upcycle.router_initialization.route import ROUTER
+
+    dense = [Candidate(c.name, f) for c, f in zip(run.checkpoints, run.checkpoint_folders, strict=True)]
+    if run.recipe.evaluate.models == "ends":
+        dense = dense[-1:]
+    return [
+        Candidate("base", run.base),
+        *dense,
+        Candidate(MOE_INIT, run.folder / "assemble", is_moe=True, router=run.folder / "route" / ROUTER),
+        Candidate(MOE, run.folder / "posttrain", is_moe=True),
+    ]
+
+
+STAGES = (
+    Stage("prepare", (), True, _prepare),
+    Stage("expand", ("prepare",), False, _expand),
+    Stage("assemble", ("prepare", "expand"), False, _assemble),
+    Stage("route", ("assemble",), True, _route),
+    Stage("posttrain", ("assemble", "route"), True, _posttrain),
+    Stage("evaluate", ("prepare", "assemble", "route", "posttrain"), True, _evaluate),
+)
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def run_stages(run: Run, names: Sequence[str] = STAGE_NAMES, update: bool = False) -> None:
+    """Run the named stages in order; what is complete and has the same inputs is left alone.
+
+    Args:
+        update: accept a changed recipe, and rebuild stages whose inputs changed or whose files are damaged.
+
+    Raises:
+        UpcycleError: the folder belongs to another recipe, another process works in it, a stage is damaged or an
+            earlier stage is missing.
+    """
+    with _lock(run.folder):
+        _claim(run, update)
+        for stage in STAGES:
+            if stage.name in names:
+                _run_stage(run, stage, update)
+
+
+def status(run: Run) -> list[tuple[str, str]]:
+    """(stage, what a run would do) for each stage, without doing anything."""
+    rows, stale = [], False
+    for stage in STAGES:
+        inputs = run.inputs(stage)
+        manifest = read_manifest(run.folder / stage.name)
+        partial = (run.folder / f"{stage.name}.partial").exists()
+        if manifest and not stale and inputs == manifest.inputs:
+            rows.append((stage.name, "done"))
+            continue
+        stale = True
+        changed = _changed(manifest.inputs, inputs) if manifest and inputs else "an earlier stage"
+        todo = f"run again ({changed} changed)" if manifest else "run"
+        rows.append((stage.name, f"{todo}, resuming what is there" if partial else todo))
+    return rows
+
+
+def _run_stage(run: Run, stage: Stage, update: bool) -> None:
+    inputs = run.inputs(stage)
+    if inputs is None:
+        missing = next(n for n in stage.needs if read_manifest(run.folder / n) is None)
+        raise UpcycleError(f"{stage.name} needs {missing}, which has not been run in {run.folder}")
+    folder = run.folder / stage.name
+    if _is_current(run, stage, inputs, update):
+        say(f"{stage.name}: done already, {folder}")
+        return
+    say(f"{stage.name} ...")
+    begin = time.monotonic()
+    partial = open_partial(folder, inputs)
+    stage.run(run, partial)
+    seal(partial, folder, inputs, run.settings(stage), run.recipe.seed)
+    _record_time(run.folder, stage.name, time.monotonic() - begin)
+
+
+def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) -> bool:
+    folder = run.folder / stage.name
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    if manifest.inputs != inputs:
+        changed = _changed(manifest.inputs, inputs)
+        if not update:
+            raise UpcycleError(
+                f"{folder} was made from other inputs ({changed} changed); rerun with --update to build it and "
+                "what follows again (it replaces the folder), or use another --run"
+            )
+        say(f"{stage.name}: {changed} changed, building it again")
+        return False
+    try:
+        verify(folder, manifest)
+    except UpcycleError as error:
+        if not update:
+            raise
+        say(f"{error}: rebuilding")
+        return False
+    return True
+
+
+def _changed(old: dict[str, str], new: dict[str, str]) -> str:
+    return ", ".join(sorted(k for k in {*old, *new} if old.get(k) != new.get(k)))
+
+
+def _claim(run: Run, update: bool) -> None:
+    """Write recipe.yaml, or compare with the one that made the folder."""
+    path = run.folder / "recipe.yaml"
+    if path.exists():
+        changes = differences(load_recipe(str(path)), run.recipe)
+        if changes and not update:
+            listed = "\n".join(f"  {change}" for change in changes)
+            raise UpcycleError(
+                f"{run.folder} was made by another recipe:\n{listed}\nUse another --run, or --update to accept "
+                "the change and run the stages that it concerns again"
+            )
+    path.write_text(dump_recipe(run.recipe))
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpcycleError(f"another process is working in {folder}") from None
+        yield
+
+
+def _record_time(folder: Path, stage: str, seconds: float) -> None:
+    """Wall-clock times stand apart from the artifacts, which are the same from run to run."""
+    path = folder / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**times, stage: round(seconds, 1)})
+
+
+def show_summary(run: Run) -> None:
+    """What the run made, how long it took, where it lies."""
+    times = json.loads((run.folder / "times.json").read_text())
+    table(
+        "time per stage (of the last start of each)",
+        ("stage", "seconds"),
+        [(k, f"{v}") for k, v in times.items()],
+    )
+    say(f"\nmixture of experts: {run.folder / 'posttrain'}  (a plain Hugging Face folder)")
+    say(f"scores:             {run.folder / 'evaluate' / 'scores.json'}")
+    say(f"experts' lineage:   {run.folder / 'expand' / 'plan.json'}")
+    say(f"seed data, router:  {run.folder / 'route' / 'report.json'}")

@@ -1,0 +1,44 @@
+"""Load balancing per layer.
+
+Legend: T tokens, E experts, k experts per token, L layers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def load_balancing_loss(
+    logits: Sequence[Float[Tensor, "T E"]],
+    indices: Sequence[Int[Tensor, "T k"]],
+    mask: Int[Tensor, " T"],
+) -> Float[Tensor, ""]:
+    """Mean over layers of E * sum_i f_i P_i; 1 when balanced, at most E.
+
+    f_i is the share of the k * T routed slots that expert i gets, P_i its mean router probability, both over
+    the tokens of one layer that are not padding (Switch Transformer, Fedus et al. 2022, eq. 4 to 6, for top-k).
+    transformers pools f and P over all layers before it multiplies them, so layers that each collapse onto another
+    expert look balanced there.
+    """
+    losses = []
+    for layer_logits, layer_indices in zip(logits, indices, strict=True):
+        num_experts = layer_logits.shape[-1]
+        share = expert_share(layer_indices, mask, num_experts)
+        probability = masked_mean(torch.softmax(layer_logits.float(), dim=-1), mask)
+        losses.append(num_experts * (share * probability).sum())
+    return torch.stack(losses).mean()
+
+
+def expert_share(indices: Int[Tensor, "T k"], mask: Int[Tensor, " T"], num_experts: int) -> Float[Tensor, " E"]:
+    """Share of the routed slots of unmasked tokens that each expert gets; sums to 1."""
+    slots = torch.nn.functional.one_hot(indices, num_experts).sum(dim=1)
+    counts = (slots * mask[:, None]).sum(dim=0)
+    return counts / counts.sum().clamp(min=1)
+
+
+def masked_mean(values: Float[Tensor, "T E"], mask: Int[Tensor, " T"]) -> Float[Tensor, " E"]:
+    """Mean over the unmasked tokens."""
+    weights = mask.to(values.dtype)
+    return (values * weights[:, None]).sum(dim=0) / weights.sum().clamp(min=1)

@@ -1,0 +1,132 @@
+"""Trainer callbacks: when to save, what to show, how the routers are loaded."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import TrainerCallback
+
+from upcycle.console import Progress, warn
+from upcycle.errors import UpcycleError
+from upcycle.training.balance import expert_share
+from upcycle.training.checkpoints import step_of, strip_resume_files
+
+OVERLOADED = 2.0
+"""An expert with more than this many times the mean load is called overloaded."""
+DEAD = 0.01
+"""An expert with less than this share of the mean load is called dead."""
+WINDOW = 20
+"""Steps over which an expert's load is judged."""
+
+
+def checkpoint_steps(max_steps: int, epochs: float, checkpoint_every: float) -> list[int]:
+    """The step nearest to each multiple of `checkpoint_every` epochs, and the last one.
+
+    Raises:
+        UpcycleError: two of them fall on the same step.
+    """
+    count = math.floor(epochs / checkpoint_every + 1e-9)
+    steps = [round(max_steps * i * checkpoint_every / epochs) for i in range(1, count + 1)]
+    if len(set(steps)) < len(steps) or (steps and steps[0] == 0):
+        raise UpcycleError(
+            f"checkpoint_every={checkpoint_every} of an epoch is less than one step apart ({max_steps} steps in "
+            f"{epochs} epochs); raise checkpoint_every, lower batch_size, or give more data"
+        )
+    return sorted({*steps, max_steps})
+
+
+class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
+    """Saves at equal distances in epochs, without the drift of a whole number of steps."""
+
+    def __init__(self, epochs: float, checkpoint_every: float) -> None:
+        self._epochs = epochs
+        self._every = checkpoint_every
+        self._steps: list[int] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._steps = checkpoint_steps(state.max_steps, self._epochs, self._every)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in self._steps:
+            control.should_save = True
+
+
+class ShowProgress(TrainerCallback):  # type: ignore[misc]
+    """A bar over the steps, with the loss."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._bar: Progress | None = None
+        self._loss = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = Progress(self._description, state.max_steps, done=state.global_step).__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar:
+            self._bar.advance(note=self._loss)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self._loss = f"(loss {logs['loss']:.3f})"
+
+    def close(self) -> None:
+        """Also when training ends in an error, so that the terminal is left in order."""
+        if self._bar:
+            self._bar.__exit__()
+
+
+class StripOlder(TrainerCallback):  # type: ignore[misc]
+    """Only the newest checkpoint keeps what a resume needs."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for folder in Path(args.output_dir).glob("checkpoint-*"):
+            if step_of(folder) < state.global_step:
+                strip_resume_files(folder)
+
+
+class LoadMonitor:
+    """Load (share of the routed slots over the mean share) per layer and expert while training.
+
+    Warns once about each expert that is dead or overloaded over the last `WINDOW` steps.
+    """
+
+    def __init__(self) -> None:
+        self._step: list[Float[Tensor, "L E"]] = []
+        self._recent: deque[Float[Tensor, "L E"]] = deque(maxlen=WINDOW)
+        self._warned: set[tuple[str, int, int]] = set()
+
+    def add(self, indices: Sequence[Int[Tensor, "T k"]], mask: Int[Tensor, " T"], num_experts: int) -> None:
+        """Count the routing of one forward pass (one T x k index tensor per layer)."""
+        self._step.append(torch.stack([expert_share(i, mask, num_experts) for i in indices]).cpu())
+
+    def take(self) -> dict[str, float]:
+        """Figures since the last call; load is 1 for each expert when balanced."""
+        if not self._step:
+            return {}
+        load = torch.stack(self._step).mean(dim=0) * self._step[0].shape[1]
+        self._step.clear()
+        self._recent.append(load)
+        if len(self._recent) == WINDOW:
+            recent = torch.stack(list(self._recent)).mean(dim=0)
+            self._warn("dead", recent < DEAD, recent)
+            self._warn("overloaded", recent > OVERLOADED, recent)
+        return {
+            "max_load": load.max().item(),
+            "min_load": load.min().item(),
+            "dead_experts": float((load < DEAD).sum()),
+            "overloaded_experts": float((load > OVERLOADED).sum()),
+        }
+
+    def _warn(self, what: str, where: Tensor, load: Tensor) -> None:
+        new = [(what, *place) for place in where.nonzero().tolist() if (what, *place) not in self._warned]
+        self._warned.update(new)
+        if new:
+            named = ", ".join(f"layer {la} expert {ex} ({load[la, ex]:.2f})" for _, la, ex in new[:4])
+            more = f" and {len(new) - 4} more" if len(new) > 4 else ""
+            warn(f"post-training: {what} over the last {WINDOW} steps (load, 1 is balanced): {named}{more}")

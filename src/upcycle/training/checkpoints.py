@@ -1,0 +1,46 @@
+"""Trainer checkpoints on disk: the newest complete one, and what a finished one keeps."""
+
+import json
+import shutil
+from pathlib import Path
+
+RESUME_FILES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "training_args.bin",
+    "README.md",
+)
+
+
+def last_checkpoint(out_dir: Path) -> Path | None:
+    """The newest complete checkpoint-<step>; what a killed run left half-written is removed."""
+    complete = []
+    for folder in out_dir.glob("checkpoint-*"):
+        if _is_complete(folder):
+            complete.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return max(complete, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def strip_resume_files(folder: Path) -> None:
+    """Leave only the model of a checkpoint: optimizer state and pickles go."""
+    for pattern in RESUME_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _is_complete(folder: Path) -> bool:
+    # the Trainer writes trainer_state.json last
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True

@@ -1,0 +1,139 @@
+"""Tiny real models and data: 2 layers, hidden 32, one token per character."""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TQDM_DISABLE"] = "1"
+
+import torch
+from jaxtyping import install_import_hook
+
+with install_import_hook(["upcycle.merging", "upcycle.training.balance", "upcycle.data.batches"], "beartype.beartype"):
+    import upcycle.data.batches
+    import upcycle.merging.lineage
+    import upcycle.training.balance  # noqa: F401
+
+from upcycle.recipe import Recipe, parse_recipe
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """One token per printable ASCII character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocabulary = {token: i for i, token in enumerate([*special, *characters])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex("(.|\n)"), "isolated")
+    raw.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def make_dense(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A Llama with norms that are not 1, saved with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def perturbed(base: Path, folder: Path, seed: int, scale: float = 0.05, ffn_only: bool = True) -> Path:
+    """A checkpoint of the base: Gaussian noise on the FFN weights, or on all."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name or not ffn_only:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Chats of two domains: copy a word, or spell it backward."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for i in range(count):
+            word = "".join(draw.choices("abcdef", k=draw.randint(2, 5))) + str(i)
+            domain, answer = (("copy", word), ("reverse", word[::-1]))[i % 2]
+            chat = [{"role": "user", "content": f"{domain} {word}"}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": chat, "domain": domain}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dense(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three checkpoints that differ from the base in their FFNs only."""
+    return [perturbed(base, tmp_path_factory.mktemp("checkpoints") / f"checkpoint-{i}", i) for i in (1, 2, 3)]
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", 96)
+
+
+@pytest.fixture
+def tiny_recipe(base: Path, rows: Path) -> dict[str, Any]:
+    """Plain values of a whole run that takes a few seconds."""
+    training = {"epochs": 1, "checkpoint_every": 0.5, "learning_rate": 1e-3, "batch_size": 8, "micro_batch_size": 4}
+    return {
+        "base": str(base),
+        "data": {"train": str(rows), "validation_fraction": 0.1, "max_length": 64},
+        "prepare": training,
+        "expand": {"num_experts": 4},
+        "assemble": {"num_experts_per_tok": 2},
+        "route": {"min_samples_per_expert": 3, "epochs": 2, "test_fraction": 0.3, "tokens_per_batch": 256},
+        "posttrain": training,
+        "evaluate": {"max_answer_tokens": 9},
+    }
+
+
+@pytest.fixture
+def recipe(tiny_recipe: dict[str, Any]) -> Recipe:
+    return parse_recipe(tiny_recipe, "test")
