@@ -1,0 +1,80 @@
+"""Who sees which sample."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from upcycle.data.chat import load_tokenizer
+from upcycle.data.splits import Splits, load_splits
+from upcycle.errors import UpcycleError
+from upcycle.recipe import parse_recipe
+
+
+def split(values: dict[str, Any], **changes: Any) -> Splits:
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        values = {**values, section: {**values[section], field: value}}
+    recipe = parse_recipe(values, "test")
+    return load_splits(recipe, load_tokenizer(Path(values["base"]), None), 128)
+
+
+def questions(samples: list) -> set[str]:
+    return {s.question for s in samples}
+
+
+def test_held_out_parts_share_no_question(tiny_recipe: dict[str, Any]) -> None:
+    splits = split(tiny_recipe)
+    parts = [questions(p) for p in (splits.train, splits.seed_fit, splits.seed_test, splits.validation)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 96
+    assert len(splits.seed_fit) == 12  # 3 per expert is more than 1%
+    assert len(splits.seed_test) == 5  # 30% of the seed data
+
+
+def test_seed_data_may_stay_in_the_training_set(tiny_recipe: dict[str, Any]) -> None:
+    splits = split(tiny_recipe, route__seed_from="train")
+    assert questions(splits.seed_fit) < questions(splits.train)
+
+
+def test_repeated_questions_stay_on_one_side(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    lines = Path(tiny_recipe["data"]["train"]).read_text().splitlines()
+    path = tmp_path / "twice.jsonl"
+    path.write_text("\n".join(lines + lines) + "\n")
+    splits = split(tiny_recipe, data__train=str(path))
+    parts = [questions(p) for p in (splits.train, splits.seed_fit, splits.seed_test, splits.validation)]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_training_rows_asked_in_the_validation_file_are_left_out(
+    tiny_recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tiny_recipe["data"]["train"]
+    with pytest.raises(UpcycleError, match="no training row is left"):
+        split(tiny_recipe, data__validation=file)
+    assert "left out 96 training rows whose question is in the validation data" in capsys.readouterr().out
+
+
+def test_smaller_fractions_are_nested(tiny_recipe: dict[str, Any]) -> None:
+    changes = {"route__min_samples_per_expert": 1, "route__test_fraction": 0.0, "route__seed_from": "train"}
+    small, large = (questions(split(tiny_recipe, data__fraction=f, **changes).train) for f in (0.3, 0.6))
+    assert small < large
+
+
+def test_rows_left_out_are_counted(
+    tiny_recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "more.jsonl"
+    silent = {"messages": [{"role": "user", "content": "anyone?"}]}
+    long = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]}
+    original = Path(tiny_recipe["data"]["train"]).read_text()
+    path.write_text(original + json.dumps(silent) + "\n" + json.dumps(long) + "\n")
+    split(tiny_recipe, data__train=str(path), data__validation_fraction=0.001)
+    printed = capsys.readouterr().out
+    assert "left out 1 training rows with no assistant turn" in printed
+    assert "left out 1 training rows longer than 64 tokens" in printed
+
+
+def test_more_seed_data_than_half_the_rows_is_refused(tiny_recipe: dict[str, Any]) -> None:
+    with pytest.raises(UpcycleError, match=r"asks for \d+ seed rows, more than half .*min_samples_per_expert"):
+        split(tiny_recipe, route__min_samples_per_expert=20)

@@ -1,0 +1,109 @@
+"""The plan: who is merged with whom, and what the Gram matrix says about the children."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from upcycle.artifacts import Checkpoint, ExpansionPlan
+from upcycle.errors import UpcycleError
+from upcycle.expert_expansion.gram import task_vector_gram
+from upcycle.expert_expansion.plan import add_child, make_plan, similarities
+from upcycle.merging.lineage import Child, materialise
+from upcycle.models.safetensors_io import ModelReader
+from upcycle.recipe import ExpandSettings
+
+
+def points(n: int) -> list[Checkpoint]:
+    return [Checkpoint(f"c{i}", f"c{i}") for i in range(n)]
+
+
+def gram_of(vectors: torch.Tensor) -> np.ndarray:
+    return (vectors.double() @ vectors.double().T).numpy()
+
+
+def test_gram_is_the_inner_products_of_ffn_task_vectors(base: Path, checkpoints: list[Path]) -> None:
+    def flat(folder: Path) -> torch.Tensor:
+        reader = ModelReader(folder)
+        names = [n for n in reader.names() if ".mlp." in n]
+        return torch.cat([reader.rows(n, 0, reader.spec(n).shape[0]).double().flatten() for n in names])
+
+    taus = torch.stack([flat(c) - flat(base) for c in checkpoints])
+    np.testing.assert_allclose(task_vector_gram(base, checkpoints), gram_of(taus), rtol=1e-12)
+
+
+def test_most_dissimilar_pair_is_merged_first() -> None:
+    angles = torch.tensor([0.0, 0.3, 1.2])
+    vectors = torch.stack([torch.cos(angles), torch.sin(angles)], dim=1)
+    plan = make_plan(points(3), gram_of(vectors), ExpandSettings(num_experts=4), seed=0)
+    assert plan.experts[3].parents == (0, 2)
+    assert plan.experts[3].similarity == pytest.approx(np.cos(1.2))
+    assert sum(plan.experts[3].weights) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "l2"])
+def test_similarities_follow_their_definitions(kind: str) -> None:
+    vectors = torch.randn(4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = similarities(gram_of(vectors), kind)
+    for i in range(4):
+        for j in range(4):
+            cosine = torch.nn.functional.cosine_similarity(vectors[i], vectors[j], dim=0)
+            expected = cosine if kind == "cosine" else -((vectors[i] - vectors[j]) ** 2).sum()
+            assert found[i, j] == pytest.approx(expected.item(), abs=1e-9)
+
+
+def test_predicted_inner_products_match_the_materialised_children() -> None:
+    """Within five standard errors of a Monte Carlo over entries: 2e5 of them, p = 0.5."""
+    generator = torch.Generator().manual_seed(0)
+    n = 200_000
+    base = torch.randn(n, generator=generator)
+    experts = [base + torch.randn(n, generator=generator) for _ in range(2)]
+    gram = gram_of(torch.stack([e - base for e in experts]))
+    children = [Child((0, 1), (0.3, 0.7)), Child((0, 2), (0.8, 0.2)), Child((2, 3), (0.5, 0.5))]
+    for child in children:
+        gram = add_child(gram, child.parents, child.weights, 0.5)
+    made = materialise(base, experts, children, 0.5, 0, "w")
+    found = gram_of(torch.stack([e - base for e in made]))
+    np.testing.assert_allclose(found / n, gram / n, atol=5 * 3 / n**0.5)
+
+
+def test_without_dropping_the_prediction_is_exact() -> None:
+    vectors = torch.randn(3, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    child = 0.25 * vectors[0] + 0.75 * vectors[2]
+    expected = gram_of(torch.cat([vectors, child[None]]))
+    np.testing.assert_allclose(add_child(gram_of(vectors), (0, 2), (0.25, 0.75), 0.0), expected)
+
+
+def test_avoid_never_merges_a_pair_twice_and_allow_may() -> None:
+    vectors = torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
+    avoided = make_plan(points(3), gram_of(vectors), ExpandSettings(num_experts=12, drop_rate=0), seed=0)
+    pairs = [e.parents for e in avoided.experts[3:]]
+    assert len(set(pairs)) == len(pairs)
+    allow = ExpandSettings(num_experts=12, drop_rate=0, repeat_pairs="allow")
+    allowed = [e.parents for e in make_plan(points(3), gram_of(vectors), allow, seed=0).experts[3:]]
+    assert len(set(allowed)) < len(allowed)
+
+
+def test_a_plan_is_the_same_for_a_seed_and_survives_its_file(tmp_path: Path) -> None:
+    gram = gram_of(torch.randn(4, 50, generator=torch.Generator().manual_seed(3)))
+    settings = ExpandSettings(num_experts=8, parents="random")
+    plan = make_plan(points(4), gram, settings, seed=5)
+    assert plan == make_plan(points(4), gram, settings, seed=5)
+    assert plan != make_plan(points(4), gram, settings, seed=6)
+    plan.save(tmp_path / "plan.json")
+    assert ExpansionPlan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("vectors", "num_experts", "message"),
+    [
+        (torch.eye(4), 3, "fewer than the 4 checkpoints"),
+        (torch.eye(1), 3, "expected 2 or more"),
+        (torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 3, "c1 has the base's FFN weights"),
+        (torch.tensor([[1.0, 0.0], [float("nan"), 0.0]]), 3, "c1 has FFN weights that are not finite"),
+    ],
+)
+def test_refuses_what_cannot_be_expanded(vectors: torch.Tensor, num_experts: int, message: str) -> None:
+    with pytest.raises(UpcycleError, match=message):
+        make_plan(points(len(vectors)), gram_of(vectors), ExpandSettings(num_experts=num_experts), seed=0)

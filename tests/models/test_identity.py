@@ -1,0 +1,115 @@
+"""The MoE is the dense model where it must be: equal experts, or every token forced to one expert."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_dense, perturbed
+
+from upcycle.artifacts import Expert, ExpansionPlan
+from upcycle.model_upcycling.assemble import assemble
+from upcycle.models.folders import load_model
+from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
+from upcycle.recipe import AssembleSettings
+
+IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
+
+
+def plan_of(num_checkpoints: int) -> ExpansionPlan:
+    experts = tuple(Expert(f"c{i}", "checkpoint") for i in range(num_checkpoints))
+    return ExpansionPlan(experts, 0.2, 0, "cosine", ((0.0,) * num_checkpoints,) * num_checkpoints)
+
+
+def assembled(base: Path, folders: list[Path], out: Path, **settings: object) -> Path:
+    out.mkdir()
+    assemble(base, folders, plan_of(len(folders)), AssembleSettings(**settings), None, 0.02, 0, out)
+    return out
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    return load_model(folder, torch.float32)(IDS).logits
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": False, "rms_norm_eps": 1e-3},
+        {"head_dim": 16, "hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}},
+    ],
+)
+def test_equal_experts_give_the_dense_logits(changes: dict, tmp_path: Path) -> None:
+    dense = make_dense(tmp_path / "dense", **changes)
+    moe = assembled(dense, [dense] * 3, tmp_path / "moe")
+    torch.testing.assert_close(logits(moe), logits(dense), rtol=0, atol=1e-5)
+
+
+def test_forced_to_an_expert_gives_its_checkpoint(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    model = load_model(assembled(base, checkpoints, tmp_path / "moe"), torch.float32)
+    rows = RowExperts()
+    for expert, checkpoint in enumerate(checkpoints):
+        rows.experts = torch.tensor([expert, expert])
+        with torch.no_grad(), swapped_routers(model, lambda _: ForcedRouter(rows, 3)):
+            found = model(IDS).logits
+        torch.testing.assert_close(found, logits(checkpoint), rtol=0, atol=1e-5)
+
+
+def test_rows_of_a_batch_may_go_to_different_experts(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    model = load_model(assembled(base, checkpoints, tmp_path / "moe"), torch.float32)
+    rows = RowExperts()
+    rows.experts = torch.tensor([2, 0])
+    with torch.no_grad(), swapped_routers(model, lambda _: ForcedRouter(rows, 3)):
+        found = model(IDS).logits
+    torch.testing.assert_close(found[0], logits(checkpoints[2])[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1], logits(checkpoints[0])[1], rtol=0, atol=1e-5)
+    assert type(model.model.layers[0].mlp.gate).__name__ == "MixtralTopKRouter"  # its own is back
+
+
+@pytest.mark.parametrize("shared", ["last", "mean", "base"])
+def test_shared_weights_come_from_where_the_recipe_says(shared: str, base: Path, tmp_path: Path) -> None:
+    folders = [perturbed(base, tmp_path / f"c{i}", i, ffn_only=False) for i in (1, 2)]
+    moe = load_model(assembled(base, folders, tmp_path / "moe", shared=shared), torch.float32)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    values = [load_model(f, torch.float32).get_parameter(name) for f in (*folders, base)]
+    expected = {"last": values[1], "mean": (values[0] + values[1]) / 2, "base": values[2]}[shared]
+    torch.testing.assert_close(moe.get_parameter(name), expected)
+
+
+def test_a_process_without_upcycle_loads_and_generates(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    moe = assembled(base, checkpoints, tmp_path / "moe")
+    script = f"""
+import sys
+sys.modules["upcycle"] = None  # importing it raises
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, info = AutoModelForCausalLM.from_pretrained({str(moe)!r}, output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained({str(moe)!r})
+assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+prompt = tokenizer.apply_chat_template([{{"role": "user", "content": "hi"}}], add_generation_prompt=True,
+                                       return_tensors="pt", return_dict=True)
+text = tokenizer.decode(model.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
+assert text.startswith("<|im_start|>user"), text
+assert model.generation_config.eos_token_id == 2
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_config_is_one_that_other_programs_read(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    moe = assembled(base, checkpoints, tmp_path / "moe")
+    config = json.loads((moe / "config.json").read_text())
+    assert config["use_cache"] is True
+    assert config["output_router_logits"] is False
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 20000.0
+    # the same names on disk as transformers writes
+    model = load_model(moe, torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    from safetensors import safe_open
+
+    names = [set(safe_open(p / "model.safetensors", "pt").keys()) for p in (moe, tmp_path / "again")]
+    assert names[0] == names[1]
+
+
