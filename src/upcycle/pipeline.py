@@ -253,8 +253,11 @@ def status(run: Run) -> list[tuple[str, str]]:
         if manifest and not stale and inputs == manifest.inputs:
             rows.append((stage.name, "done"))
             continue
+        if stale or inputs is None or manifest is None:
+            changed = "an earlier stage"
+        else:
+            changed = _changed(manifest.inputs, inputs)
         stale = True
-        changed = _changed(manifest.inputs, inputs) if manifest and inputs else "an earlier stage"
         todo = f"run again ({changed} changed)" if manifest else "run"
         rows.append((stage.name, f"{todo}, resuming what is there" if partial else todo))
     return rows

@@ -279,8 +279,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         inner = values.get(section) or {}
         if not isinstance(inner, dict):
             raise UpcycleError(f"override '{override}': '{section}' is a value, not a section")
-        values[section] = inner
-        values = inner
+        values[section] = dict(inner)  # a copy: a YAML alias may name the same section twice
+        values = values[section]
     values[field] = _number(yaml.safe_load(text))
 
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_tokenizer
 
+from conftest import make_tokenizer
 from upcycle.data.chat import IGNORED, encode, load_tokenizer
 from upcycle.data.sources import Row, read_rows, to_row
 from upcycle.errors import UpcycleError

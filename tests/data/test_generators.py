@@ -19,7 +19,6 @@ from upcycle.data.generators import (
     quickstart_rows,
     split_of,
     to_roman,
-    to_words,
 )
 
 
@@ -78,10 +77,7 @@ def test_arithmetic_progressions_keep_their_step(family: str) -> None:
         assert int(reply) - c == c - b == b - a
 
 
-def test_other_sequences_follow_their_rule() -> None:
-    for text, reply in asked("geometric"):
-        a, b, c = numbers(text)
-        assert (int(reply) * b, b * b) == (c * c, a * c)
+def test_additive_sequences_add_the_last_two_terms() -> None:
     for text, reply in asked("additive"):
         a, b, c, d = numbers(text)
         assert (c, d, int(reply)) == (a + b, b + c, c + d)
@@ -92,8 +88,6 @@ def test_letters_are_right() -> None:
     assert all(list(reply) == sorted(filled("sort", text, "word")) for text, reply in asked("sort"))
     for text, reply in asked("nth"):
         assert reply == filled("nth", text, "word")[ORDINALS.index(filled("nth", text, "nth"))]
-    for text, reply in asked("count"):
-        assert int(reply) == filled("count", text, "word").count(filled("count", text, "letter"))
 
 
 @pytest.mark.parametrize(("family", "sign"), [("days_later", 1), ("days_earlier", -1)])
@@ -102,19 +96,15 @@ def test_weekdays_are_right(family: str, sign: int) -> None:
         assert (weekday_names(text) + sign * numbers(text)[0]) % 7 == weekday_names(reply)
 
 
-@pytest.mark.parametrize(("family", "sign"), [("months_later", 1), ("months_earlier", -1)])
-def test_months_are_right(family: str, sign: int) -> None:
-    for text, reply in asked(family):
-        assert (month_names(text) + sign * numbers(text)[0]) % 12 == month_names(reply)
+def test_months_are_right() -> None:
+    for text, reply in asked("months_later"):
+        assert (month_names(text) + numbers(text)[0]) % 12 == month_names(reply)
 
 
-@pytest.mark.parametrize(("family", "unit"), [("hours_later", 60), ("minutes_later", 1)])
-def test_clock_is_right(family: str, unit: int) -> None:
-    for text, reply in asked(family):
-        hour, minute = numbers(filled(family, text, "start"))
-        count = int(filled(family, text, "n"))
-        end = (hour * 60 + minute + count * unit) % (24 * 60)
-        assert [end // 60, end % 60] == numbers(reply)
+def test_hours_are_right() -> None:
+    for text, reply in asked("hours_later"):
+        hour, count = int(filled("hours_later", text, "start")[:-3]), int(filled("hours_later", text, "n"))
+        assert reply == f"{(hour + count) % 24}:00"
 
 
 def test_notations_are_right() -> None:
@@ -122,16 +112,11 @@ def test_notations_are_right() -> None:
     assert all(int(re.findall(r"[01]+", text)[0], 2) == int(reply) for text, reply in asked("from_binary"))
     assert all(to_roman(numbers(text)[0]) == reply for text, reply in asked("to_roman"))
     assert all(to_roman(int(reply)) in text for text, reply in asked("from_roman"))
-    assert all(to_words(int(reply)) in text for text, reply in asked("from_words"))
 
 
-def test_roman_numerals_and_words_by_hand() -> None:
+def test_roman_numerals_by_hand() -> None:
     assert [to_roman(n) for n in (4, 9, 14, 40, 90, 249, 388)] == [
         "IV", "IX", "XIV", "XL", "XC", "CCXLIX", "CCCLXXXVIII",
-    ]  # fmt: skip
-    assert [to_words(n) for n in (7, 13, 40, 76, 100, 205, 999)] == [
-        "seven", "thirteen", "forty", "seventy-six", "one hundred", "two hundred five",
-        "nine hundred ninety-nine",
     ]  # fmt: skip
 
 
@@ -139,9 +124,6 @@ def test_order_is_right() -> None:
     assert all(int(reply) == max(numbers(text)) for text, reply in asked("largest"))
     assert all(int(reply) == min(numbers(text)) for text, reply in asked("smallest"))
     assert all(numbers(reply) == sorted(numbers(text)) for text, reply in asked("sort_numbers"))
-    for text, reply in asked("alphabetical"):
-        a, b = re.findall(r"([a-z]+) or ([a-z]+)\?", text)[0]
-        assert reply == min(a, b)
 
 
 def test_race_is_right() -> None:

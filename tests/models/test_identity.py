@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_dense, perturbed
 
-from upcycle.artifacts import Expert, ExpansionPlan
+from conftest import make_dense, perturbed
+from upcycle.artifacts import ExpansionPlan, Expert
 from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
@@ -111,5 +111,3 @@ def test_config_is_one_that_other_programs_read(base: Path, checkpoints: list[Pa
 
     names = [set(safe_open(p / "model.safetensors", "pt").keys()) for p in (moe, tmp_path / "again")]
     assert names[0] == names[1]
-
-

@@ -34,13 +34,13 @@ CONTEXT = 256
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
 WARMUP = 0.03  # of the whole run
 FINAL_LR = 0.02  # of the peak
-REPORT_EVERY = 50
+REPORT_EVERY = 100
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -151,12 +151,12 @@ def seen_tokens(tokenizer: PreTrainedTokenizerFast, seed: int, batches: int = 20
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the bundled base model.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--minutes", type=float, default=0.0, help="stop by the clock (not reproducible)")
-    parser.add_argument("--batch-size", type=int, default=8, help=f"windows of {CONTEXT} tokens")
+    parser.add_argument("--batch-size", type=int, default=4, help=f"windows of {CONTEXT} tokens")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 

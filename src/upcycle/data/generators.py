@@ -31,15 +31,10 @@ NAMES = (
     "Ned", "Pam", "Sam",
 )  # fmt: skip
 PLACES = ("first", "second", "last")
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
 ROMAN = (
     (100, "C"), (90, "XC"), (50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"),
 )  # fmt: skip
-UNITS = (
-    "", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-)  # fmt: skip
-TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 
@@ -82,18 +77,18 @@ def _word(rng: Random, shortest: int, longest: int) -> str:
 
 
 def _add(rng: Random) -> Fact:
-    a, b = rng.randint(2, 99), rng.randint(2, 99)
+    a, b = rng.randint(2, 40), rng.randint(2, 40)
     return _fact(_ordered(a, b), a + b, a=a, b=b)
 
 
 def _subtract(rng: Random) -> Fact:
-    a = rng.randint(10, 99)
+    a = rng.randint(5, 50)
     b = rng.randint(1, a)
     return _fact(f"{a},{b}", a - b, a=a, b=b)
 
 
 def _multiply(rng: Random) -> Fact:
-    a, b = rng.randint(2, 9), rng.randint(2, 30)
+    a, b = rng.randint(2, 9), rng.randint(2, 15)
     a, b = (a, b) if rng.random() < 0.5 else (b, a)
     return _fact(_ordered(a, b), a * b, a=a, b=b)
 
@@ -108,22 +103,17 @@ def _progression(terms: list[int]) -> Fact:
 
 
 def _increasing(rng: Random) -> Fact:
-    start, step = rng.randint(1, 60), rng.randint(2, 15)
+    start, step = rng.randint(1, 40), rng.randint(2, 9)
     return _progression([start + i * step for i in range(4)])
 
 
 def _decreasing(rng: Random) -> Fact:
-    last, step = rng.randint(0, 40), rng.randint(2, 15)
+    last, step = rng.randint(0, 40), rng.randint(2, 9)
     return _progression([last + i * step for i in range(3, -1, -1)])
 
 
-def _geometric(rng: Random) -> Fact:
-    start, ratio = rng.randint(1, 12), rng.randint(2, 3)
-    return _progression([start * ratio**i for i in range(4)])
-
-
 def _additive(rng: Random) -> Fact:
-    terms = [rng.randint(1, 12), rng.randint(1, 20)]
+    terms = [rng.randint(1, 12), rng.randint(1, 12)]
     while len(terms) < 5:
         terms.append(terms[-1] + terms[-2])
     return _progression(terms)
@@ -133,27 +123,19 @@ def _additive(rng: Random) -> Fact:
 
 
 def _reverse(rng: Random) -> Fact:
-    word = _word(rng, 3, 6)
+    word = _word(rng, 3, 5)
     return _fact(word, word[::-1], word=word)
 
 
 def _sort_letters(rng: Random) -> Fact:
-    word = _word(rng, 3, 5)
+    word = _word(rng, 3, 4)
     return _fact(word, "".join(sorted(word)), word=word)
 
 
 def _nth_letter(rng: Random) -> Fact:
-    word = _word(rng, 4, 6)
+    word = _word(rng, 3, 5)
     position = rng.randrange(len(word))
     return _fact(f"{word},{position}", word[position], word=word, nth=ORDINALS[position])
-
-
-def _count_letter(rng: Random) -> Fact:
-    # Three letters of the alphabet at most, so that repeats are common.
-    letters = rng.sample(VOWELS, 1) + rng.sample(CONSONANTS, 2)
-    word = "".join(rng.choice(letters) for _ in range(rng.randint(4, 7)))
-    letter = rng.choice(letters)
-    return _fact(f"{word},{letter}", word.count(letter), word=word, letter=letter)
 
 
 # Calendar and clock
@@ -166,17 +148,8 @@ def _shifted(rng: Random, names: tuple[str, ...], sign: int, most: int) -> Fact:
 
 
 def _hours_later(rng: Random) -> Fact:
-    hour, count = rng.randrange(24), rng.randint(2, 23)
+    hour, count = rng.randrange(24), rng.randint(2, 20)
     return _fact(f"{hour},{count}", f"{(hour + count) % 24}:00", start=f"{hour}:00", n=count)
-
-
-def _minutes_later(rng: Random) -> Fact:
-    start, count = rng.randrange(0, 24 * 60, 5), rng.randrange(10, 60, 5)
-    return _fact(f"{start},{count}", _clock(start + count), start=_clock(start), n=count)
-
-
-def _clock(minutes: int) -> str:
-    return f"{minutes // 60 % 24}:{minutes % 60:02d}"
 
 
 # Notation of numbers
@@ -189,13 +162,6 @@ def to_roman(number: int) -> str:
         digits += symbol * (number // value)
         number %= value
     return digits
-
-
-def to_words(number: int) -> str:
-    """Write 1 to 999 in words, without "and"."""
-    hundreds, rest = divmod(number, 100)
-    tail = UNITS[rest] if rest < 20 else "-".join(filter(None, (TENS[rest // 10], UNITS[rest % 10])))
-    return " ".join(filter(None, (f"{UNITS[hundreds]} hundred" if hundreds else "", tail)))
 
 
 def _notation(rng: Random, most: int, write: Callable[[int], str], read: bool) -> Fact:
@@ -213,21 +179,15 @@ def _binary(number: int) -> str:
 
 
 def _extreme(rng: Random, largest: bool) -> Fact:
-    numbers = rng.sample(range(10, 1000), 3)
+    numbers = rng.sample(range(10, 100), 3)
     answer = max(numbers) if largest else min(numbers)
     a, b, c = numbers
     return _fact(str(sorted(numbers)), answer, a=a, b=b, c=c)
 
 
 def _sort_numbers(rng: Random) -> Fact:
-    a, b, c = numbers = rng.sample(range(1, 100), 3)
+    a, b, c = numbers = rng.sample(range(1, 60), 3)
     return _fact(str(sorted(numbers)), " ".join(map(str, sorted(numbers))), a=a, b=b, c=c)
-
-
-def _alphabetical(rng: Random) -> Fact:
-    stem = _word(rng, 2, 3)
-    pair = [stem[: rng.randint(0, 2)] + _word(rng, 3, 4) for _ in range(2)]
-    return _fact(str(sorted(pair)), min(pair), a=pair[0], b=pair[1])
 
 
 def _race(rng: Random) -> Fact:
@@ -266,7 +226,6 @@ FAMILIES: dict[str, dict[str, Family]] = {
         for name, draw in (
             ("increasing", _increasing),
             ("decreasing", _decreasing),
-            ("geometric", _geometric),
             ("additive", _additive),
         )
     },
@@ -286,69 +245,49 @@ FAMILIES: dict[str, dict[str, Family]] = {
             ("The {nth} letter of {word}?", "Letter {nth} in {word}?", "Give {nth} letter of {word}:"),
             ("The {nth} letter of {word} is ", "In {word} the {nth} letter is "),
         ),
-        "count": Family(
-            _count_letter,
-            ("How many {letter} in {word}?", "Count {letter} in {word}:"),
-            ("The count of {letter} in {word} is ", "In {word} count of {letter} is "),
-        ),
     },
     "calendar": {
         "days_later": Family(
-            lambda rng: _shifted(rng, WEEKDAYS, 1, 30),
+            lambda rng: _shifted(rng, WEEKDAYS, 1, 20),
             ("What is {n} days after {start}?", "{start} plus {n} days?"),
             ("{start} plus {n} days is ", "{n} days after {start} is "),
         ),
         "days_earlier": Family(
-            lambda rng: _shifted(rng, WEEKDAYS, -1, 30),
+            lambda rng: _shifted(rng, WEEKDAYS, -1, 20),
             ("What is {n} days before {start}?", "{start} minus {n} days?"),
             ("{start} minus {n} days is ", "{n} days before {start} is "),
         ),
         "months_later": Family(
-            lambda rng: _shifted(rng, MONTHS, 1, 20),
+            lambda rng: _shifted(rng, MONTHS, 1, 11),
             ("What is {n} months after {start}?", "{start} plus {n} months?"),
             ("{start} plus {n} months is ", "{n} months after {start} is "),
-        ),
-        "months_earlier": Family(
-            lambda rng: _shifted(rng, MONTHS, -1, 20),
-            ("What is {n} months before {start}?", "{start} minus {n} months?"),
-            ("{start} minus {n} months is ", "{n} months before {start} is "),
         ),
         "hours_later": Family(
             _hours_later,
             ("What is {n} hours after {start}?", "{start} plus {n} hours?"),
             ("{start} plus {n} hours is ", "{n} hours after {start} is "),
         ),
-        "minutes_later": Family(
-            _minutes_later,
-            ("What is {n} minutes after {start}?", "{start} plus {n} minutes?"),
-            ("{start} plus {n} minutes is ", "{n} minutes after {start} is "),
-        ),
     },
     "conversion": {
         "to_binary": Family(
-            lambda rng: _notation(rng, 255, _binary, read=False),
+            lambda rng: _notation(rng, 127, _binary, read=False),
             ("What is {number} in binary?", "Write {number} in base 2:", "{number} to binary?"),
             ("{number} in binary is ", "In base 2 {number} is "),
         ),
         "from_binary": Family(
-            lambda rng: _notation(rng, 255, _binary, read=True),
+            lambda rng: _notation(rng, 127, _binary, read=True),
             ("What is binary {written}?", "Read {written} in base 2:", "{written} from binary?"),
             ("Binary {written} is ", "{written} in base 2 means "),
         ),
         "to_roman": Family(
-            lambda rng: _notation(rng, 299, to_roman, read=False),
+            lambda rng: _notation(rng, 199, to_roman, read=False),
             ("What is {number} in Roman?", "Write {number} as Roman:"),
             ("{number} in Roman is ", "As Roman {number} is "),
         ),
         "from_roman": Family(
-            lambda rng: _notation(rng, 299, to_roman, read=True),
+            lambda rng: _notation(rng, 199, to_roman, read=True),
             ("What is Roman {written}?", "Which number is {written}?"),
             ("Roman {written} is ", "{written} means "),
-        ),
-        "from_words": Family(
-            lambda rng: _notation(rng, 999, to_words, read=True),
-            ("{written} in digits?", "Digits of {written}?"),
-            ("{written} in digits is ", "{written}="),
         ),
     },
     "logic": {
@@ -366,11 +305,6 @@ FAMILIES: dict[str, dict[str, Family]] = {
             _sort_numbers,
             ("Sort {a} {b} {c}:", "Order {a} {b} {c}:", "What is {a} {b} {c} sorted?"),
             ("{a} {b} {c} sorted is ", "{a} {b} {c} in order is "),
-        ),
-        "alphabetical": Family(
-            _alphabetical,
-            ("Which is first, {a} or {b}?", "First by alphabet, {a} or {b}?"),
-            ("First among {a}, {b} is ", "Of {a} and {b} the first is "),
         ),
         "race": Family(
             _race,

@@ -141,7 +141,7 @@ def fine_tune(
 
 
 def _without_runtime(entry: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in entry.items() if not any(part in k for part in NOT_REPRODUCED)}
+    return {k: v for k, v in sorted(entry.items()) if not any(part in k for part in NOT_REPRODUCED)}
 
 
 def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, keep: int | None) -> SFTConfig:

@@ -1,0 +1,85 @@
+"""Scores against one sample at a time, without padding."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from upcycle.data.chat import Sample, load_tokenizer
+from upcycle.data.splits import load_splits
+from upcycle.evaluation.evaluate import best_checkpoint
+from upcycle.evaluation.score import exact_matches, held_out, score, short_answers
+from upcycle.models.folders import load_model
+from upcycle.recipe import EvaluateSettings, Recipe
+
+SETTINGS = EvaluateSettings(max_answer_tokens=9, tokens_per_batch=150)
+
+
+@pytest.fixture
+def samples(recipe: Recipe, base: Path) -> list[Sample]:
+    return load_splits(recipe, load_tokenizer(base, None), 128).train[:8]
+
+
+def test_loss_is_the_mean_over_samples_by_domain(base: Path, samples: list[Sample]) -> None:
+    model, tokenizer = load_model(base, torch.float32), load_tokenizer(base, None)
+    settings = SETTINGS.model_copy(update={"exact_match": False})
+    found = score(model, tokenizer, samples, settings, "base", is_moe=False)["loss"]
+    alone = []
+    for sample in samples:
+        with torch.no_grad():
+            logits = model(torch.tensor([sample.input_ids])).logits[0, :-1]
+        alone.append(torch.nn.functional.cross_entropy(logits, torch.tensor(sample.labels[1:])).item())
+    copies = [loss for loss, s in zip(alone, samples, strict=True) if s.domain == "copy"]
+    assert found["all"] == pytest.approx(sum(alone) / len(alone), abs=1e-5)
+    assert found["copy"] == pytest.approx(sum(copies) / len(copies), abs=1e-5)
+
+
+def test_batched_greedy_answers_equal_those_of_one_prompt(base: Path, samples: list[Sample]) -> None:
+    model, tokenizer = load_model(base, torch.float32), load_tokenizer(base, None)
+    expected = []
+    for sample in samples:
+        ids = torch.tensor([sample.input_ids[: sample.answer_start]])
+        output = model.generate(ids, max_new_tokens=9, do_sample=False, attention_mask=torch.ones_like(ids))
+        expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    # the references are replaced by what the model says: now all must match, and none with another reference
+    said = [SimpleNamespace(**{**vars(s), "answer": e}) for s, e in zip(samples, expected, strict=True)]
+    assert exact_matches(model, tokenizer, said, SETTINGS, "base") == [1.0] * len(samples)
+    other = [SimpleNamespace(**{**vars(s), "answer": e + "!"}) for s, e in zip(samples, expected, strict=True)]
+    assert exact_matches(model, tokenizer, other, SETTINGS, "base") == [0.0] * len(samples)
+
+
+def test_long_answers_are_left_out_of_the_exact_match(samples: list[Sample]) -> None:
+    lengths = [len(s.input_ids) - s.answer_start for s in samples]
+    limit = sorted(lengths)[3]
+    chosen = short_answers(samples, SETTINGS.model_copy(update={"max_answer_tokens": limit}))
+    assert len(chosen) == sum(length <= limit for length in lengths) < len(samples)
+
+
+def test_shares_count_the_routed_slots_without_padding(
+    base: Path, checkpoints: list[Path], samples: list[Sample], tmp_path: Path
+) -> None:
+    from upcycle.artifacts import ExpansionPlan, Expert
+    from upcycle.model_upcycling.assemble import assemble
+    from upcycle.recipe import AssembleSettings
+
+    plan = ExpansionPlan(tuple(Expert(f"c{i}", "checkpoint") for i in range(3)), 0.2, 0, "cosine", ())
+    assemble(base, checkpoints, plan, AssembleSettings(), None, 0.5, 0, tmp_path)
+    model = load_model(tmp_path, torch.float32)
+    _, together = held_out(model, samples, SETTINGS, 0, "moe", is_moe=True)
+    counts = torch.zeros(2, 3)
+    for sample in samples:
+        _, alone = held_out(model, [sample], SETTINGS, 0, "moe", is_moe=True)
+        counts += alone["all"] * len(sample.input_ids)
+    torch.testing.assert_close(together["all"], counts / sum(len(s.input_ids) for s in samples), atol=1e-5, rtol=0)
+    assert set(together) == {"all", "copy", "reverse"}
+
+
+def test_best_checkpoint_is_the_one_with_the_lowest_loss() -> None:
+    scores = {
+        "base": {"loss": {"all": 0.1}},
+        "c1": {"loss": {"all": 2.0}},
+        "c2": {"loss": {"all": 1.0}},
+        "MoE": {"loss": {"all": 0.5}, "expert_share": {}},
+    }
+    assert best_checkpoint(scores) == "c2"

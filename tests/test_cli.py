@@ -1,0 +1,129 @@
+"""The command line as a user meets it."""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from upcycle import cli
+from upcycle.pipeline import STAGE_NAMES
+from upcycle.recipe import shipped_recipes
+
+
+@pytest.fixture
+def recipe_file(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe))
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["upcycle", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0
+
+
+def test_help_names_every_stage(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert call(monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
+    assert all(stage in printed for stage in STAGE_NAMES)
+
+
+def test_dry_run_prints_the_recipe_and_does_nothing(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    code = call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", "--dry-run", "expand.num_experts=5")
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "num_experts: 5" in printed
+    assert [line.split()[0] for line in printed.splitlines()[-6:]] == list(STAGE_NAMES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_users_mistake_is_one_line_without_traceback(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", "base=/no/such/model") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model folder /no/such/model does not exist")
+    assert "Traceback" not in error
+
+
+def test_a_base_that_is_not_supported_says_what_is(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, base: Path, capsys: Any
+) -> None:
+    import json
+    import shutil
+
+    for changes, message in (
+        ({"model_type": "gemma"}, "a 'gemma' model has no exact mixture-of-experts twin here; supported: llama -> "),
+        ({"mlp_bias": True}, "mlp_bias=True cannot be kept in a mixtral model"),
+    ):
+        other = tmp_path / "other"
+        shutil.copytree(base, other, dirs_exist_ok=True)
+        config = json.loads((base / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, **changes}))
+        assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", f"base={other}", "--update") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_checkpoints_of_another_architecture_are_named(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, checkpoints: list[Path], capsys: Any
+) -> None:
+    from conftest import make_dense
+
+    other = make_dense(tmp_path / "wide", intermediate_size=64)
+    given = f"prepare.checkpoints=[{checkpoints[0]}, {other}]"
+    assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", given) == 2
+    assert f"{other}: intermediate_size is 64, but the base" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_stages", interrupted)
+    assert call(monkeypatch, "prepare", recipe_file, "seed=3", "--run", tmp_path / "run") == 130
+    assert f"go on with: upcycle prepare {recipe_file} seed=3 --run {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_a_full_disk_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "run_stages", full)
+    assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run") == 2
+    assert "no space left on disk" in capsys.readouterr().err
+
+
+def test_assembly_that_will_not_fit_is_refused_beforehand(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, checkpoints: list[Path], capsys: Any
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    from upcycle.model_upcycling import assemble
+
+    usage = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=10), rmtree=shutil.rmtree)
+    monkeypatch.setattr(assemble, "shutil", usage)
+    given = f"prepare.checkpoints=[{checkpoints[0]}, {checkpoints[1]}]"
+    assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", given) == 2
+    assert "free; make room" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("model.safetensors"))
+
+
+def test_recipes_and_settings_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert call(monkeypatch, "recipes") == 0
+    assert all(name in capsys.readouterr().out for name in ["upit"])
+    assert call(monkeypatch, "recipes", "upit") == 0
+    assert capsys.readouterr().out == shipped_recipes()["upit"]
+    assert call(monkeypatch, "settings") == 0
+    assert "route.alpha: float, default 0.5" in capsys.readouterr().out

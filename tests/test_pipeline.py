@@ -1,0 +1,177 @@
+"""Whole runs: killed and resumed, changed, damaged, with the user's own checkpoints."""
+
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import killing
+from upcycle.artifacts import read_manifest
+from upcycle.errors import UpcycleError
+from upcycle.pipeline import STAGE_NAMES, Run, run_stages, status
+from upcycle.recipe import parse_recipe
+
+NOT_REPRODUCED = ("times.json", ".lock")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in NOT_REPRODUCED
+    }
+
+
+def child(values: dict[str, Any], folder: Path, killed_in: str | None) -> int:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killing", "upcycle.training.fine_tune", "upcycle.evaluation.evaluate"])
+    process = context.Process(target=killing.run, args=(values, str(folder), killed_in))
+    process.start()
+    process.join()
+    return process.exitcode or 0
+
+
+def make(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Run:
+    changed = {**values, **{name: {**values[name], **fields} for name, fields in sections.items()}}
+    return Run(parse_recipe(changed, "test"), folder)
+
+
+def test_killed_in_every_stage_and_resumed_ends_in_the_same_bytes(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    assert child(tiny_recipe, tmp_path / "whole", None) == 0
+    for stage in STAGE_NAMES:
+        assert child(tiny_recipe, tmp_path / "cut", stage) == -9, stage
+        assert (tmp_path / "cut" / f"{stage}.partial").exists()
+        assert not (tmp_path / "cut" / stage).exists()
+    assert child(tiny_recipe, tmp_path / "cut", None) == 0
+    whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, base: Path, rows: Path) -> tuple[dict[str, Any], Path]:
+    """A complete run that tests copy."""
+    training = {"epochs": 1, "checkpoint_every": 0.5, "learning_rate": 1e-3, "batch_size": 16, "micro_batch_size": 16}
+    values = {
+        "base": str(base),
+        "data": {"train": str(rows), "max_length": 64},
+        "prepare": training,
+        "expand": {"num_experts": 3},
+        "route": {"min_samples_per_expert": 3, "epochs": 1, "start": "random"},
+        "posttrain": training,
+        "evaluate": {"models": "ends", "exact_match": False},
+    }
+    folder = tmp_path_factory.mktemp("finished")
+    run_stages(make(values, folder))
+    return values, folder
+
+
+@pytest.fixture
+def copy(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> tuple[dict[str, Any], Path]:
+    values, folder = finished
+    return values, Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_complete_run_does_nothing_again(copy: tuple[dict[str, Any], Path], capsys: Any) -> None:
+    values, folder = copy
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
+    run_stages(make(values, folder))
+    assert capsys.readouterr().out.count("done already") == len(STAGE_NAMES)
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
+    assert [todo for _, todo in status(make(values, folder))] == ["done"] * len(STAGE_NAMES)
+
+
+def test_manifests_say_what_made_them(finished: tuple[dict[str, Any], Path]) -> None:
+    _, folder = finished
+    for stage in STAGE_NAMES:
+        manifest = read_manifest(folder / stage)
+        assert manifest is not None
+        assert manifest.seed == 0
+        assert manifest.versions["torch"]
+        assert {"settings", "seed", "base"} <= manifest.inputs.keys()
+    assert read_manifest(folder / "posttrain").inputs["route"] == read_manifest(folder / "route").content
+
+
+def test_a_folder_of_another_recipe_is_refused_and_named(copy: tuple[dict[str, Any], Path]) -> None:
+    values, folder = copy
+    with pytest.raises(UpcycleError, match=r"made by another recipe:\n  posttrain\.epochs: 1\.0 -> 2\.0\n"):
+        run_stages(make(values, folder, posttrain={"epochs": 2}))
+
+
+def test_update_runs_only_what_the_change_concerns(copy: tuple[dict[str, Any], Path], capsys: Any) -> None:
+    values, folder = copy
+    changed = make(values, folder, posttrain={"router_aux_loss_coef": 0.02})
+    todo = dict(status(changed))
+    assert [todo[s] for s in ("prepare", "expand", "assemble", "route")] == ["done"] * 4
+    assert todo["posttrain"] == "run again (settings changed)"
+    assert todo["evaluate"] == "run again (an earlier stage changed)"
+    run_stages(changed, update=True)
+    printed = capsys.readouterr().out
+    assert printed.count("done already") == 4
+    assert read_manifest(folder / "posttrain").settings["posttrain"]["router_aux_loss_coef"] == 0.02
+
+
+def test_changed_data_are_noticed_by_their_content(
+    copy: tuple[dict[str, Any], Path], rows: Path, tmp_path: Path
+) -> None:
+    values, folder = copy
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(rows.read_bytes())
+    run_stages(make(values, folder, data={"train": str(moved)}), update=True)  # same content: nothing runs
+    moved.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
+    todo = dict(status(make(values, folder, data={"train": str(moved)})))
+    assert todo["prepare"] == "run again (data changed)"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), "has other content"),
+        (lambda p: p.write_bytes(b""), "has 0 bytes, expected"),
+        (lambda p: p.unlink(), "is missing"),
+    ],
+)
+def test_a_damaged_artifact_is_named_and_not_used(damage: Any, message: str, copy: tuple, capsys: Any) -> None:
+    values, folder = copy
+    damage(folder / "assemble" / "model.safetensors")
+    with pytest.raises(UpcycleError, match=rf"assemble/model\.safetensors {message}.*--update"):
+        run_stages(make(values, folder))
+    run_stages(make(values, folder), update=True)
+    assert "rebuilding" in capsys.readouterr().out
+    # rebuilt from the same inputs: the same bytes, so nothing that follows runs again
+    assert [todo for _, todo in status(make(values, folder))] == ["done"] * len(STAGE_NAMES)
+
+
+def test_a_stage_without_its_predecessor_is_refused(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match="assemble needs prepare, which has not been run"):
+        run_stages(make(tiny_recipe, tmp_path), ("assemble",))
+
+
+def test_two_processes_cannot_work_in_one_folder(copy: tuple[dict[str, Any], Path]) -> None:
+    import fcntl
+
+    values, folder = copy
+    with (folder / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UpcycleError, match="another process is working"):
+            run_stages(make(values, folder))
+
+
+@pytest.mark.parametrize("form", ["list", "folder"])
+def test_the_users_own_checkpoints_need_no_training(
+    form: str, tiny_recipe: dict[str, Any], checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = tmp_path / "trainer"
+    shutil.copytree(checkpoints[0], parent / "checkpoint-90")
+    shutil.copytree(checkpoints[1], parent / "checkpoint-100")
+    given = str(parent) if form == "folder" else [str(c) for c in checkpoints[:2]]
+    run = make(tiny_recipe, tmp_path / "run", prepare={"checkpoints": given})
+    import upcycle.expert_preparation.prepare as prepare
+
+    monkeypatch.setattr(prepare, "fine_tune", None)  # would fail if called
+    run_stages(run, ("prepare", "expand", "assemble"))
+    names = [e.name for e in run.plan.experts]
+    assert names[:2] == (["checkpoint-90", "checkpoint-100"] if form == "folder" else ["checkpoint-1", "checkpoint-2"])
+    assert (tmp_path / "run" / "assemble" / "model.safetensors").exists()

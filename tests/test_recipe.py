@@ -1,0 +1,73 @@
+"""Recipes: shipped ones, overrides, and errors that name the field."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from upcycle.errors import UpcycleError
+from upcycle.recipe import describe_settings, differences, dump_recipe, load_recipe, parse_recipe, shipped_recipes
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_is_valid_and_says_what_it_is(name: str) -> None:
+    load_recipe(name)
+    assert shipped_recipes()[name].startswith("# ")
+
+
+def test_what_is_dumped_is_read_back(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = parse_recipe(tiny_recipe, "test")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(str(path)) == recipe
+    assert differences(recipe, recipe) == []
+
+
+def test_overrides_replace_settings_of_any_depth() -> None:
+    recipe = load_recipe("upit", ["expand.num_experts=16", "seed=7", "prepare.learning_rate=2e-4", "data.train=[a, b]"])
+    assert (recipe.expand.num_experts, recipe.seed) == (16, 7)
+    assert recipe.prepare.learning_rate == 2e-4
+    assert recipe.data.train == ["a", "b"]
+    assert differences(load_recipe("upit"), recipe)[-1] == "seed: 0 -> 7"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("expand.num_expert=3", r"expand\.num_expert: unknown setting; did you mean 'num_experts'\?"),
+        ("exapnd.num_experts=3", r"exapnd: unknown setting; did you mean 'expand'\?"),
+        ("expand.num_experts=many", r"expand\.num_experts: .*valid integer.* \(found 'many'\)"),
+        ("expand.num_experts=1", r"expand\.num_experts: .*greater than or equal to 2 \(found 1\)"),
+        ("expand.drop_rate=0.99", r"expand\.drop_rate: .*less than or equal to 0\.95 \(found 0\.99\)"),
+        ("route.start=kmeanz", r"route\.start: .*'upit' or 'random' \(found 'kmeanz'\)"),
+        ("assemble.num_experts_per_tok=9", r"assemble\.num_experts_per_tok is 9, more than expand\.num_experts, 8"),
+        ("prepare.micro_batch_size=3", r"prepare: batch_size 16 is not a multiple of micro_batch_size 3"),
+        ("data.train=3", r"data\.train: "),
+        ("seed", r"override 'seed' is not of the form section\.field=value"),
+        ("base.x=1", r"override 'base\.x=1': 'base' is a value, not a section"),
+    ],
+)
+def test_a_bad_setting_is_named(override: str, message: str) -> None:
+    with pytest.raises(UpcycleError, match=message):
+        load_recipe("upit", [override])
+
+
+def test_a_missing_setting_and_a_missing_recipe_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"data: missing"):
+        parse_recipe({"base": "x"}, "test")
+    with pytest.raises(UpcycleError, match=r"'upti' is neither .*did you mean 'upit'\?"):
+        load_recipe("upti")
+    with pytest.raises(UpcycleError, match=r"gone\.yaml does not exist"):
+        load_recipe(str(tmp_path / "gone.yaml"))
+    (tmp_path / "bad.yaml").write_text("base: [")
+    with pytest.raises(UpcycleError, match=r"bad\.yaml is not YAML"):
+        load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_every_setting_has_a_meaning() -> None:
+    text = describe_settings()
+    for name in ("base", "data.train", "prepare.checkpoint_every", "route.alpha", "evaluate.max_generated"):
+        assert f"\n{name}: " in text
+    recipe = load_recipe("upit").model_dump()
+    documented = sum(len(section) if isinstance(section, dict) else 1 for section in recipe.values())
+    assert text.count("\n    ") == documented

@@ -1,0 +1,163 @@
+"""Training: the schedule, what is trained, resuming, stopping at NaN."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from upcycle.artifacts import ExpansionPlan, Expert
+from upcycle.data.chat import Sample, load_tokenizer
+from upcycle.data.splits import load_splits
+from upcycle.errors import UpcycleError
+from upcycle.expert_preparation.prepare import tune
+from upcycle.model_upcycling.assemble import assemble
+from upcycle.models.folders import load_model
+from upcycle.recipe import AssembleSettings, PrepareSettings, Recipe, TrainingSettings
+from upcycle.training import fine_tune as module
+from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
+from upcycle.training.checkpoints import last_checkpoint
+from upcycle.training.fine_tune import fine_tune
+
+SETTINGS = TrainingSettings(epochs=1, checkpoint_every=0.25, learning_rate=1e-3, batch_size=8, micro_batch_size=4)
+
+
+@pytest.fixture
+def samples(recipe: Recipe, base: Path) -> list[Sample]:
+    return load_splits(recipe, load_tokenizer(base, None), 128).train[:64]
+
+
+@pytest.fixture(scope="module")
+def moe(base: Path, checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("moe")
+    plan = ExpansionPlan(tuple(Expert(f"c{i}", "checkpoint") for i in range(3)), 0.2, 0, "cosine", ())
+    assemble(base, checkpoints, plan, AssembleSettings(), None, 0.02, 0, out)
+    return out
+
+
+class StopAt(TrainerCallback):
+    """Raises in the middle of training, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def weights(model) -> str:
+    content = hashlib.sha256()
+    for name, parameter in sorted(model.state_dict().items()):
+        content.update(name.encode() + parameter.numpy().tobytes())
+    return content.hexdigest()
+
+
+def test_steps_are_the_nearest_to_equal_distances() -> None:
+    assert checkpoint_steps(100, 2.0, 0.25) == [12, 25, 38, 50, 62, 75, 88, 100]
+    assert checkpoint_steps(10, 1.0, 0.3) == [3, 6, 9, 10]
+    with pytest.raises(UpcycleError, match="less than one step apart"):
+        checkpoint_steps(4, 1.0, 0.1)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_an_interrupted_training_ends_in_the_same_weights(
+    kind: str, base: Path, moe: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock Trainer would go on from the initial experts and router of a MoE."""
+    folder, coef = (base, None) if kind == "dense" else (moe, 0.01)
+    tokenizer = load_tokenizer(base, None)
+
+    def train(out: Path):
+        model = load_model(folder, torch.float32).train()
+        log = fine_tune(model, tokenizer, samples, SETTINGS, out, 3, "test", router_aux_loss_coef=coef)
+        return weights(model), log
+
+    expected = train(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "StripOlder", lambda: StopAt(5))
+        train(tmp_path / "cut")
+    assert last_checkpoint(tmp_path / "cut").name == "checkpoint-4"
+    assert train(tmp_path / "cut") == expected
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step, state in ((2, "{}"), (4, '{"global_'), (6, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_ffn_only_tuning_leaves_everything_else_as_the_base(base: Path, samples: list[Sample], tmp_path: Path) -> None:
+    settings = PrepareSettings(**SETTINGS.model_dump(), train="ffn")
+    made = tune(base, load_tokenizer(base, None), None, samples, settings, 0, tmp_path)
+    assert [c.epoch for c in made] == [0.25, 0.5, 0.75, 1.0]
+    before = load_model(base, torch.float32).state_dict()
+    after = load_model(tmp_path / made[-1].path, torch.float32).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mlp." in name}
+    # what is left of a checkpoint is a plain model folder: no pickles, cache on
+    names = {p.name for p in (tmp_path / made[0].path).iterdir()}
+    assert not any(n.endswith((".pt", ".pth", ".bin")) for n in names)
+    assert json.loads((tmp_path / made[0].path / "config.json").read_text())["use_cache"] is True
+
+
+def test_loss_is_on_the_answers_tokens_only(base: Path, samples: list[Sample], tmp_path: Path) -> None:
+    model = load_model(base, torch.float32)
+    one_step = TrainingSettings(epochs=1, checkpoint_every=1, batch_size=8, micro_batch_size=8, learning_rate=1e-9)
+    log = fine_tune(model, load_tokenizer(base, None), samples[:8], one_step, tmp_path, 0, "test")
+    total, count = 0.0, 0
+    for sample in samples[:8]:
+        with torch.no_grad():
+            logits = load_model(base, torch.float32)(torch.tensor([sample.input_ids])).logits[0, :-1]
+        labels = torch.tensor(sample.labels[1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert log[0]["loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_balance_loss_is_added_with_its_coefficient(
+    base: Path, moe: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    step = TrainingSettings(epochs=1, checkpoint_every=1, batch_size=8, micro_batch_size=4, learning_rate=1e-9)
+    logs = []
+    for coef in (0.0, 0.5):
+        model = load_model(moe, torch.float32).train()
+        out = tmp_path / str(coef)
+        log = fine_tune(model, load_tokenizer(base, None), samples[:8], step, out, 0, "test", router_aux_loss_coef=coef)
+        logs.append(log[0])
+    assert logs[0]["balance_loss"] == pytest.approx(logs[1]["balance_loss"], rel=1e-5)
+    assert logs[1]["loss"] - logs[0]["loss"] == pytest.approx(0.5 * logs[0]["balance_loss"], rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(
+    base: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    wild = SETTINGS.model_copy(update={"learning_rate": 1e30, "warmup_fraction": 0.9})
+    with pytest.raises(UpcycleError, match=r"is not finite at step \d+ of 8; .*[Ll]ower the learning rate"):
+        fine_tune(load_model(base, torch.float32), load_tokenizer(base, None), samples, wild, tmp_path, 0, "test")
+    kept = last_checkpoint(tmp_path)
+    if kept:
+        assert all(torch.isfinite(p).all() for p in load_model(kept, torch.float32).parameters())
+
+
+def test_dead_and_overloaded_experts_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = LoadMonitor()
+    mask = torch.tensor([1, 1, 1, 0])
+    for _ in range(20):
+        monitor.add([torch.tensor([[0], [0], [0], [3]]), torch.tensor([[0], [1], [2], [3]])], mask, 4)
+        figures = monitor.take()
+    assert figures == {
+        "max_load": 4.0,
+        "min_load": 0.0,
+        "dead_experts": 4.0,  # three in layer 0; expert 3 of layer 1 only gets padding
+        "overloaded_experts": 1.0,
+    }
+    printed = capsys.readouterr().out
+    assert "overloaded over the last 20 steps (load, 1 is balanced): layer 0 expert 0 (4.00)" in printed
+    assert "dead over the last 20 steps" in printed
