@@ -15,9 +15,13 @@ os.environ["TQDM_DISABLE"] = "1"
 import torch
 from jaxtyping import install_import_hook
 
-with install_import_hook(["upcycle.merging", "upcycle.training.balance", "upcycle.data.batches"], "beartype.beartype"):
+with install_import_hook(
+    ["upcycle.merging", "upcycle.training.balance", "upcycle.data.batches", "upcycle.models.forward"],
+    "beartype.beartype",
+):
     import upcycle.data.batches
     import upcycle.merging.lineage
+    import upcycle.models.forward
     import upcycle.training.balance  # noqa: F401
 
 from upcycle.recipe import Recipe, parse_recipe

@@ -110,10 +110,10 @@ def test_assembly_that_will_not_fit_is_refused_beforehand(
     import shutil
     from types import SimpleNamespace
 
-    from upcycle.model_upcycling import assemble
+    from upcycle.models import folders
 
-    usage = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=10), rmtree=shutil.rmtree)
-    monkeypatch.setattr(assemble, "shutil", usage)
+    usage = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=10), copyfile=shutil.copyfile)
+    monkeypatch.setattr(folders, "shutil", usage)
     given = f"prepare.checkpoints=[{checkpoints[0]}, {checkpoints[1]}]"
     assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", given) == 2
     assert "free; make room" in capsys.readouterr().err

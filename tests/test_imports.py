@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "artifacts": {"errors"},
     "merging": {"merging"},
     "data": {"data", *LEAVES},
-    "models": {"models", *LEAVES},
+    "models": {"models", "data", *LEAVES},
     "training": {"training", "models", "data", *LEAVES},
     **{stage: {stage, "training", "models", "merging", "data", *LEAVES} for stage in STAGES},
     "evaluation": {"evaluation", "models", "data", *LEAVES},

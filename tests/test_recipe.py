@@ -37,6 +37,8 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("expand.num_expert=3", r"expand\.num_expert: unknown setting; did you mean 'num_experts'\?"),
         ("exapnd.num_experts=3", r"exapnd: unknown setting; did you mean 'expand'\?"),
         ("expand.num_experts=many", r"expand\.num_experts: .*valid integer.* \(found 'many'\)"),
+        ("expand.num_experts=4", r"there will be 8 checkpoints .* for 4 experts"),
+        ("prepare.checkpoint_every=2", r"there will be 1 checkpoints .* expected 2 or more"),
         ("expand.num_experts=1", r"expand\.num_experts: .*greater than or equal to 2 \(found 1\)"),
         ("expand.drop_rate=0.99", r"expand\.drop_rate: .*less than or equal to 0\.95 \(found 0\.99\)"),
         ("route.start=kmeanz", r"route\.start: .*'upit' or 'random' \(found 'kmeanz'\)"),

@@ -247,8 +247,8 @@ def status(run: Run) -> list[tuple[str, str]]:
     """(stage, what a run would do) for each stage, without doing anything."""
     rows, stale = [], False
     for stage in STAGES:
-        inputs = run.inputs(stage)
         manifest = read_manifest(run.folder / stage.name)
+        inputs = run.inputs(stage) if manifest else None  # hashing may mean downloading
         partial = (run.folder / f"{stage.name}.partial").exists()
         if manifest and not stale and inputs == manifest.inputs:
             rows.append((stage.name, "done"))
@@ -341,14 +341,15 @@ def _record_time(folder: Path, stage: str, seconds: float) -> None:
 
 
 def show_summary(run: Run) -> None:
-    """What the run made, how long it took, where it lies."""
+    """What the run made, what it cost, where it lies."""
     times = json.loads((run.folder / "times.json").read_text())
-    table(
-        "time per stage (of the last start of each)",
-        ("stage", "seconds"),
-        [(k, f"{v}") for k, v in times.items()],
-    )
-    say(f"\nmixture of experts: {run.folder / 'posttrain'}  (a plain Hugging Face folder)")
+    rows = []
+    for stage, seconds in times.items():
+        log = run.folder / stage / "log.json"
+        record = json.loads(log.read_text()) if log.exists() else {}
+        rows.append((stage, f"{seconds:.0f}", *(f"{record[k]:,}" if record else "" for k in ("tokens", "steps"))))
+    table("cost per stage", ("stage", "seconds", "training tokens", "steps"), rows)
+    say(f"mixture of experts: {run.folder / 'posttrain'}  (a plain Hugging Face folder)")
     say(f"scores:             {run.folder / 'evaluate' / 'scores.json'}")
     say(f"experts' lineage:   {run.folder / 'expand' / 'plan.json'}")
     say(f"seed data, router:  {run.folder / 'route' / 'report.json'}")

@@ -4,6 +4,7 @@ A recipe is a YAML file (or the name of a shipped one) plus `section.field=value
 before torch is imported, so a misspelt field costs no waiting.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -78,6 +79,13 @@ class PrepareSettings(TrainingSettings):
     """Existing checkpoints: a list of model folders or a Trainer folder with checkpoint-*. No training then."""
     train: Literal["ffn", "full"] = "ffn"
     """Which parameters are tuned: the FFN blocks alone (then shared weights equal the base's) or all."""
+
+    @property
+    def num_checkpoints(self) -> int | None:
+        """Checkpoints that there will be; None for a Trainer folder, where only looking tells."""
+        if isinstance(self.checkpoints, list):
+            return len(self.checkpoints)
+        return None if self.checkpoints else math.ceil(self.epochs / self.checkpoint_every - 1e-9)
 
 
 class ExpandSettings(Settings):
@@ -173,6 +181,17 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     seed: int = Field(0, ge=0, lt=2**32)
     """Every random draw of the run follows from it."""
+
+    @model_validator(mode="after")
+    def _room_for_every_checkpoint(self) -> "Recipe":
+        n, m = self.prepare.num_checkpoints, self.expand.num_experts
+        if n is not None and not 2 <= n <= m:
+            raise ValueError(
+                f"there will be {n} checkpoints (prepare.checkpoints, or prepare.epochs over "
+                f"prepare.checkpoint_every) for {m} experts (expand.num_experts); expected 2 or more checkpoints, "
+                "and no more than experts"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fewer_active_than_experts(self) -> "Recipe":

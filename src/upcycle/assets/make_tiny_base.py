@@ -7,6 +7,7 @@ arguments give the same weights on the same machine with the same number of thre
 """
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from upcycle.data.generators import pretraining_text
+from upcycle.data.generators import pretraining_statements
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 # A role and its line break are one token, so that a turn costs three tokens besides its text.
@@ -31,6 +34,7 @@ CHAT_TEMPLATE = (
 )
 
 CONTEXT = 256
+ANSWER_WEIGHT = 10.0
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -83,16 +87,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return model
 
 
-def packed_windows(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield `[batch_size, CONTEXT]` windows of the documents, each closed by the end token."""
-    documents = pretraining_text(seed)
-    ids: list[int] = []
-    size = batch_size * CONTEXT
+Batch = tuple[Tensor, Tensor]  # token ids and loss weights, both [batch, longest]
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Yield padded rows of one statement between the start and the end token, without end.
+
+    The words before an answer are mostly random operands, so the answer carries most of the loss: without that
+    so small a budget teaches the model no skill.
+    """
+    statements = pretraining_statements(seed)
     while True:
-        while len(ids) < size:
-            ids += tokenizer(next(documents) + END, verbose=False).input_ids
-        yield torch.tensor(ids[:size]).view(batch_size, CONTEXT)
-        ids = ids[size:]
+        rows = [_encode(tokenizer, *next(statements)) for _ in range(batch_size)]
+        ids = pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+        yield ids, pad_sequence([weights for _, weights in rows], batch_first=True)
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, stem: str, answer: str) -> Batch:
+    before, after = tokenizer.encode(START + stem), tokenizer.encode(answer + END)
+    return torch.tensor(before + after), torch.tensor([1.0] * len(before) + [ANSWER_WEIGHT] * len(after))
 
 
 def lr_factor(progress: float) -> float:
@@ -103,7 +116,7 @@ def lr_factor(progress: float) -> float:
     return FINAL_LR + (1 - FINAL_LR) * cosine
 
 
-def train(model: LlamaForCausalLM, batches: Iterator[Tensor], args: argparse.Namespace) -> None:
+def train(model: LlamaForCausalLM, data: Iterator[Batch], args: argparse.Namespace) -> None:
     """Train until `args.steps`, or for `args.minutes` if those are given."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
@@ -111,7 +124,7 @@ def train(model: LlamaForCausalLM, batches: Iterator[Tensor], args: argparse.Nam
     while progress < 1:
         # Half a step ahead, so that the first step is not lost to a rate of zero.
         optimizer.param_groups[0]["lr"] = args.lr * lr_factor(progress + 0.5 / args.steps)
-        loss = _step(model, optimizer, next(batches))
+        loss = _step(model, optimizer, *next(data))
         step += 1
         elapsed = time.monotonic() - started
         progress = elapsed / (60 * args.minutes) if args.minutes else step / args.steps
@@ -119,8 +132,10 @@ def train(model: LlamaForCausalLM, batches: Iterator[Tensor], args: argparse.Nam
             print(f"step {step:5d}  {progress:4.0%}  loss {loss:.3f}  {elapsed:5.0f} s", flush=True)
 
 
-def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor, weights: Tensor) -> float:
+    logits = model(input_ids=ids, use_cache=False).logits
+    token_loss = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    loss = (token_loss * weights[:, 1:]).sum() / weights[:, 1:].sum()
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,20 +155,19 @@ def reset_unseen_embeddings(model: LlamaForCausalLM, seen: Tensor, seed: int) ->
     rows[~seen] = (mean + std * noise)[~seen]
 
 
-def seen_tokens(tokenizer: PreTrainedTokenizerFast, seed: int, batches: int = 20) -> Tensor:
+def seen_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> Tensor:
     seen = torch.zeros(len(tokenizer), dtype=torch.bool)
-    windows = packed_windows(tokenizer, 16, seed)
-    for _ in range(batches):
-        seen[next(windows).flatten()] = True
+    for ids, weights in itertools.islice(batches(tokenizer, 100, seed), 50):
+        seen[ids[weights > 0]] = True
     return seen
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the bundled base model.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=0.0, help="stop by the clock (not reproducible)")
-    parser.add_argument("--batch-size", type=int, default=4, help=f"windows of {CONTEXT} tokens")
+    parser.add_argument("--batch-size", type=int, default=40, help="statements a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -165,8 +179,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed)
-    print(f"{model.num_parameters():,} parameters, {args.batch_size * CONTEXT:,} tokens a step")
-    train(model, packed_windows(tokenizer, args.batch_size, args.seed), args)
+    print(f"{model.num_parameters():,} parameters")
+    train(model, batches(tokenizer, args.batch_size, args.seed), args)
     reset_unseen_embeddings(model, seen_tokens(tokenizer, args.seed), args.seed)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from upcycle.data.chat import IGNORED, Sample
@@ -59,14 +59,3 @@ def make_batches(
     """All samples in token-budgeted batches."""
     groups = token_batches([len(s.input_ids) for s in samples], tokens_per_batch)
     return [collate(samples, group, pad_token_id, device) for group in groups]
-
-
-def answer_losses(
-    logits: Float[Tensor, "B S V"], labels: Int[Tensor, "B S"]
-) -> tuple[Float[Tensor, " B"], Bool[Tensor, "B S"]]:
-    """Mean token loss of each sample's answer (log perplexity), and which positions predict an answer token."""
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    predicts = targets != IGNORED
-    losses = torch.nn.functional.cross_entropy(logits[predicts].float(), targets[predicts], reduction="none")
-    sums = torch.zeros(len(labels), device=logits.device).index_add(0, predicts.nonzero()[:, 0], losses)
-    return sums / predicts.sum(dim=1), predicts

@@ -18,7 +18,6 @@ Row = dict[str, Any]
 
 DEFAULT_ROWS: dict[str, int] = {"train": 6000, "validation": 300}
 VALIDATION_ONE_IN = 8
-STATEMENTS_PER_DOCUMENT = 6
 DRAWS_BEFORE_REPEAT = 50
 
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -77,18 +76,18 @@ def _word(rng: Random, shortest: int, longest: int) -> str:
 
 
 def _add(rng: Random) -> Fact:
-    a, b = rng.randint(2, 40), rng.randint(2, 40)
+    a, b = rng.randint(2, 25), rng.randint(2, 25)
     return _fact(_ordered(a, b), a + b, a=a, b=b)
 
 
 def _subtract(rng: Random) -> Fact:
-    a = rng.randint(5, 50)
+    a = rng.randint(5, 30)
     b = rng.randint(1, a)
     return _fact(f"{a},{b}", a - b, a=a, b=b)
 
 
 def _multiply(rng: Random) -> Fact:
-    a, b = rng.randint(2, 9), rng.randint(2, 15)
+    a, b = rng.randint(2, 9), rng.randint(2, 12)
     a, b = (a, b) if rng.random() < 0.5 else (b, a)
     return _fact(_ordered(a, b), a * b, a=a, b=b)
 
@@ -103,17 +102,17 @@ def _progression(terms: list[int]) -> Fact:
 
 
 def _increasing(rng: Random) -> Fact:
-    start, step = rng.randint(1, 40), rng.randint(2, 9)
+    start, step = rng.randint(1, 25), rng.randint(2, 7)
     return _progression([start + i * step for i in range(4)])
 
 
 def _decreasing(rng: Random) -> Fact:
-    last, step = rng.randint(0, 40), rng.randint(2, 9)
+    last, step = rng.randint(0, 25), rng.randint(2, 7)
     return _progression([last + i * step for i in range(3, -1, -1)])
 
 
 def _additive(rng: Random) -> Fact:
-    terms = [rng.randint(1, 12), rng.randint(1, 12)]
+    terms = [rng.randint(1, 9), rng.randint(1, 9)]
     while len(terms) < 5:
         terms.append(terms[-1] + terms[-2])
     return _progression(terms)
@@ -123,7 +122,7 @@ def _additive(rng: Random) -> Fact:
 
 
 def _reverse(rng: Random) -> Fact:
-    word = _word(rng, 3, 5)
+    word = _word(rng, 3, 4)
     return _fact(word, word[::-1], word=word)
 
 
@@ -148,7 +147,7 @@ def _shifted(rng: Random, names: tuple[str, ...], sign: int, most: int) -> Fact:
 
 
 def _hours_later(rng: Random) -> Fact:
-    hour, count = rng.randrange(24), rng.randint(2, 20)
+    hour, count = rng.randrange(24), rng.randint(2, 12)
     return _fact(f"{hour},{count}", f"{(hour + count) % 24}:00", start=f"{hour}:00", n=count)
 
 
@@ -179,14 +178,14 @@ def _binary(number: int) -> str:
 
 
 def _extreme(rng: Random, largest: bool) -> Fact:
-    numbers = rng.sample(range(10, 100), 3)
+    numbers = rng.sample(range(10, 60), 3)
     answer = max(numbers) if largest else min(numbers)
     a, b, c = numbers
     return _fact(str(sorted(numbers)), answer, a=a, b=b, c=c)
 
 
 def _sort_numbers(rng: Random) -> Fact:
-    a, b, c = numbers = rng.sample(range(1, 60), 3)
+    a, b, c = numbers = rng.sample(range(1, 30), 3)
     return _fact(str(sorted(numbers)), " ".join(map(str, sorted(numbers))), a=a, b=b, c=c)
 
 
@@ -248,12 +247,12 @@ FAMILIES: dict[str, dict[str, Family]] = {
     },
     "calendar": {
         "days_later": Family(
-            lambda rng: _shifted(rng, WEEKDAYS, 1, 20),
+            lambda rng: _shifted(rng, WEEKDAYS, 1, 14),
             ("What is {n} days after {start}?", "{start} plus {n} days?"),
             ("{start} plus {n} days is ", "{n} days after {start} is "),
         ),
         "days_earlier": Family(
-            lambda rng: _shifted(rng, WEEKDAYS, -1, 20),
+            lambda rng: _shifted(rng, WEEKDAYS, -1, 14),
             ("What is {n} days before {start}?", "{start} minus {n} days?"),
             ("{start} minus {n} days is ", "{n} days before {start} is "),
         ),
@@ -270,22 +269,22 @@ FAMILIES: dict[str, dict[str, Family]] = {
     },
     "conversion": {
         "to_binary": Family(
-            lambda rng: _notation(rng, 127, _binary, read=False),
+            lambda rng: _notation(rng, 63, _binary, read=False),
             ("What is {number} in binary?", "Write {number} in base 2:", "{number} to binary?"),
             ("{number} in binary is ", "In base 2 {number} is "),
         ),
         "from_binary": Family(
-            lambda rng: _notation(rng, 127, _binary, read=True),
+            lambda rng: _notation(rng, 63, _binary, read=True),
             ("What is binary {written}?", "Read {written} in base 2:", "{written} from binary?"),
             ("Binary {written} is ", "{written} in base 2 means "),
         ),
         "to_roman": Family(
-            lambda rng: _notation(rng, 199, to_roman, read=False),
+            lambda rng: _notation(rng, 120, to_roman, read=False),
             ("What is {number} in Roman?", "Write {number} as Roman:"),
             ("{number} in Roman is ", "As Roman {number} is "),
         ),
         "from_roman": Family(
-            lambda rng: _notation(rng, 199, to_roman, read=True),
+            lambda rng: _notation(rng, 120, to_roman, read=True),
             ("What is Roman {written}?", "Which number is {written}?"),
             ("Roman {written} is ", "{written} means "),
         ),
@@ -358,14 +357,15 @@ def _ask(rng: Random, split: Split, domain: str) -> tuple[str, str]:
     return rng.choice(family.questions).format(**fact.slots), fact.answer
 
 
-def pretraining_text(seed: int = 0) -> Iterator[str]:
-    """Yield documents of statements about the same skills without end; no question and no chat among them."""
+def pretraining_statements(seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield statements about the same skills without end, as a stem and the answer that completes it."""
     rng = Random(f"pretraining/{seed}")
     while True:
-        yield " ".join(_state(rng) for _ in range(STATEMENTS_PER_DOCUMENT))
+        family = rng.choice(list(FAMILIES[rng.choice(DOMAINS)].values()))
+        fact = family.draw(rng)
+        yield rng.choice(family.statements).format(**fact.slots), f"{fact.answer}."
 
 
-def _state(rng: Random) -> str:
-    family = rng.choice(list(FAMILIES[rng.choice(DOMAINS)].values()))
-    fact = family.draw(rng)
-    return f"{rng.choice(family.statements).format(**fact.slots)}{fact.answer}."
+def pretraining_text(seed: int = 0) -> Iterator[str]:
+    """Yield the same statements as text; no question and no chat among them."""
+    return (stem + answer for stem, answer in pretraining_statements(seed))

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upcycle.console import Progress
-from upcycle.data.batches import answer_losses, make_batches, token_batches
+from upcycle.data.batches import make_batches, token_batches
 from upcycle.data.chat import Sample
+from upcycle.models.forward import answer_losses
 from upcycle.models.routers import RouterRecorder
 from upcycle.recipe import EvaluateSettings
 
@@ -61,8 +62,7 @@ def held_out(
         for batch in batches:
             if recorder:
                 recorder.clear()
-            logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            losses[batch.indices] = answer_losses(logits, batch.labels)[0].cpu()
+            losses[batch.indices] = answer_losses(model, batch)[0].cpu()
             if recorder:
                 for row, slots in enumerate(_slots(recorder, batch.attention_mask)):
                     for domain in {samples[batch.indices[row]].domain, ALL}:

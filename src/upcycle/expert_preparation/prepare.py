@@ -9,10 +9,10 @@ from upcycle.artifacts import Checkpoint, write_json
 from upcycle.data.chat import Sample
 from upcycle.expert_preparation.checkpoints import write_checkpoints
 from upcycle.models.families import family_of, ffn_names
-from upcycle.models.folders import copy_companions, load_model, read_config, write_config
+from upcycle.models.folders import copy_companions, load_model, read_config, require_space, write_config
 from upcycle.recipe import PrepareSettings
 from upcycle.training.checkpoints import step_of, strip_resume_files
-from upcycle.training.fine_tune import fine_tune
+from upcycle.training.fine_tune import fine_tune, training_record
 
 
 def tune(
@@ -35,6 +35,7 @@ def tune(
     model = load_model(base, dtype=torch.float32).train()
     if settings.train == "ffn":
         freeze_all_but_ffn(model, base)
+    _require_space(model, settings, out_dir)
     log = fine_tune(model, tokenizer, train, settings, out_dir, seed, "prepare: instruction tuning")
     folders = sorted(out_dir.glob("checkpoint-*"), key=step_of)
     last_step = step_of(folders[-1])
@@ -45,9 +46,17 @@ def tune(
         _finish(folder, base, chat_template)
         epoch = round(settings.epochs * step_of(folder) / last_step, 4)
         checkpoints.append(Checkpoint(folder.name, folder.name, epoch))
-    write_json(out_dir / "log.json", log)
+    write_json(out_dir / "log.json", training_record(train, settings, log))
     write_checkpoints(out_dir, checkpoints)
     return checkpoints
+
+
+def _require_space(model: Any, settings: PrepareSettings, out_dir: Path) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    needed = 4 * (parameters * (settings.num_checkpoints or 0) + 2 * trainable)  # fp32, and Adam's two moments once
+    hint = "raise prepare.checkpoint_every"
+    require_space(out_dir, needed, f"preparation ({settings.num_checkpoints} checkpoints)", hint)
 
 
 def freeze_all_but_ffn(model: Any, base: Path) -> None:

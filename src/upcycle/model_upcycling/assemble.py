@@ -4,7 +4,6 @@ Each expert's FFN goes straight into the MoE's shards; no child is ever a dense 
 few pieces of tensors.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from upcycle.console import say, track
 from upcycle.errors import UpcycleError
 from upcycle.merging.lineage import Child, materialise
 from upcycle.models.families import family_of, ffn_names, moe_config, router_names
-from upcycle.models.folders import copy_companions, read_config, write_config
+from upcycle.models.folders import copy_companions, read_config, require_space, write_config
 from upcycle.models.routers import random_routers
 from upcycle.models.safetensors_io import DTYPES, ModelReader, ModelWriter, TensorSpec, pieces
 from upcycle.recipe import AssembleSettings
@@ -54,7 +53,8 @@ def assemble(
         specs[moe.format(expert=expert)] = TensorSpec(source.spec(dense).shape, dtype)
     for name, router in zip(router_names(family, config), routers, strict=True):
         specs[name] = TensorSpec(tuple(router.shape), dtype)
-    _check_space(out_dir, specs)
+    hint = "lower expand.num_experts or set assemble.dtype=bfloat16"
+    require_space(out_dir, sum(spec.num_bytes for spec in specs.values()), "the MoE", hint)
     with ModelWriter(out_dir, specs) as writer:
         for name in track(shared, "assemble: shared weights"):
             _write_shared(writer, name, source, readers, settings.shared)
@@ -109,13 +109,3 @@ def _shared_names(source: ModelReader, readers: Sequence[ModelReader], ffn: set[
 
 def _storage_dtype(reader: ModelReader, name: str, settings: AssembleSettings) -> torch.dtype:
     return reader.spec(name).dtype if settings.dtype == "source" else DTYPE_NAMES[settings.dtype]
-
-
-def _check_space(out_dir: Path, specs: dict[str, TensorSpec]) -> None:
-    needed = sum(spec.num_bytes for spec in specs.values())
-    free = shutil.disk_usage(out_dir).free
-    if needed > free:
-        raise UpcycleError(
-            f"the MoE needs {needed / 1e9:.1f} GB in {out_dir}, where {free / 1e9:.1f} GB are free; make room, "
-            "take another --run, lower expand.num_experts or set assemble.dtype=bfloat16"
-        )

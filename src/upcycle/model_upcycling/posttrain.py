@@ -10,7 +10,7 @@ from upcycle.artifacts import write_json
 from upcycle.data.chat import Sample
 from upcycle.models.folders import finish_moe_folder, load_model, load_routers
 from upcycle.recipe import PosttrainSettings
-from upcycle.training.fine_tune import fine_tune
+from upcycle.training.fine_tune import fine_tune, training_record
 
 TRAINER = "trainer"
 """Folder of the Trainer's own checkpoints while the stage runs."""
@@ -47,5 +47,5 @@ def posttrain(
     )
     model.save_pretrained(out_dir)
     finish_moe_folder(out_dir, initial)
-    write_json(out_dir / "log.json", log)
+    write_json(out_dir / "log.json", training_record(train, settings, log))
     shutil.rmtree(out_dir / TRAINER)

@@ -111,6 +111,20 @@ def copy_companions(source: Path, folder: Path, chat_template: str | None = None
         (folder / "chat_template.jinja").write_text(chat_template)
 
 
+def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
+    """Refuse work whose result would not fit on the disk.
+
+    Raises:
+        UpcycleError: says how many bytes are needed and how many are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UpcycleError(
+            f"{what} needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; make room, take "
+            f"another --run, or {hint}"
+        )
+
+
 def write_config(folder: Path, config: Config) -> None:
     """config.json, indented like transformers' own."""
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

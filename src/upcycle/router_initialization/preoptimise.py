@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from upcycle.console import Progress
-from upcycle.data.batches import Batch, answer_losses, collate, token_batches
+from upcycle.data.batches import Batch, collate, token_batches
 from upcycle.data.chat import Sample
+from upcycle.models.forward import answer_losses
 from upcycle.models.routers import GatedRouter, RowExperts, swapped_routers
 from upcycle.recipe import RouteSettings
 
@@ -71,11 +72,15 @@ def gated_losses(
     model: Any, batch: Batch, routers: Sequence[Any], tokens: str
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(L_lm, L_aux) of a batch: means over samples, of token means."""
-    logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    language, predicts = answer_losses(logits, batch.labels)
-    mask = predicts if tokens == "answer" else batch.attention_mask.bool()
+    language, predicts = answer_losses(model, batch)
+    mask = token_mask(batch, predicts, tokens)
     scores = torch.stack([router.scores for router in routers])
     return language.mean(), auxiliary_loss(scores, mask)
+
+
+def token_mask(batch: Batch, predicts: Bool[Tensor, "B S"], tokens: str) -> Bool[Tensor, "B S"]:
+    """The tokens that count for the router: those that predict the answer, or all but padding."""
+    return predicts if tokens == "answer" else batch.attention_mask.bool()
 
 
 def auxiliary_loss(scores: Float[Tensor, "L T"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, ""]:

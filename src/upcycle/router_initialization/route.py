@@ -13,15 +13,16 @@ from torch import Tensor
 
 from upcycle.artifacts import write_json
 from upcycle.console import say, table, warn
-from upcycle.data.batches import answer_losses, make_batches
+from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
 from upcycle.models.families import family_of_moe, router_names
 from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device
+from upcycle.models.forward import answer_losses
 from upcycle.models.routers import RouterRecorder, random_routers
 from upcycle.recipe import RouteSettings
 from upcycle.router_initialization.assignment import Experts, Losses, assign, fill_empty
-from upcycle.router_initialization.preoptimise import preoptimise
+from upcycle.router_initialization.preoptimise import preoptimise, token_mask
 from upcycle.router_initialization.scoring import expert_losses
 
 ROUTER = "router.safetensors"
@@ -108,15 +109,14 @@ def measure(
 ) -> dict[str, Any]:
     """How often the router ranks the assigned expert of unseen seed samples first, per layer and overall.
 
-    A sample's rank is by its mean router probability over the answer's tokens; overall, over the layers too.
+    A sample's rank is by its mean router probability over `settings.tokens`; overall, over the layers too.
     """
     probabilities = []
     order: list[int] = []
     with RouterRecorder(model) as recorder:
         for batch in make_batches(samples, settings.tokens_per_batch, pad_token_id, model.device):
             recorder.clear()
-            logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            mask = answer_losses(logits, batch.labels)[1]
+            mask = token_mask(batch, answer_losses(model, batch)[1], settings.tokens)
             probabilities.append(torch.stack([_mean_probability(layer, mask) for layer in recorder.logits], dim=1))
             order += batch.indices
     ranked = torch.cat(probabilities).cpu()  # (samples, layers, experts)

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upcycle.console import Progress
-from upcycle.data.batches import answer_losses, make_batches
+from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
+from upcycle.models.forward import answer_losses
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 
 
@@ -37,7 +38,6 @@ def expert_losses(
         for batch in batches:
             for expert in range(num_experts):
                 rows.experts = torch.full((len(batch.indices),), expert, device=model.device)
-                logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-                losses[batch.indices, expert] = answer_losses(logits, batch.labels)[0].cpu()
+                losses[batch.indices, expert] = answer_losses(model, batch)[0].cpu()
                 bar.advance()
     return losses

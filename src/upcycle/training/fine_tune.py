@@ -140,6 +140,19 @@ def fine_tune(
     return [_without_runtime(entry) for entry in trainer.state.log_history if "loss" in entry]
 
 
+def training_record(
+    samples: Sequence[Sample], settings: TrainingSettings, log: list[dict[str, float]]
+) -> dict[str, Any]:
+    """What a training stage saw, and its log."""
+    return {
+        "rows": len(samples),
+        "tokens": round(settings.epochs * sum(len(s.input_ids) for s in samples)),
+        "answer_tokens": round(settings.epochs * sum(s.num_answer_tokens for s in samples)),
+        "steps": len(log),
+        "log": log,
+    }
+
+
 def _without_runtime(entry: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in sorted(entry.items()) if not any(part in k for part in NOT_REPRODUCED)}
 

@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all one needs; both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types check setup clean
+
+demo: $(READY)  ## run the whole job on the embedded model: a few minutes on two cores
+	@echo "== upcycle run quickstart: dense model -> checkpoints -> mixture of experts, in runs/quickstart"
+	$(BIN)/upcycle run quickstart --run runs/quickstart
+
+test: $(READY)  ## lint, types, tests
+	@echo "== ruff, mypy, pytest"
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/pytest
+	@echo "== all checks passed"
+
+setup: $(READY)
+
+# torch first and pinned: a looser requirement can pull gigabytes of CUDA packages
+$(READY): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (once; downloads about 500 MB)"
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; give one with make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
