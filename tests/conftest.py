@@ -26,6 +26,8 @@ with install_import_hook(
 
 from upcycle.recipe import Recipe, parse_recipe
 
+torch.set_num_threads(1)  # tiny models gain nothing from two threads and lose much when another core is busy
+
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -51,20 +51,8 @@ STAGE_HELP = {
 }
 
 
-@app.command("run")
-def run_command(
-    recipe: RecipeArgument,
-    run: RunOption,
-    overrides: OverridesArgument = None,
-    dry_run: DryRunOption = False,
-    update: UpdateOption = False,
-) -> None:
-    """All stages of RECIPE in order. Run it again to resume: what is complete is not done again."""
-    _execute(STAGE_NAMES, recipe, run, overrides, dry_run, update)
-
-
-def _stage_command(stage: str) -> None:
-    @app.command(stage, help=f"{STAGE_HELP[stage]} One stage of `run`; earlier ones must be complete.")
+def _add_command(name: str, stages: tuple[str, ...], text: str) -> None:
+    @app.command(name, help=text)
     def command(
         recipe: RecipeArgument,
         run: RunOption,
@@ -72,11 +60,12 @@ def _stage_command(stage: str) -> None:
         dry_run: DryRunOption = False,
         update: UpdateOption = False,
     ) -> None:
-        _execute((stage,), recipe, run, overrides, dry_run, update)
+        _execute(stages, recipe, run, overrides, dry_run, update)
 
 
+_add_command("run", STAGE_NAMES, "All stages of RECIPE in order. Run it again to resume: what is complete is kept.")
 for _stage in STAGE_NAMES:
-    _stage_command(_stage)
+    _add_command(_stage, (_stage,), f"{STAGE_HELP[_stage]} One stage of `run`; earlier ones must be complete.")
 
 
 @app.command()

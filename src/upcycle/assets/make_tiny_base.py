@@ -37,7 +37,7 @@ CONTEXT = 256
 ANSWER_WEIGHT = 10.0
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
-    "intermediate_size": 384,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -137,7 +137,7 @@ def _step(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, ids: Tensor
     token_loss = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     loss = (token_loss * weights[:, 1:]).sum() / weights[:, 1:].sum()
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return float(loss.detach())

@@ -34,6 +34,10 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth")
 ROMAN = (
     (100, "C"), (90, "XC"), (50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"),
 )  # fmt: skip
+# Idle words before a statement and before its answer: a base that reads the answer at varying distances from the
+# numbers it depends on does not stumble over a chat template between the two.
+OPENINGS = ("", "", "Note that ", "We know ", "As ever, ", "Look, ")
+FILLERS = ("", "", "of course ", "clearly ", "just ", "as we know ", "in short ", "so it is said, ")
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 
@@ -363,7 +367,8 @@ def pretraining_statements(seed: int = 0) -> Iterator[tuple[str, str]]:
     while True:
         family = rng.choice(list(FAMILIES[rng.choice(DOMAINS)].values()))
         fact = family.draw(rng)
-        yield rng.choice(family.statements).format(**fact.slots), f"{fact.answer}."
+        stem = rng.choice(OPENINGS) + rng.choice(family.statements).format(**fact.slots)
+        yield stem + (rng.choice(FILLERS) if stem.endswith(" ") else ""), f"{fact.answer}."
 
 
 def pretraining_text(seed: int = 0) -> Iterator[str]:
