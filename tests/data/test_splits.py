@@ -68,7 +68,7 @@ def test_rows_left_out_are_counted(
     silent = {"messages": [{"role": "user", "content": "anyone?"}]}
     long = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "y"}]}
     original = Path(tiny_recipe["data"]["train"]).read_text()
-    path.write_text(original + json.dumps(silent) + "\n" + json.dumps(long) + "\n")
+    path.write_text(original + "".join(json.dumps(row) + "\n" for row in (silent, long)))
     split(tiny_recipe, data__train=str(path), data__validation_fraction=0.001)
     printed = capsys.readouterr().out
     assert "left out 1 training rows with no assistant turn" in printed

@@ -1,6 +1,7 @@
 """The MoE is the dense model where it must be: equal experts, or every token forced to one expert."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from conftest import make_dense, perturbed
 from upcycle.artifacts import ExpansionPlan, Expert
+from upcycle.errors import UpcycleError
 from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
@@ -111,3 +113,36 @@ def test_config_is_one_that_other_programs_read(base: Path, checkpoints: list[Pa
 
     names = [set(safe_open(p / "model.safetensors", "pt").keys()) for p in (moe, tmp_path / "again")]
     assert names[0] == names[1]
+
+
+def test_what_older_files_carry_without_need_is_left_aside(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    older = tmp_path / "older"
+    shutil.copytree(base, older)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # tied, but written
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, older / "model.safetensors", metadata={"format": "pt"})
+    moe = assembled(older, checkpoints, tmp_path / "moe")
+    torch.testing.assert_close(logits(moe), logits(assembled(base, checkpoints, tmp_path / "same")))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", "is in only one of this checkpoint and the base"),
+        ("model.layers.0.mlp.gate_proj.bias", "is in only one of this checkpoint and the base"),
+    ],
+)
+def test_a_tensor_with_no_place_is_refused(
+    name: str, message: str, base: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    odd = tmp_path / "odd"
+    shutil.copytree(checkpoints[0], odd)
+    tensors = load_file(odd / "model.safetensors")
+    save_file({**tensors, name: torch.ones(32)}, odd / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UpcycleError, match=f"{name} {message}"):
+        assembled(base, [odd, *checkpoints], tmp_path / "moe")

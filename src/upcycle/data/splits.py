@@ -83,9 +83,12 @@ def _encode_all(rows: list[Row], tokenizer: Any, limit: int, name: str) -> list[
         first = next(row for row in rows if not row.has_answer)
         warn(f"left out {len(rows) - len(answered)} {name} rows with no assistant turn (first: {first.where})")
     samples = [encode(row, tokenizer) for row in track(answered, f"encoding {name} rows")]
-    kept = [s for s in samples if len(s.input_ids) <= limit]
-    if len(kept) < len(samples):
-        warn(f"left out {len(samples) - len(kept)} {name} rows longer than {limit} tokens")
+    fitting = [s for s in samples if len(s.input_ids) <= limit]
+    if len(fitting) < len(samples):
+        warn(f"left out {len(samples) - len(fitting)} {name} rows longer than {limit} tokens")
+    kept = [s for s in fitting if s.num_answer_tokens]
+    if len(kept) < len(fitting):
+        warn(f"left out {len(fitting) - len(kept)} {name} rows whose answer is empty")
     if not kept:
         raise UpcycleError(f"no {name} row is left of {len(rows)}; see the warnings above")
     return kept

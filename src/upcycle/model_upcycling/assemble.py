@@ -45,7 +45,7 @@ def assemble(
     family = family_of(config, str(base))
     source, readers = ModelReader(base), [ModelReader(f) for f in folders]
     ffn = ffn_names(family, config)
-    shared = _shared_names(source, readers, {dense for dense, _ in ffn})
+    shared = _shared_names(source, readers, {dense for dense, _ in ffn}, bool(config.get("tie_word_embeddings")))
     dtype = _storage_dtype(readers[-1], ffn[0][0], settings)
     routers = random_routers(config["num_hidden_layers"], len(plan.experts), config["hidden_size"], router_std, seed)
     specs = {name: TensorSpec(source.spec(name).shape, dtype) for name in shared}
@@ -95,16 +95,22 @@ def _write_shared(
         writer.write(name, torch.stack(values).mean(dim=0) if len(values) > 1 else values[0], element)
 
 
-def _shared_names(source: ModelReader, readers: Sequence[ModelReader], ffn: set[str]) -> list[str]:
-    names = set(source.names())
+def _shared_names(source: ModelReader, readers: Sequence[ModelReader], ffn: set[str], tied: bool) -> list[str]:
+    """Every weight that is not an expert's; what some files carry without need is left aside."""
+    names = _needed(source, tied)
     for reader in readers:
-        if set(reader.names()) != names:
-            odd = sorted(set(reader.names()) ^ names)[0]
+        if _needed(reader, tied) != names:
+            odd = sorted(_needed(reader, tied) ^ names)[0]
             raise UpcycleError(f"{reader.folder}: tensor {odd} is in only one of this checkpoint and the base")
     strange = [n for n in names - ffn if ".mlp." in n]
     if strange:
         raise UpcycleError(f"{source.folder}: {sorted(strange)[0]} has no place in the mixture of experts")
     return sorted(names - ffn)
+
+
+def _needed(reader: ModelReader, tied: bool) -> set[str]:
+    # older files repeat the tied head, and a table of rotary frequencies that is computed anyway
+    return {n for n in reader.names() if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")}
 
 
 def _storage_dtype(reader: ModelReader, name: str, settings: AssembleSettings) -> torch.dtype:
