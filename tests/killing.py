@@ -25,17 +25,50 @@ def _after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _after_some_files(folder: Any, **_: Any) -> None:
+    """Removes the weights of the Trainer's checkpoint, then dies: trainer_state.json is still there."""
+    for weights in Path(folder).rglob("model.safetensors"):
+        weights.unlink()
+    _kill()
+
+
+POINTS = (
+    "prepare",
+    "prepare tail",
+    "expand",
+    "assemble",
+    "assemble seal",
+    "route",
+    "posttrain",
+    "posttrain tail",
+    "posttrain rmtree",
+    "evaluate",
+)
+"""Where a run can be killed: in a stage's work, while it finishes its folders, while it is sealed."""
+
+
 def arm(stage: str) -> None:
-    """Patch the code of a stage so that it dies in the middle of its work."""
+    """Patch the code of a stage so that it dies at one of `POINTS`."""
     import torch
 
+    from upcycle import artifacts
     from upcycle.evaluation import evaluate
     from upcycle.expert_expansion import expand
+    from upcycle.expert_preparation import prepare
+    from upcycle.model_upcycling import posttrain
     from upcycle.models.safetensors_io import ModelWriter
     from upcycle.training.fine_tune import UpcyclingTrainer
 
     if stage in ("prepare", "posttrain"):
         UpcyclingTrainer.training_step = _after(13, UpcyclingTrainer.training_step)  # step 7: past a checkpoint
+    elif stage == "prepare tail":
+        prepare._finish = _after(1, prepare._finish)  # the first of two checkpoints is finished
+    elif stage == "posttrain tail":
+        posttrain.finish_moe_folder = _kill  # the weights are written, the folder is not finished
+    elif stage == "posttrain rmtree":
+        posttrain.shutil.rmtree = _after_some_files
+    elif stage == "assemble seal":
+        artifacts.hash_file = _after(3, artifacts.hash_file)
     elif stage == "expand":
         expand.show_plan = _kill  # after plan.json is written, before the manifest
     elif stage == "assemble":

@@ -89,17 +89,20 @@ def test_ctrl_c_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "run_stages", interrupted)
-    assert call(monkeypatch, "prepare", recipe_file, "seed=3", "--run", tmp_path / "run") == 130
-    assert f"go on with: upcycle prepare {recipe_file} seed=3 --run {tmp_path / 'run'}" in capsys.readouterr().err
+    assert call(monkeypatch, "prepare", recipe_file, "data.train=[a, b]", "--run", tmp_path / "run", "--update") == 130
+    expected = f"go on with: upcycle prepare {recipe_file} 'data.train=[a, b]' --run {tmp_path / 'run'} --update"
+    assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("inline_container")])
 def test_a_full_disk_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+    error: Exception, monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
 ) -> None:
     def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(cli, "run_stages", full)
+    monkeypatch.setattr(cli, "_disk_full", lambda _: True)
     assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run") == 2
     assert "no space left on disk" in capsys.readouterr().err
 

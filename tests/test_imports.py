@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "errors": set(),
     "console": set(),
     "recipe": {"errors"},
-    "artifacts": {"errors"},
+    "artifacts": {"errors", "console"},
     "merging": {"merging"},
     "data": {"data", *LEAVES},
     "models": {"models", "data", *LEAVES},

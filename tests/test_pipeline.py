@@ -10,7 +10,7 @@ import pytest
 import killing
 from upcycle.artifacts import read_manifest
 from upcycle.errors import UpcycleError
-from upcycle.pipeline import STAGE_NAMES, Run, run_stages, status
+from upcycle.pipeline import STAGE_NAMES, STAGES, Run, run_stages, status
 from upcycle.recipe import parse_recipe
 
 NOT_REPRODUCED = ("times.json", ".lock")
@@ -40,8 +40,9 @@ def make(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Ru
 
 def test_killed_in_every_stage_and_resumed_ends_in_the_same_bytes(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     assert child(tiny_recipe, tmp_path / "whole", None) == 0
-    for stage in STAGE_NAMES:
-        assert child(tiny_recipe, tmp_path / "cut", stage) == -9, stage
+    for point in killing.POINTS:
+        assert child(tiny_recipe, tmp_path / "cut", point) == -9, point
+        stage = point.split()[0]
         assert (tmp_path / "cut" / f"{stage}.partial").exists()
         assert not (tmp_path / "cut" / stage).exists()
     assert child(tiny_recipe, tmp_path / "cut", None) == 0
@@ -159,6 +160,80 @@ def test_two_processes_cannot_work_in_one_folder(copy: tuple[dict[str, Any], Pat
             run_stages(make(values, folder))
 
 
+def test_a_verb_does_not_build_on_an_outdated_or_damaged_stage(copy: tuple[dict[str, Any], Path]) -> None:
+    values, folder = copy
+    changed = make(values, folder, route={"init_std": 0.03})
+    with pytest.raises(UpcycleError, match=r"needs assemble, which is outdated \(settings changed\): run it first"):
+        run_stages(changed, ("posttrain",), update=True)
+    (folder / "recipe.yaml").unlink()
+    (folder / "route" / "router.safetensors").write_bytes(b"")
+    with pytest.raises(UpcycleError, match=r"router\.safetensors has 0 bytes"):
+        run_stages(make(values, folder), ("evaluate",))
+
+
+def test_work_left_with_other_inputs_is_set_aside_not_deleted(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = make(tiny_recipe, tmp_path / "run")
+    import upcycle.expert_preparation.prepare as prepare
+
+    def left_something(*arguments: Any) -> None:
+        (arguments[-1] / "work").write_text("hours")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "tune", left_something)
+        with pytest.raises(KeyboardInterrupt):
+            run_stages(run, ("prepare",))
+    other = make(tiny_recipe, tmp_path / "run", prepare={"learning_rate": 1e-4})
+    with pytest.raises(UpcycleError, match="made by another recipe"):
+        run_stages(other, ("prepare",))
+    rows = Path(tiny_recipe["data"]["train"])
+    more = tmp_path / "more.jsonl"
+    more.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    longer = make(tiny_recipe, tmp_path / "run", data={"train": str(more)})
+    with pytest.raises(UpcycleError, match=r"prepare\.partial was left by a run with other inputs \(data changed\)"):
+        run_stages(longer, ("prepare",))
+    run_stages(longer, ("prepare",), update=True)
+    assert (tmp_path / "run" / "prepare.partial.old-1" / "work").read_text() == "hours"
+    assert "set aside as prepare.partial.old-1" in capsys.readouterr().out
+
+
+def test_settings_concern_only_the_stages_that_they_decide(copy: tuple[dict[str, Any], Path]) -> None:
+    values, folder = copy
+    only = dict(status(make(values, folder, data={"max_validation": 1})))
+    assert [s for s, todo in only.items() if todo != "done"] == ["evaluate"]
+    own = {**values, "route": {**values["route"], "seed_from": "train"}}
+    before = make(own, folder).settings(STAGES[0])
+    assert before == make(own, folder, expand={"num_experts": 5}).settings(STAGES[0])
+    assert before != make(values, folder).settings(STAGES[0])  # held-out seed data are missing from training
+
+
+def test_a_checkpoint_that_changes_in_place_is_noticed(
+    tiny_recipe: dict[str, Any], checkpoints: list[Path], tmp_path: Path
+) -> None:
+    given = [str(shutil.copytree(c, tmp_path / c.name)) for c in checkpoints[:2]]
+    values = {**tiny_recipe, "prepare": {"checkpoints": given}}
+    run_stages(make(values, tmp_path / "run"), ("prepare", "expand", "assemble"))
+    before = read_manifest(tmp_path / "run" / "assemble")
+    shutil.copyfile(checkpoints[2] / "model.safetensors", Path(given[1]) / "model.safetensors")
+    run_stages(make(values, tmp_path / "run"), ("prepare", "expand", "assemble"), update=True)
+    assert read_manifest(tmp_path / "run" / "assemble").content != before.content
+
+
+def test_the_template_in_force_ends_up_in_the_model(
+    tiny_recipe: dict[str, Any], checkpoints: list[Path], tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    values = {**tiny_recipe, "prepare": {"checkpoints": [str(c) for c in checkpoints[:2]]}}
+    for text in ("{{ messages }}", "{{ messages }}!"):
+        template.write_text(text)
+        run = make(values, tmp_path / "run", data={"chat_template": str(template)})
+        run_stages(run, ("prepare", "expand", "assemble"), update=True)
+        assert (tmp_path / "run" / "assemble" / "chat_template.jinja").read_text() == text
+
+
 @pytest.mark.parametrize("form", ["list", "folder"])
 def test_the_users_own_checkpoints_need_no_training(
     form: str, tiny_recipe: dict[str, Any], checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +241,7 @@ def test_the_users_own_checkpoints_need_no_training(
     parent = tmp_path / "trainer"
     shutil.copytree(checkpoints[0], parent / "checkpoint-90")
     shutil.copytree(checkpoints[1], parent / "checkpoint-100")
+    (parent / "checkpoint-best").mkdir()
     given = str(parent) if form == "folder" else [str(c) for c in checkpoints[:2]]
     run = make(tiny_recipe, tmp_path / "run", prepare={"checkpoints": given})
     import upcycle.expert_preparation.prepare as prepare

@@ -44,6 +44,7 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("route.start=kmeanz", r"route\.start: .*'upit' or 'random' \(found 'kmeanz'\)"),
         ("assemble.num_experts_per_tok=9", r"assemble\.num_experts_per_tok is 9, more than expand\.num_experts, 8"),
         ("prepare.micro_batch_size=3", r"prepare: batch_size 16 is not a multiple of micro_batch_size 3"),
+        ("data.train=[a", r"override 'data\.train=\[a': the value is not YAML"),
         ("data.train=3", r"data\.train: "),
         ("seed", r"override 'seed' is not of the form section\.field=value"),
         ("base.x=1", r"override 'base\.x=1': 'base' is a value, not a section"),

@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from upcycle.console import say, track
 from upcycle.errors import UpcycleError
 
 MANIFEST = "manifest.json"
@@ -21,6 +22,8 @@ FORMAT = 1
 LIBRARIES = ("upcycle", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy", "scipy")
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 NOT_MODEL = ("trainer_state.json", MANIFEST)
+INPUTS = "inputs.json"
+"""Marks a working folder with the inputs of the run that left it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Checkpoint:
     path: str
     """A folder: relative to the manifest's for our own, absolute for the user's."""
     epoch: float | None = None
+    sha256: str | None = None
+    """Hash of a checkpoint of the user's, so that what is built from it notices when it changes in place."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +115,19 @@ def hash_file(path: Path) -> str:
 def hash_model(folder: Path) -> str:
     """One hash over the files of a model folder that decide what it computes."""
     names = sorted(p.name for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and p.name not in NOT_MODEL)
-    return digest({name: hash_file(folder / name) for name in names})
+    return digest({name: hash_file(folder / name) for name in track(names, f"hashing {folder.name}")})
 
 
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, replaced atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, replaced atomically."""
     scratch = path.with_name(f".{path.name}.tmp")
     with scratch.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
@@ -148,7 +157,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
     Raises:
         UpcycleError: names the first file that is missing or differs.
     """
-    for name, entry in manifest.files.items():
+    for name, entry in track(list(manifest.files.items()), f"checking {folder.name}"):
         path = inside(folder, name)
         if not path.is_file():
             problem = "is missing"
@@ -169,12 +178,24 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def open_partial(folder: Path, inputs: Mapping[str, str]) -> Path:
-    """The working folder of a stage; what an interrupted run left is kept if it had the same inputs."""
+def open_partial(folder: Path, inputs: Mapping[str, str], update: bool) -> Path:
+    """The working folder of a stage; what an interrupted run left in it is kept if it had the same inputs.
+
+    Raises:
+        UpcycleError: it was left by a run with other inputs. With `update` it is set aside instead.
+    """
     partial = folder.with_name(f"{folder.name}.partial")
-    stamp = partial / "inputs.json"
-    if partial.exists() and not (stamp.exists() and json.loads(stamp.read_text()) == dict(inputs)):
-        shutil.rmtree(partial)
+    stamp = partial / INPUTS
+    left = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if partial.exists() and left != dict(inputs):
+        if not update:
+            raise UpcycleError(
+                f"{partial} was left by a run with other inputs ({changed_inputs(left, inputs)} changed); rerun with "
+                "--update to set it aside and start this stage anew, or go back to those inputs to resume it"
+            )
+        aside = _unused(partial)
+        partial.rename(aside)
+        say(f"{partial} was left by a run with other inputs: set aside as {aside.name}")
     partial.mkdir(parents=True, exist_ok=True)
     write_json(stamp, dict(inputs))
     return partial
@@ -182,15 +203,25 @@ def open_partial(folder: Path, inputs: Mapping[str, str]) -> Path:
 
 def seal(partial: Path, folder: Path, inputs: Mapping[str, str], settings: Mapping[str, Any], seed: int) -> Manifest:
     """Write the manifest and rename the working folder to the stage's, replacing an outdated one."""
-    (partial / "inputs.json").unlink()
-    files = {str(p.relative_to(partial)): _describe(p) for p in sorted(_files(partial))}
+    files = {str(p.relative_to(partial)): _describe(p) for p in track(_files(partial), f"sealing {folder.name}")}
     manifest = Manifest(folder.name, dict(inputs), dict(settings), seed, library_versions(), files)
     write_json(partial / MANIFEST, asdict(manifest))
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+    (folder / INPUTS).unlink()  # until here a killed process leaves a folder that can be resumed
     _sync_folder(folder.parent)
     return manifest
+
+
+def changed_inputs(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """The names of the inputs that differ."""
+    return ", ".join(sorted(name for name in {*old, *new} if old.get(name) != new.get(name))) or "nothing"
+
+
+def _unused(partial: Path) -> Path:
+    numbers = (n for n in range(1, 10**6) if not partial.with_name(f"{partial.name}.old-{n}").exists())
+    return partial.with_name(f"{partial.name}.old-{next(numbers)}")
 
 
 def library_versions() -> dict[str, str]:
@@ -204,8 +235,9 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    return (p for p in folder.rglob("*") if p.is_file())
+def _files(folder: Path) -> list[Path]:
+    own = (folder / MANIFEST, folder / INPUTS)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,8 @@ from upcycle import __version__
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import STAGE_NAMES, Run, run_stages, show_summary, status
 from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
+
+ALMOST_FULL_BYTES = 32 << 20
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,23 +116,30 @@ def _execute(
     try:
         run_stages(run, stages, update)
     except KeyboardInterrupt:
-        command = "run" if len(stages) > 1 else stages[0]
-        _stop(
-            130,
-            f"stopped; go on with: upcycle {command} {' '.join([recipe, *(overrides or [])])} --run {folder}",
-        )
+        command = ["upcycle", "run" if len(stages) > 1 else stages[0], recipe, *(overrides or [])]
+        command += ["--run", str(folder), *(["--update"] if update else [])]
+        _stop(130, f"stopped; go on with: {shlex.join(command)}")
+    except Exception as error:
+        if isinstance(error, UpcycleError) or not _disk_full(folder):
+            raise
+        raise OSError(errno.ENOSPC, str(error)) from error  # libraries raise their own kinds on a full disk
     if "evaluate" in stages:
         show_summary(run)
+
+
+def _disk_full(folder: Path) -> bool:
+    return folder.exists() and shutil.disk_usage(folder).free < ALMOST_FULL_BYTES
 
 
 def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    from datasets import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
 
 
 def _stop(code: int, message: str) -> None:

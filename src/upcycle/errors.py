@@ -8,10 +8,6 @@ class UpcycleError(ValueError):
     """Bad input. The message names the file or field, what was found, what was expected and what to do."""
 
 
-class StageInterrupted(Exception):  # noqa: N818 - not an error: the user or a signal asked for it
-    """A stage was stopped on request; what it has saved lets the next run go on from there."""
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known name, or nothing."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.5)

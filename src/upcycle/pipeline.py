@@ -17,6 +17,7 @@ from typing import Any
 from upcycle.artifacts import (
     Checkpoint,
     ExpansionPlan,
+    changed_inputs,
     digest,
     hash_model,
     inside,
@@ -25,6 +26,7 @@ from upcycle.artifacts import (
     seal,
     verify,
     write_json,
+    write_text,
 )
 from upcycle.console import say, table
 from upcycle.errors import UpcycleError
@@ -32,6 +34,8 @@ from upcycle.recipe import Recipe, differences, dump_recipe, load_recipe
 
 MOE_INIT = "MoE before post-training"
 MOE = "MoE"
+SEED_DATA = ("seed_from", "seed_fraction", "min_samples_per_expert", "test_fraction")
+"""Settings of `route` that decide which rows are held out of training."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,32 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe
         self.folder = folder
+        self.verified: set[str] = set()
 
     @cached_property
     def base(self) -> Path:
-        from upcycle.models.folders import find_model
+        """The base's folder, refused here and now if nothing can be made of it."""
+        from upcycle.models.families import family_of
+        from upcycle.models.folders import find_model, read_config
+        from upcycle.models.safetensors_io import ModelReader
 
-        return find_model(self.recipe.base)
+        folder = find_model(self.recipe.base)
+        family_of(read_config(folder), str(folder))
+        ModelReader(folder)
+        return folder
 
     @cached_property
     def tokenizer(self) -> Any:
         from upcycle.data.chat import load_tokenizer
 
         return load_tokenizer(self.base, self.recipe.data.chat_template)
+
+    @cached_property
+    def template_hash(self) -> str:
+        from upcycle.data.chat import template_text
+
+        name = self.recipe.data.chat_template
+        return digest(template_text(name) if name else None)
 
     @property
     def chat_template(self) -> str | None:
@@ -118,8 +136,10 @@ class Run:
             "seed": str(self.recipe.seed),
             "base": self.base_hash,
         }
-        if stage.data:
+        if self.reads_data(stage):
             found["data"] = self.data_hash
+        if self.reads_data(stage) or stage.name == "assemble":
+            found["chat_template"] = self.template_hash
         if stage.name == "prepare" and self.recipe.prepare.checkpoints:
             found["checkpoints"] = self.given_checkpoints_hash
         for need in stage.needs:
@@ -129,16 +149,23 @@ class Run:
             found[need] = manifest.content
         return found
 
+    def reads_data(self, stage: Stage) -> bool:
+        """Whether a change of the data concerns the stage."""
+        return stage.data and not (stage.name == "prepare" and self.recipe.prepare.checkpoints)
+
     def settings(self, stage: Stage) -> dict[str, Any]:
-        """The sections that decide what the stage makes."""
-        sections = {stage.name: getattr(self.recipe, stage.name).model_dump()}
-        if stage.data:
-            sections["data"] = self.recipe.data.model_dump(exclude={"train", "validation"})
-            route = self.recipe.route.model_dump(include={"seed_from", "seed_fraction", "min_samples_per_expert"})
-            route |= self.recipe.route.model_dump(include={"test_fraction"})
-            sections["seed_data"] = {**route, "num_experts": self.recipe.expand.num_experts}
+        """The settings that decide what the stage makes."""
+        recipe = self.recipe
+        sections = {stage.name: getattr(recipe, stage.name).model_dump()}
+        if self.reads_data(stage):
+            only_evaluation = set() if stage.name == "evaluate" else {"max_validation"}
+            elsewhere = {"train", "validation", "chat_template"}  # hashed by content
+            sections["data"] = recipe.data.model_dump(exclude=elsewhere | only_evaluation)
+        if stage.name == "route" or (stage.name in ("prepare", "posttrain") and recipe.route.seed_from == "held_out"):
+            sections["seed_data"] = recipe.route.model_dump(include=set(SEED_DATA))
+            sections["seed_data"]["num_experts"] = recipe.expand.num_experts
         if stage.name == "assemble":
-            sections["init_std"] = self.recipe.route.init_std
+            sections["init_std"] = recipe.route.init_std
         return sections
 
 
@@ -233,8 +260,8 @@ def run_stages(run: Run, names: Sequence[str] = STAGE_NAMES, update: bool = Fals
         update: accept a changed recipe, and rebuild stages whose inputs changed or whose files are damaged.
 
     Raises:
-        UpcycleError: the folder belongs to another recipe, another process works in it, a stage is damaged or an
-            earlier stage is missing.
+        UpcycleError: the folder belongs to another recipe, another process works in it, or an earlier stage is
+            missing, outdated or damaged.
     """
     with _lock(run.folder):
         _claim(run, update)
@@ -256,7 +283,7 @@ def status(run: Run) -> list[tuple[str, str]]:
         if stale or inputs is None or manifest is None:
             changed = "an earlier stage"
         else:
-            changed = _changed(manifest.inputs, inputs)
+            changed = changed_inputs(manifest.inputs, inputs)
         stale = True
         todo = f"run again ({changed} changed)" if manifest else "run"
         rows.append((stage.name, f"{todo}, resuming what is there" if partial else todo))
@@ -264,62 +291,80 @@ def status(run: Run) -> list[tuple[str, str]]:
 
 
 def _run_stage(run: Run, stage: Stage, update: bool) -> None:
-    inputs = run.inputs(stage)
-    if inputs is None:
-        missing = next(n for n in stage.needs if read_manifest(run.folder / n) is None)
-        raise UpcycleError(f"{stage.name} needs {missing}, which has not been run in {run.folder}")
+    inputs = _require_needs(run, stage)
     folder = run.folder / stage.name
     if _is_current(run, stage, inputs, update):
         say(f"{stage.name}: done already, {folder}")
         return
-    say(f"{stage.name} ...")
+    resumed = folder.with_name(f"{stage.name}.partial").exists()
+    say(f"{stage.name}: resuming ..." if resumed else f"{stage.name} ...")
+    partial = open_partial(folder, inputs, update)
     begin = time.monotonic()
-    partial = open_partial(folder, inputs)
-    stage.run(run, partial)
+    try:
+        stage.run(run, partial)
+    finally:
+        _record_time(run.folder, stage.name, time.monotonic() - begin, resumed)
     seal(partial, folder, inputs, run.settings(stage), run.recipe.seed)
-    _record_time(run.folder, stage.name, time.monotonic() - begin)
+    run.verified.add(stage.name)
+
+
+def _require_needs(run: Run, stage: Stage) -> dict[str, str]:
+    """The stage's inputs, once every stage that it stands on is complete, up to date and undamaged."""
+    for need in (s for s in STAGES if s.name in stage.needs):
+        inputs = _require_needs(run, need)
+        manifest = read_manifest(run.folder / need.name)
+        if manifest is None:
+            raise UpcycleError(f"{stage.name} needs {need.name}, which has not been run in {run.folder}")
+        if manifest.inputs != inputs:
+            changed = changed_inputs(manifest.inputs, inputs)
+            raise UpcycleError(f"{stage.name} needs {need.name}, which is outdated ({changed} changed): run it first")
+        if need.name not in run.verified:
+            verify(run.folder / need.name, manifest)
+            run.verified.add(need.name)
+    found = run.inputs(stage)
+    assert found is not None
+    return found
 
 
 def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) -> bool:
     folder = run.folder / stage.name
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return False
-    if manifest.inputs != inputs:
-        changed = _changed(manifest.inputs, inputs)
-        if not update:
-            raise UpcycleError(
-                f"{folder} was made from other inputs ({changed} changed); rerun with --update to build it and "
-                "what follows again (it replaces the folder), or use another --run"
-            )
-        say(f"{stage.name}: {changed} changed, building it again")
-        return False
     try:
-        verify(folder, manifest)
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.inputs == inputs and stage.name not in run.verified:
+            verify(folder, manifest)
+            run.verified.add(stage.name)
     except UpcycleError as error:
         if not update:
             raise
         say(f"{error}: rebuilding")
         return False
-    return True
-
-
-def _changed(old: dict[str, str], new: dict[str, str]) -> str:
-    return ", ".join(sorted(k for k in {*old, *new} if old.get(k) != new.get(k)))
+    if manifest is None or manifest.inputs == inputs:
+        return manifest is not None
+    changed = changed_inputs(manifest.inputs, inputs)
+    if not update:
+        raise UpcycleError(
+            f"{folder} was made from other inputs ({changed} changed); rerun with --update to build it and "
+            "what follows again (it replaces the folder), or use another --run"
+        )
+    say(f"{stage.name}: {changed} changed, building it again")
+    return False
 
 
 def _claim(run: Run, update: bool) -> None:
-    """Write recipe.yaml, or compare with the one that made the folder."""
+    """Write recipe.yaml, or compare with the one that made what is there."""
     path = run.folder / "recipe.yaml"
-    if path.exists():
+    begun = any(path for name in STAGE_NAMES for path in run.folder.glob(f"{name}*"))
+    if path.exists() and begun:
         changes = differences(load_recipe(str(path)), run.recipe)
-        if changes and not update:
+        if not changes:
+            return
+        if not update:
             listed = "\n".join(f"  {change}" for change in changes)
             raise UpcycleError(
                 f"{run.folder} was made by another recipe:\n{listed}\nUse another --run, or --update to accept "
                 "the change and run the stages that it concerns again"
             )
-    path.write_text(dump_recipe(run.recipe))
+    write_text(path, dump_recipe(run.recipe))
 
 
 @contextmanager
@@ -333,11 +378,12 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _record_time(folder: Path, stage: str, seconds: float) -> None:
+def _record_time(folder: Path, stage: str, seconds: float, resumed: bool) -> None:
     """Wall-clock times stand apart from the artifacts, which are the same from run to run."""
     path = folder / "times.json"
     times = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, {**times, stage: round(seconds, 1)})
+    before = times.pop(stage, 0.0) if resumed else 0.0
+    write_json(path, {**times, stage: round(before + seconds, 1)})
 
 
 def show_summary(run: Run) -> None:

@@ -300,7 +300,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UpcycleError(f"override '{override}': '{section}' is a value, not a section")
         values[section] = dict(inner)  # a copy: a YAML alias may name the same section twice
         values = values[section]
-    values[field] = _number(yaml.safe_load(text))
+    try:
+        values[field] = _number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UpcycleError(f"override '{override}': the value is not YAML ({error}); quote it in the shell") from None
 
 
 def _number(value: Any) -> Any:

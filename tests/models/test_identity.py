@@ -15,6 +15,7 @@ from upcycle.errors import UpcycleError
 from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
+from upcycle.models.safetensors_io import ModelReader
 from upcycle.recipe import AssembleSettings
 
 IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
@@ -70,6 +71,28 @@ def test_rows_of_a_batch_may_go_to_different_experts(base: Path, checkpoints: li
     torch.testing.assert_close(found[0], logits(checkpoints[2])[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[1], logits(checkpoints[0])[1], rtol=0, atol=1e-5)
     assert type(model.model.layers[0].mlp.gate).__name__ == "MixtralTopKRouter"  # its own is back
+
+
+def test_a_config_that_relies_on_its_defaults_is_completed_with_llamas(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "short")
+    config = json.loads((base / "config.json").read_text())
+    for field in ("attention_dropout", "initializer_range", "hidden_act", "rms_norm_eps", "head_dim"):
+        del config[field]
+    config.update(rope_theta=config.pop("rope_parameters")["rope_theta"])  # as older files have it
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    moe = assembled(tmp_path / "short", [tmp_path / "short"] * 2, tmp_path / "moe")
+    written = json.loads((moe / "config.json").read_text())
+    assert written["rms_norm_eps"] == 1e-6  # Llama's default, not Mixtral's 1e-5
+    assert written["rope_theta"] == 20000.0
+    torch.testing.assert_close(logits(moe), logits(tmp_path / "short"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_storage_dtype_is_what_the_config_says(dtype: str, base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    moe = assembled(base, checkpoints, tmp_path / "moe", dtype=dtype)
+    assert json.loads((moe / "config.json").read_text())["dtype"] == dtype
+    reader = ModelReader(moe)
+    assert {str(reader.spec(name).dtype) for name in reader.names()} == {f"torch.{dtype}"}
 
 
 @pytest.mark.parametrize("shared", ["last", "mean", "base"])

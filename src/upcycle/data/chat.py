@@ -41,9 +41,12 @@ def load_tokenizer(folder: Path, chat_template: str | None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # missing files surface as several kinds
+        raise UpcycleError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
     if chat_template is not None:
-        tokenizer.chat_template = _template(chat_template)
+        tokenizer.chat_template = template_text(chat_template)
     if not tokenizer.chat_template:
         raise UpcycleError(
             f"the tokenizer of {folder} has no chat template; give data.chat_template: a Jinja file, or chatml"
@@ -55,7 +58,12 @@ def load_tokenizer(folder: Path, chat_template: str | None) -> Any:
     return tokenizer
 
 
-def _template(name: str) -> str:
+def template_text(name: str) -> str:
+    """The Jinja text of a `data.chat_template` setting.
+
+    Raises:
+        UpcycleError: no such file.
+    """
     if name == "chatml":
         return CHATML
     path = Path(name)

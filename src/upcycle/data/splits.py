@@ -41,8 +41,8 @@ def load_splits(recipe: Recipe, tokenizer: Any, context_length: int) -> Splits:
     train = _encode_all(rows, tokenizer, limit, "training")
     validation = _encode_all(held_out[: data.max_validation], tokenizer, limit, "validation")
     seed, rest = _seed_data(train, recipe)
-    fit = seed_sizes(len(train), recipe)[0]
-    splits = Splits(rest if recipe.route.seed_from == "held_out" else train, seed[:fit], seed[fit:], validation)
+    fit, test = split_questions(seed, seed_sizes(len(train), recipe)[0])
+    splits = Splits(rest if recipe.route.seed_from == "held_out" else train, fit, test, validation)
     say(
         f"data: {len(splits.train)} training rows, {len(splits.seed_fit)} + {len(splits.seed_test)} seed rows "
         f"({recipe.route.seed_from.replace('_', ' ')}), {len(validation)} validation rows"

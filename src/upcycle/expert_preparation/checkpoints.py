@@ -16,7 +16,15 @@ SAME = (
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
 )
+RESERVED = ("base", "MoE", "MoE before post-training")
+"""Names that the table of scores gives to other models."""
 
 
 def adopt(base: Path, settings: PrepareSettings, out_dir: Path) -> list[Checkpoint]:
@@ -28,7 +36,7 @@ def adopt(base: Path, settings: PrepareSettings, out_dir: Path) -> list[Checkpoi
     folders = checkpoint_folders(settings.checkpoints)
     for folder in folders:
         check_same_architecture(base, folder)
-    checkpoints = [Checkpoint(_unique_name(f, folders), str(f.resolve())) for f in folders]
+    checkpoints = [Checkpoint(_unique_name(f, folders), str(f.resolve()), sha256=hash_model(f)) for f in folders]
     say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
     write_checkpoints(out_dir, checkpoints)
     return checkpoints
@@ -47,7 +55,8 @@ def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
     parent = Path(given)
     if not parent.is_dir():
         raise UpcycleError(f"prepare.checkpoints: {parent} is not a folder")
-    folders = sorted((p for p in parent.glob("checkpoint-*") if p.is_dir()), key=step_of)
+    numbered = (p for p in parent.glob("checkpoint-*") if p.is_dir() and p.name.partition("-")[2].isdigit())
+    folders = sorted(numbered, key=step_of)
     if len(folders) < 2:
         raise UpcycleError(
             f"prepare.checkpoints: {parent} holds {len(folders)} folders named checkpoint-<step>, expected 2 or "
@@ -82,5 +91,5 @@ def write_checkpoints(out_dir: Path, checkpoints: list[Checkpoint]) -> None:
 
 
 def _unique_name(folder: Path, folders: list[Path]) -> str:
-    same = [f for f in folders if f.name == folder.name]
-    return folder.name if len(same) == 1 else f"{folder.name}#{folders.index(folder) + 1}"
+    clear = folder.name not in RESERVED and [f.name for f in folders].count(folder.name) == 1
+    return folder.name if clear else f"{folder.name}#{folders.index(folder) + 1}"

@@ -29,24 +29,25 @@ def tune(
     Writes `checkpoint-<step>/` folders, `checkpoints.json` and `log.json`. Resumes from its own last checkpoint.
 
     Raises:
-        UpcycleError: the base is of an unsupported family, or training diverges.
+        UpcycleError: training diverges, or the checkpoints would not fit on the disk.
     """
-    family_of(read_config(base), str(base))
-    model = load_model(base, dtype=torch.float32).train()
-    if settings.train == "ffn":
-        freeze_all_but_ffn(model, base)
-    _require_space(model, settings, out_dir)
-    log = fine_tune(model, tokenizer, train, settings, out_dir, seed, "prepare: instruction tuning")
+    record = out_dir / "log.json"
+    if not record.exists():  # else only the folders are left to be finished
+        model = load_model(base, dtype=torch.float32).train()
+        if settings.train == "ffn":
+            freeze_all_but_ffn(model, base)
+        _require_space(model, settings, out_dir)
+        log = fine_tune(model, tokenizer, train, settings, out_dir, seed, "prepare: instruction tuning")
+        write_json(record, training_record(train, settings, log))
     folders = sorted(out_dir.glob("checkpoint-*"), key=step_of)
     last_step = step_of(folders[-1])
     checkpoints = []
     for folder in folders:
         strip_resume_files(folder)
-        (folder / "trainer_state.json").unlink()
+        (folder / "trainer_state.json").unlink(missing_ok=True)
         _finish(folder, base, chat_template)
         epoch = round(settings.epochs * step_of(folder) / last_step, 4)
         checkpoints.append(Checkpoint(folder.name, folder.name, epoch))
-    write_json(out_dir / "log.json", training_record(train, settings, log))
     write_checkpoints(out_dir, checkpoints)
     return checkpoints
 

@@ -102,6 +102,10 @@ def _shared_names(source: ModelReader, readers: Sequence[ModelReader], ffn: set[
         if _needed(reader, tied) != names:
             odd = sorted(_needed(reader, tied) ^ names)[0]
             raise UpcycleError(f"{reader.folder}: tensor {odd} is in only one of this checkpoint and the base")
+        for name in names:
+            found, expected = reader.spec(name).shape, source.spec(name).shape
+            if found != expected:
+                raise UpcycleError(f"{reader.folder}: {name} has shape {found}, the base has {expected}")
     strange = [n for n in names - ffn if ".mlp." in n]
     if strange:
         raise UpcycleError(f"{source.folder}: {sorted(strange)[0]} has no place in the mixture of experts")

@@ -8,7 +8,7 @@ import torch
 
 from upcycle.artifacts import write_json
 from upcycle.data.chat import Sample
-from upcycle.models.folders import finish_moe_folder, load_model, load_routers
+from upcycle.models.folders import finish_moe_folder, load_model, load_routers, read_config, require_space
 from upcycle.recipe import PosttrainSettings
 from upcycle.training.fine_tune import fine_tune, training_record
 
@@ -32,8 +32,23 @@ def posttrain(
     Raises:
         UpcycleError: training diverges.
     """
+    if not (out_dir / "log.json").exists():  # else only the Trainer's folder is left to be removed
+        _train(initial, router, tokenizer, train, settings, seed, out_dir)
+    shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
+
+
+def _train(
+    initial: Path,
+    router: Path,
+    tokenizer: Any,
+    train: list[Sample],
+    settings: PosttrainSettings,
+    seed: int,
+    out_dir: Path,
+) -> None:
     model = load_model(initial, dtype=torch.float32).train()
     load_routers(model, router)
+    _require_space(model, out_dir)
     log = fine_tune(
         model,
         tokenizer,
@@ -45,7 +60,12 @@ def posttrain(
         keep=1,
         router_aux_loss_coef=settings.router_aux_loss_coef,
     )
-    model.save_pretrained(out_dir)
+    model.to(getattr(torch, read_config(initial)["dtype"])).save_pretrained(out_dir)
     finish_moe_folder(out_dir, initial)
     write_json(out_dir / "log.json", training_record(train, settings, log))
-    shutil.rmtree(out_dir / TRAINER)
+
+
+def _require_space(model: Any, out_dir: Path) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    needed = 4 * parameters * (2 * 3 + 1)  # two checkpoints at once with Adam's two moments, and the result, in fp32
+    require_space(out_dir, needed, "post-training", "lower expand.num_experts")

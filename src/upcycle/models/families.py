@@ -59,7 +59,7 @@ COPIED = (
 def _mixtral_config(dense: Config, num_experts: int, num_experts_per_tok: int) -> Config:
     # every field is written out: Mixtral's defaults (eps, theta, window, act) are not Llama's
     return {
-        **{name: dense.get(name) for name in COPIED},
+        **{name: dense[name] for name in COPIED},
         "sliding_window": None,
         "num_local_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,

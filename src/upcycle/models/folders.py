@@ -61,16 +61,24 @@ def read_config(folder: Path) -> Config:
         raise UpcycleError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UpcycleError(f"{path} holds {type(config).__name__}, expected an object")
-    return _normalised(config)
+    return _resolved(config, path)
 
 
-def _normalised(config: Config) -> Config:
-    """Fields as transformers 5 writes them: rope_parameters instead of rope_theta and rope_scaling."""
-    if "rope_parameters" not in config:
-        scaling = dict(config.get("rope_scaling") or {})
-        scaling.setdefault("rope_type", scaling.pop("type", "default"))
-        config["rope_parameters"] = {"rope_theta": config.get("rope_theta", 10000.0), **scaling}
-    return config
+def _resolved(config: Config, path: Path) -> Config:
+    """With the architecture's own defaults for what the file leaves out, in the fields of transformers 5.
+
+    A MoE's defaults differ from its dense twin's, so every field must be known to be written out.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return config
+    try:
+        resolved: Config = CONFIG_MAPPING[model_type].from_dict(config).to_dict()
+    except Exception as error:  # the strict dataclasses of huggingface_hub raise their own kinds
+        raise UpcycleError(f"{path} is not a valid {model_type} configuration: {error}") from None
+    return resolved
 
 
 def pick_device() -> torch.device:
@@ -118,7 +126,8 @@ def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
         UpcycleError: says how many bytes are needed and how many are free.
     """
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())  # by a run that is being resumed
+    if needed - written > free:
         raise UpcycleError(
             f"{what} needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; make room, take "
             f"another --run, or {hint}"

@@ -4,6 +4,7 @@ Reading maps the files; writing knows every name, shape and dtype beforehand, so
 piece goes to its place. Memory is that of the pieces, whatever the model.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -138,7 +139,7 @@ class ModelWriter:
         data = piece.detach().to("cpu", spec.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
         written = os.pwrite(file.fileno(), data, offset + element * spec.dtype.itemsize)
         if written != data.nbytes:
-            raise OSError(f"wrote {written} of {data.nbytes} bytes of {name}: is the disk full?")
+            raise OSError(errno.ENOSPC, f"wrote {written} of {data.nbytes} bytes of {name}")
 
     def _write_index(self) -> None:
         total = sum(spec.num_bytes for spec in self._specs.values())
