@@ -5,24 +5,11 @@ from pathlib import Path
 from upcycle.artifacts import Checkpoint, hash_model, write_json
 from upcycle.console import say
 from upcycle.errors import UpcycleError
+from upcycle.models.families import COMPUTES
 from upcycle.models.folders import find_model, read_config
 from upcycle.recipe import PrepareSettings
 from upcycle.training.checkpoints import step_of
 
-SAME = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-)
 RESERVED = ("base", "MoE", "MoE before post-training")
 """Names that the table of scores gives to other models."""
 
@@ -71,13 +58,13 @@ def hash_checkpoints(given: str | list[str]) -> str:
 
 
 def check_same_architecture(base: Path, checkpoint: Path) -> None:
-    """Compare the sizes that decide the tensors' shapes.
+    """Compare the fields that decide what the weights compute.
 
     Raises:
         UpcycleError: names the first field that differs.
     """
     expected, found = read_config(base), read_config(checkpoint)
-    for field in SAME:
+    for field in ("model_type", *COMPUTES):
         if expected.get(field) != found.get(field):
             raise UpcycleError(
                 f"{checkpoint}: {field} is {found.get(field)!r}, but the base {base} has {expected.get(field)!r}; "

@@ -32,37 +32,19 @@ def posttrain(
     Raises:
         UpcycleError: training diverges.
     """
-    if not (out_dir / "log.json").exists():  # else only the Trainer's folder is left to be removed
-        _train(initial, router, tokenizer, train, settings, seed, out_dir)
+    record = out_dir / "log.json"
+    if not record.exists():  # else only the Trainer's folder is left to be removed
+        model = load_model(initial, dtype=torch.float32).train()
+        load_routers(model, router)
+        _require_space(model, out_dir)
+        name, coef = "posttrain: mixture of experts", settings.router_aux_loss_coef
+        log = fine_tune(
+            model, tokenizer, train, settings, out_dir / TRAINER, seed, name, keep=1, router_aux_loss_coef=coef
+        )
+        model.to(getattr(torch, read_config(initial)["dtype"])).save_pretrained(out_dir)
+        finish_moe_folder(out_dir, initial)
+        write_json(record, training_record(train, settings, log))
     shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
-
-
-def _train(
-    initial: Path,
-    router: Path,
-    tokenizer: Any,
-    train: list[Sample],
-    settings: PosttrainSettings,
-    seed: int,
-    out_dir: Path,
-) -> None:
-    model = load_model(initial, dtype=torch.float32).train()
-    load_routers(model, router)
-    _require_space(model, out_dir)
-    log = fine_tune(
-        model,
-        tokenizer,
-        train,
-        settings,
-        out_dir / TRAINER,
-        seed,
-        "posttrain: mixture of experts",
-        keep=1,
-        router_aux_loss_coef=settings.router_aux_loss_coef,
-    )
-    model.to(getattr(torch, read_config(initial)["dtype"])).save_pretrained(out_dir)
-    finish_moe_folder(out_dir, initial)
-    write_json(out_dir / "log.json", training_record(train, settings, log))
 
 
 def _require_space(model: Any, out_dir: Path) -> None:

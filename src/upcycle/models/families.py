@@ -35,7 +35,7 @@ class Family:
     """Field of the dense config to the values with which the mapping is exact; others are refused."""
 
 
-COPIED = (
+COMPUTES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -44,12 +44,17 @@ COPIED = (
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
     "rms_norm_eps",
     "rope_parameters",
-    "attention_dropout",
     "tie_word_embeddings",
+)
+"""Fields that decide what a model computes from its weights: the same in all checkpoints of a run."""
+
+COPIED = (
+    *COMPUTES,
+    "max_position_embeddings",
+    "initializer_range",
+    "attention_dropout",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
