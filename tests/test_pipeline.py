@@ -208,6 +208,9 @@ def test_settings_concern_only_the_stages_that_they_decide(copy: tuple[dict[str,
     before = make(own, folder).settings(STAGES[0])
     assert before == make(own, folder, expand={"num_experts": 5}).settings(STAGES[0])
     assert before != make(values, folder).settings(STAGES[0])  # held-out seed data are missing from training
+    given = {"prepare": {"checkpoints": ["a", "b"]}}  # nothing is trained: the held-out rows do not matter
+    more = make(values, folder, expand={"num_experts": 5}, **given).settings(STAGES[0])
+    assert make(values, folder, **given).settings(STAGES[0]) == more
 
 
 def test_a_checkpoint_that_changes_in_place_is_noticed(

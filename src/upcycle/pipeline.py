@@ -17,6 +17,7 @@ from typing import Any
 from upcycle.artifacts import (
     Checkpoint,
     ExpansionPlan,
+    Manifest,
     changed_inputs,
     digest,
     hash_model,
@@ -123,11 +124,11 @@ class Run:
         return digest([hash_sources(data.train), validation])
 
     @cached_property
-    def given_checkpoints_hash(self) -> str:
-        from upcycle.expert_preparation.checkpoints import hash_checkpoints
+    def given_checkpoints(self) -> list[tuple[Path, str]]:
+        """The user's checkpoint folders, in order, with the hash of each: read once."""
+        from upcycle.expert_preparation.checkpoints import checkpoint_folders
 
-        given = self.recipe.prepare.checkpoints
-        return hash_checkpoints(given) if given else ""
+        return [(folder, hash_model(folder)) for folder in checkpoint_folders(self.recipe.prepare.checkpoints)]
 
     def inputs(self, stage: Stage) -> dict[str, str] | None:
         """Name to hash of everything that decides what the stage makes; None while an earlier one is missing."""
@@ -141,7 +142,7 @@ class Run:
         if self.reads_data(stage) or stage.name == "assemble":
             found["chat_template"] = self.template_hash
         if stage.name == "prepare" and self.recipe.prepare.checkpoints:
-            found["checkpoints"] = self.given_checkpoints_hash
+            found["checkpoints"] = digest([sha256 for _, sha256 in self.given_checkpoints])
         for need in stage.needs:
             manifest = read_manifest(self.folder / need)
             if manifest is None:
@@ -161,9 +162,9 @@ class Run:
             only_evaluation = set() if stage.name == "evaluate" else {"max_validation"}
             elsewhere = {"train", "validation", "chat_template"}  # hashed by content
             sections["data"] = recipe.data.model_dump(exclude=elsewhere | only_evaluation)
-        if stage.name == "route" or (stage.name in ("prepare", "posttrain") and recipe.route.seed_from == "held_out"):
-            sections["seed_data"] = recipe.route.model_dump(include=set(SEED_DATA))
-            sections["seed_data"]["num_experts"] = recipe.expand.num_experts
+            if stage.name == "route" or (stage.name != "evaluate" and recipe.route.seed_from == "held_out"):
+                sections["seed_data"] = recipe.route.model_dump(include=set(SEED_DATA))
+                sections["seed_data"]["num_experts"] = recipe.expand.num_experts
         if stage.name == "assemble":
             sections["init_std"] = recipe.route.init_std
         return sections
@@ -175,7 +176,7 @@ def _prepare(run: Run, out: Path) -> None:
 
     settings = run.recipe.prepare
     if settings.checkpoints:
-        adopt(run.base, settings, out)
+        adopt(run.base, run.given_checkpoints, out)
     else:
         train, seed = run.splits.train, run.recipe.seed
         tune(run.base, run.tokenizer, run.chat_template, train, settings, seed, out)
@@ -318,21 +319,24 @@ def _require_needs(run: Run, stage: Stage) -> dict[str, str]:
         if manifest.inputs != inputs:
             changed = changed_inputs(manifest.inputs, inputs)
             raise UpcycleError(f"{stage.name} needs {need.name}, which is outdated ({changed} changed): run it first")
-        if need.name not in run.verified:
-            verify(run.folder / need.name, manifest)
-            run.verified.add(need.name)
+        _verify_once(run, need, manifest)
     found = run.inputs(stage)
     assert found is not None
     return found
+
+
+def _verify_once(run: Run, stage: Stage, manifest: Manifest) -> None:
+    if stage.name not in run.verified:
+        verify(run.folder / stage.name, manifest)
+        run.verified.add(stage.name)
 
 
 def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) -> bool:
     folder = run.folder / stage.name
     try:
         manifest = read_manifest(folder)
-        if manifest is not None and manifest.inputs == inputs and stage.name not in run.verified:
-            verify(folder, manifest)
-            run.verified.add(stage.name)
+        if manifest is not None and manifest.inputs == inputs:
+            _verify_once(run, stage, manifest)
     except UpcycleError as error:
         if not update:
             raise

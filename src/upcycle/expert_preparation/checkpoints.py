@@ -2,28 +2,30 @@
 
 from pathlib import Path
 
-from upcycle.artifacts import Checkpoint, hash_model, write_json
+from upcycle.artifacts import Checkpoint, write_json
 from upcycle.console import say
 from upcycle.errors import UpcycleError
 from upcycle.models.families import COMPUTES
 from upcycle.models.folders import find_model, read_config
-from upcycle.recipe import PrepareSettings
 from upcycle.training.checkpoints import step_of
 
 RESERVED = ("base", "MoE", "MoE before post-training")
 """Names that the table of scores gives to other models."""
 
 
-def adopt(base: Path, settings: PrepareSettings, out_dir: Path) -> list[Checkpoint]:
+def adopt(base: Path, given: list[tuple[Path, str]], out_dir: Path) -> list[Checkpoint]:
     """Take the user's checkpoints as they are: nothing is trained or copied.
 
+    Args:
+        given: each folder, in the order of training, with the hash of its model.
+
     Raises:
-        UpcycleError: a folder is missing, or a checkpoint is of another architecture than the base.
+        UpcycleError: a checkpoint is of another architecture than the base.
     """
-    folders = checkpoint_folders(settings.checkpoints)
+    folders = [folder for folder, _ in given]
     for folder in folders:
         check_same_architecture(base, folder)
-    checkpoints = [Checkpoint(_unique_name(f, folders), str(f.resolve()), sha256=hash_model(f)) for f in folders]
+    checkpoints = [Checkpoint(_unique_name(f, folders), str(f.resolve()), sha256=sha256) for f, sha256 in given]
     say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
     write_checkpoints(out_dir, checkpoints)
     return checkpoints
@@ -50,11 +52,6 @@ def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
             "more; to name model folders yourself give a list"
         )
     return folders
-
-
-def hash_checkpoints(given: str | list[str]) -> str:
-    """One hash over the user's checkpoints, in order."""
-    return "+".join(hash_model(folder)[:16] for folder in checkpoint_folders(given))
 
 
 def check_same_architecture(base: Path, checkpoint: Path) -> None:
