@@ -21,6 +21,8 @@ with install_import_hook(
 ):
     import upcycle.data.batches
     import upcycle.merging.lineage
+    import upcycle.merging.linear
+    import upcycle.merging.ties
     import upcycle.models.forward
     import upcycle.training.balance  # noqa: F401
 
@@ -51,9 +53,9 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_dense(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A Llama with norms that are not 1, saved with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_dense(folder: Path, seed: int = 0, model_type: str = "llama", **changes: Any) -> Path:
+    """A dense model with norms that are not 1 and biases that are not 0, saved with its tokenizer."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     settings = {
         "vocab_size": 99,
@@ -72,10 +74,12 @@ def make_dense(folder: Path, seed: int = 0, **changes: Any) -> Path:
         "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**settings, **changes}), dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     make_tokenizer(folder)

@@ -60,10 +60,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Expert:
-    """One row of the expansion plan: a checkpoint, or a child of two earlier experts."""
+    """One row of the expansion plan: a checkpoint, the base itself, or a child of two earlier experts."""
 
     name: str
-    kind: Literal["checkpoint", "child"]
+    kind: Literal["checkpoint", "base", "child"]
+    checkpoint: int | None = None
+    """Which of the prepared checkpoints it is."""
     parents: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     similarity: float | None = None
@@ -72,21 +74,27 @@ class Expert:
 
 @dataclass(frozen=True)
 class ExpansionPlan:
-    """How m experts come from n checkpoints; the first n rows are the checkpoints, in order.
+    """How m experts come from n checkpoints; those come first, in order, then the base if it is kept, then children.
 
-    `gram[i][j]` is the inner product of the FFN task vectors of experts i and j (for children: the
+    `gram[i][j]` is the inner product of the FFN task vectors of experts i and j (for children: measured, or the
     expectation over DARE's masks, see `expert_expansion.plan`).
     """
 
     experts: tuple[Expert, ...]
+    merge: str
     drop_rate: float
     seed: int
     similarity: str
     gram: tuple[tuple[float, ...], ...]
 
     @property
-    def num_checkpoints(self) -> int:
-        return sum(expert.kind == "checkpoint" for expert in self.experts)
+    def children(self) -> tuple[Expert, ...]:
+        return tuple(expert for expert in self.experts if expert.kind == "child")
+
+    @property
+    def sources(self) -> tuple[Expert, ...]:
+        """The experts that exist as dense models."""
+        return self.experts[: len(self.experts) - len(self.children)]
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))

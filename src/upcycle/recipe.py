@@ -93,6 +93,12 @@ class ExpandSettings(Settings):
 
     num_experts: int = Field(8, ge=2)
     """Experts per MoE layer, m."""
+    num_checkpoints: int | None = Field(None, ge=1)
+    """How many checkpoints become experts, n; none given: all, or as many as there are experts."""
+    select: Literal["uniform", "last", "farthest"] = "uniform"
+    """Which, if there are more: evenly spaced, the last n, or greedily those least similar to the chosen."""
+    keep_base: bool = False
+    """Whether the base itself is an expert too (with cosine similarity it has no direction and is no parent)."""
     similarity: Literal["cosine", "l2"] = "cosine"
     """How alike two experts are: cosine, or negative squared L2 distance, of their FFN task vectors."""
     parents: Literal["most_dissimilar", "random"] = "most_dissimilar"
@@ -101,8 +107,31 @@ class ExpandSettings(Settings):
     """Whether a pair may have more than one child. `allow` tends to pick the same pair for ever."""
     weights: Literal["uniform", "fixed"] = "uniform"
     """The child's weight alpha: drawn from (0, 1), or 1/2. beta = 1 - alpha."""
+    merge: Literal["dare", "linear", "slerp", "ties", "dare_ties"] = "dare"
+    """How parents become a child (paper: dare); see docs/paper.md for the formula of each."""
     drop_rate: float = Field(0.2, ge=0, le=0.95)
-    """DARE: share p of each parent's task vector that is dropped; the rest is multiplied by 1/(1-p)."""
+    """Share p of each parent's task vector that dare drops (the rest is multiplied by 1/(1-p)) or ties trims."""
+
+    def num_chosen(self, n: int) -> int:
+        """How many of `n` checkpoints become experts.
+
+        Raises:
+            ValueError: there are too few of them, or too few experts.
+        """
+        room = self.num_experts - self.keep_base
+        chosen = min(n, room) if self.num_checkpoints is None else self.num_checkpoints
+        if chosen > min(n, room):
+            base = " besides the base" if self.keep_base else ""
+            raise ValueError(
+                f"expand.num_checkpoints is {chosen}, but there are {n} checkpoints (prepare.checkpoints, or "
+                f"prepare.epochs over prepare.checkpoint_every) and room for {room} experts{base} (expand.num_experts)"
+            )
+        if chosen < 2 and chosen < room:
+            raise ValueError(
+                f"{chosen} checkpoint of {n} (prepare.checkpoints, or prepare.epochs over prepare.checkpoint_every; "
+                "expand.num_checkpoints) cannot be expanded: expected 2 or more, as a child is merged from two"
+            )
+        return chosen
 
 
 class AssembleSettings(Settings):
@@ -183,14 +212,9 @@ class Recipe(Settings):
     """Every random draw of the run follows from it."""
 
     @model_validator(mode="after")
-    def _room_for_every_checkpoint(self) -> "Recipe":
-        n, m = self.prepare.num_checkpoints, self.expand.num_experts
-        if n is not None and not 2 <= n <= m:
-            raise ValueError(
-                f"there will be {n} checkpoints (prepare.checkpoints, or prepare.epochs over "
-                f"prepare.checkpoint_every) for {m} experts (expand.num_experts); expected 2 or more checkpoints, "
-                "and no more than experts"
-            )
+    def _enough_checkpoints(self) -> "Recipe":
+        if (n := self.prepare.num_checkpoints) is not None:
+            self.expand.num_chosen(n)
         return self
 
     @model_validator(mode="after")

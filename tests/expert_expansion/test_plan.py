@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from conftest import perturbed
 from upcycle.artifacts import Checkpoint, ExpansionPlan
 from upcycle.errors import UpcycleError
+from upcycle.expert_expansion.expand import expand
 from upcycle.expert_expansion.gram import task_vector_gram
-from upcycle.expert_expansion.plan import add_child, make_plan, similarities
+from upcycle.expert_expansion.plan import add_child, choose_checkpoints, make_plan, similarities
 from upcycle.merging.lineage import Child, materialise
 from upcycle.models.safetensors_io import ModelReader
 from upcycle.recipe import ExpandSettings
@@ -27,7 +30,7 @@ def test_gram_is_the_inner_products_of_ffn_task_vectors(base: Path, checkpoints:
     def flat(folder: Path) -> torch.Tensor:
         reader = ModelReader(folder)
         names = [n for n in reader.names() if ".mlp." in n]
-        return torch.cat([reader.rows(n, 0, reader.spec(n).shape[0]).double().flatten() for n in names])
+        return torch.cat([reader.elements(n).double() for n in names])
 
     taus = torch.stack([flat(c) - flat(base) for c in checkpoints])
     np.testing.assert_allclose(task_vector_gram(base, checkpoints), gram_of(taus), rtol=1e-12)
@@ -62,8 +65,8 @@ def test_predicted_inner_products_match_the_materialised_children() -> None:
     gram = gram_of(torch.stack([e - base for e in experts]))
     children = [Child((0, 1), (0.3, 0.7)), Child((0, 2), (0.8, 0.2)), Child((2, 3), (0.5, 0.5))]
     for child in children:
-        gram = add_child(gram, child.parents, child.weights, 0.5)
-    made = materialise(base, experts, children, 0.5, 0, "w")
+        gram = add_child(gram, child.parents, child.weights, 1 / (1 - 0.5))
+    made = [*experts, *materialise(base, experts, children, "dare", 0.5, 0, "w")]
     found = gram_of(torch.stack([e - base for e in made]))
     np.testing.assert_allclose(found / n, gram / n, atol=5 * 3 / n**0.5)
 
@@ -72,7 +75,7 @@ def test_without_dropping_the_prediction_is_exact() -> None:
     vectors = torch.randn(3, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     child = 0.25 * vectors[0] + 0.75 * vectors[2]
     expected = gram_of(torch.cat([vectors, child[None]]))
-    np.testing.assert_allclose(add_child(gram_of(vectors), (0, 2), (0.25, 0.75), 0.0), expected)
+    np.testing.assert_allclose(add_child(gram_of(vectors), (0, 2), (0.25, 0.75), 1.0), expected)
 
 
 def test_avoid_never_merges_a_pair_twice_and_allow_may() -> None:
@@ -98,7 +101,6 @@ def test_a_plan_is_the_same_for_a_seed_and_survives_its_file(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("vectors", "num_experts", "message"),
     [
-        (torch.eye(4), 3, "fewer than the 4 checkpoints"),
         (torch.eye(1), 3, "expected 2 or more"),
         (torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 3, "c1 has the base's FFN weights"),
         (torch.tensor([[1.0, 0.0], [float("nan"), 0.0]]), 3, "c1 has FFN weights that are not finite"),
@@ -107,3 +109,88 @@ def test_a_plan_is_the_same_for_a_seed_and_survives_its_file(tmp_path: Path) -> 
 def test_refuses_what_cannot_be_expanded(vectors: torch.Tensor, num_experts: int, message: str) -> None:
     with pytest.raises(UpcycleError, match=message):
         make_plan(points(len(vectors)), gram_of(vectors), ExpandSettings(num_experts=num_experts), seed=0)
+
+
+def line(n: int) -> np.ndarray:
+    """Checkpoints along a run that goes straight: norms 1..n, then a turn at the end."""
+    vectors = torch.stack([torch.tensor([float(i + 1), 0.0, 0.0]) for i in range(n)])
+    vectors[-1] = torch.tensor([0.0, float(n), 0.0])
+    vectors[1] = torch.tensor([1.0, 0.0, 5.0])
+    return gram_of(vectors)
+
+
+@pytest.mark.parametrize(
+    ("select", "count", "expected"),
+    [
+        ("last", 3, [5, 6, 7]),
+        ("uniform", 4, [1, 3, 5, 7]),
+        ("uniform", 3, [2, 5, 7]),
+        ("uniform", 8, list(range(8))),
+        ("farthest", 2, [0, 7]),
+        ("farthest", 3, [0, 1, 7]),
+    ],
+)
+def test_more_checkpoints_than_wanted_are_thinned(select: str, count: int, expected: list[int]) -> None:
+    assert choose_checkpoints(similarities(line(8), "cosine"), count, select) == expected
+    settings = ExpandSettings(num_experts=max(8, count), num_checkpoints=count, select=select)
+    plan = make_plan(points(8), line(8), settings, seed=0)
+    assert [e.checkpoint for e in plan.sources] == expected
+    np.testing.assert_allclose(np.array(plan.gram)[:count, :count], line(8)[np.ix_(expected, expected)])
+
+
+def test_farthest_is_greedy_on_the_greatest_similarity_to_the_chosen() -> None:
+    gram = gram_of(torch.randn(9, 5, generator=torch.Generator().manual_seed(4)))
+    similarity = similarities(gram, "l2")
+    chosen = set(choose_checkpoints(similarity, 2, "farthest"))
+    assert similarity[tuple(chosen)] == similarity.min()
+    for count in range(3, 9):
+        more = set(choose_checkpoints(similarity, count, "farthest"))
+        (new,) = more - chosen
+        rest = set(range(9)) - chosen
+        assert new == min(rest, key=lambda i: max(similarity[i, j] for j in chosen))
+        chosen = more
+
+
+def test_fewer_experts_than_checkpoints_thin_them() -> None:
+    plan = make_plan(points(8), line(8), ExpandSettings(num_experts=4), seed=0)
+    assert [e.name for e in plan.experts] == ["c1", "c3", "c5", "c7"]
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "l2"])
+def test_the_base_may_be_an_expert(similarity: str) -> None:
+    settings = ExpandSettings(num_experts=6, keep_base=True, similarity=similarity)
+    plan = make_plan(points(2), gram_of(torch.tensor([[3.0, 0.0], [3.0, 0.1]])), settings, seed=0)
+    assert [e.kind for e in plan.experts[:4]] == ["checkpoint", "checkpoint", "base", "child"]
+    assert plan.gram[2] == (0.0,) * 6
+    parents = {parent for e in plan.children for parent in e.parents}
+    assert (2 in parents) == (similarity == "l2")  # it has no direction, but a distance
+
+
+def test_children_that_are_not_linear_are_measured(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    settings = ExpandSettings(num_experts=5, merge="ties", drop_rate=0.6)
+    plan = expand(base, points(3), checkpoints, settings, 7, tmp_path)
+    children = [Child(e.parents, e.weights) for e in plan.children]
+    flat = [[], [], [], [], []]
+    readers = [ModelReader(folder) for folder in (base, *checkpoints)]
+    for name in (n for n in readers[0].names() if ".mlp." in n):
+        theta, *experts = (reader.elements(name) for reader in readers)
+        for i, expert in enumerate([*experts, *materialise(theta, experts, children, "ties", 0.6, 7, name)]):
+            flat[i].append(expert.double() - theta.double())
+    taus = torch.stack([torch.cat(parts) for parts in flat])
+    np.testing.assert_allclose(np.array(plan.gram), gram_of(taus), rtol=1e-10)
+
+
+def test_a_spherical_child_keeps_the_norm_of_its_parents() -> None:
+    gram = np.array([[4.0, 1.0], [1.0, 4.0]])
+    plan = make_plan(points(2), gram, ExpandSettings(num_experts=3, merge="slerp"), seed=0)
+    assert plan.gram[2][2] == pytest.approx(4.0)
+
+
+def test_nan_and_inf_are_named(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    broken = perturbed(base, tmp_path / "broken", 9)
+    tensors = load_file(broken / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4:6] = torch.tensor([float("nan"), float("inf")])
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UpcycleError, match=rf"broken: 2 of the 1536 values of {name} are NaN or Inf"):
+        task_vector_gram(base, [*checkpoints, broken])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle.merging.dare import dare, merge
+from upcycle.merging.dare import dare
 from upcycle.merging.lineage import Child, materialise
 from upcycle.merging.random_bits import dropped_levels, keep_mask
 
@@ -54,30 +54,23 @@ def test_masks_of_different_keys_are_independent() -> None:
     assert correlation.abs().max() < 5 / N**0.5
 
 
-@pytest.mark.parametrize(("weights", "expected"), [((1.0, 0.0), 0), ((0.0, 1.0), 1)])
-def test_weight_one_gives_that_parent(weights: tuple, expected: int) -> None:
-    base, taus = vector(3), [vector(4), vector(5)]
-    torch.testing.assert_close(merge(base, taus, list(weights)), base + taus[expected])
-
-
 def test_children_follow_their_formula_and_may_have_children() -> None:
     base, a, b = vector(6), vector(7), vector(8)
     children = [Child((0, 1), (0.3, 0.7)), Child((2, 0), (0.6, 0.4))]
-    experts = materialise(base, [a, b], children, 0.2, 11, "w")
-    assert experts[0] is a
-    assert experts[1] is b
-    first = base + 0.3 * dare(a - base, 0.2, (11, 2, 0, "w")) + 0.7 * dare(b - base, 0.2, (11, 2, 1, "w"))
-    torch.testing.assert_close(experts[2], first)
-    second = base + 0.6 * dare(first - base, 0.2, (11, 3, 2, "w")) + 0.4 * dare(a - base, 0.2, (11, 3, 0, "w"))
-    torch.testing.assert_close(experts[3], second)
+    first, second = materialise(base, [a, b], children, "dare", 0.2, 11, "w")
+    tau = 0.3 * dare(a - base, 0.2, (11, 2, 0, "w")) + 0.7 * dare(b - base, 0.2, (11, 2, 1, "w"))
+    torch.testing.assert_close(first, base + tau)
+    expected = base + 0.6 * dare(tau, 0.2, (11, 3, 2, "w")) + 0.4 * dare(a - base, 0.2, (11, 3, 0, "w"))
+    torch.testing.assert_close(second, expected)
 
 
-def test_pieces_of_a_tensor_give_the_same_children() -> None:
+@pytest.mark.parametrize("merge", ["dare", "linear", "dare_ties"])
+def test_pieces_of_a_tensor_give_the_same_children(merge: str) -> None:
     base, a, b = vector(6), vector(7), vector(8)
     children = [Child((0, 1), (0.3, 0.7)), Child((2, 0), (0.6, 0.4))]
-    whole = materialise(base, [a, b], children, 0.2, 0, "w")
+    whole = materialise(base, [a, b], children, merge, 0.2, 0, "w")
     cut = 7777
-    head = materialise(base[:cut], [a[:cut], b[:cut]], children, 0.2, 0, "w")
-    tail = materialise(base[cut:], [a[cut:], b[cut:]], children, 0.2, 0, "w", start=cut)
+    head = materialise(base[:cut], [a[:cut], b[:cut]], children, merge, 0.2, 0, "w")
+    tail = materialise(base[cut:], [a[cut:], b[cut:]], children, merge, 0.2, 0, "w", start=cut)
     for one, first, rest in zip(whole, head, tail, strict=True):
         assert torch.equal(one, torch.cat([first, rest]))

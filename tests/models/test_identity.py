@@ -9,47 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import make_dense, perturbed
-from upcycle.artifacts import ExpansionPlan, Expert
+from conftest import perturbed
 from upcycle.errors import UpcycleError
-from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 from upcycle.models.safetensors_io import ModelReader
-from upcycle.recipe import AssembleSettings
+from worlds import assembled
 
 IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
-
-
-def plan_of(num_checkpoints: int) -> ExpansionPlan:
-    experts = tuple(Expert(f"c{i}", "checkpoint") for i in range(num_checkpoints))
-    return ExpansionPlan(experts, 0.2, 0, "cosine", ((0.0,) * num_checkpoints,) * num_checkpoints)
-
-
-def assembled(base: Path, folders: list[Path], out: Path, **settings: object) -> Path:
-    out.mkdir()
-    assemble(base, folders, plan_of(len(folders)), AssembleSettings(**settings), None, 0.02, 0, out)
-    return out
 
 
 @torch.no_grad()
 def logits(folder: Path) -> torch.Tensor:
     return load_model(folder, torch.float32)(IDS).logits
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tie_word_embeddings": True},
-        {"tie_word_embeddings": False, "rms_norm_eps": 1e-3},
-        {"head_dim": 16, "hidden_act": "gelu"},
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}},
-    ],
-)
-def test_equal_experts_give_the_dense_logits(changes: dict, tmp_path: Path) -> None:
-    dense = make_dense(tmp_path / "dense", **changes)
-    moe = assembled(dense, [dense] * 3, tmp_path / "moe")
-    torch.testing.assert_close(logits(moe), logits(dense), rtol=0, atol=1e-5)
 
 
 def test_forced_to_an_expert_gives_its_checkpoint(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:

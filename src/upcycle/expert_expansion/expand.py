@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from upcycle.artifacts import Checkpoint, ExpansionPlan
-from upcycle.console import table
+from upcycle.artifacts import Checkpoint, ExpansionPlan, Expert
+from upcycle.console import say, table
 from upcycle.expert_expansion.gram import task_vector_gram
-from upcycle.expert_expansion.plan import make_plan, similarities
+from upcycle.expert_expansion.plan import Gram, make_plan, similarities
+from upcycle.merging.lineage import Child
 from upcycle.recipe import ExpandSettings
 
 PLAN = "plan.json"
@@ -27,8 +28,18 @@ def expand(
     Raises:
         UpcycleError: see `make_plan` and `task_vector_gram`.
     """
-    plan = make_plan(checkpoints, task_vector_gram(base, folders), settings, seed)
+
+    def measure(experts: Sequence[Expert]) -> Gram:
+        sources = [base if e.checkpoint is None else folders[e.checkpoint] for e in experts if e.kind != "child"]
+        children = [Child(e.parents, e.weights) for e in experts if e.kind == "child"]
+        return task_vector_gram(base, sources, children, settings.merge, settings.drop_rate, seed)
+
+    plan = make_plan(checkpoints, task_vector_gram(base, folders), settings, seed, measure)
     plan.save(out_dir / PLAN)
+    left_out = sorted({c.name for c in checkpoints} - {e.name for e in plan.sources})
+    if left_out:
+        why = f"expand.select={settings.select}"
+        say(f"expand: {len(left_out)} checkpoints are not experts ({why}): {', '.join(left_out)}")
     show_plan(plan)
     return plan
 
@@ -42,6 +53,7 @@ def show_plan(plan: ExpansionPlan) -> None:
         lineage = " + ".join(f"{w:.2f} E{p}" for p, w in zip(expert.parents, expert.weights, strict=True))
         parents = "" if expert.similarity is None else f"{expert.similarity:.3f}"
         norm = f"{plan.gram[i][i] ** 0.5:.3g}"
-        rows.append((f"E{i} {expert.name}", lineage, parents, norm, f"{others.min():.3f}", f"{others.max():.3f}"))
+        least, most = ("", "") if np.isnan(others).all() else (f"{f(others):.3f}" for f in (np.nanmin, np.nanmax))
+        rows.append((f"E{i} {expert.name}", lineage, parents, norm, least, most))
     columns = ("expert", "merged from", "their similarity", "norm", "least similar", "most similar")
-    table(f"expansion plan (similarity: {plan.similarity}, drop rate {plan.drop_rate})", columns, rows)
+    table(f"expansion plan (similarity: {plan.similarity}, {plan.merge}, drop rate {plan.drop_rate})", columns, rows)

@@ -1,6 +1,6 @@
-"""Inner products of the FFN task vectors of all checkpoints, in one streaming pass.
+"""Inner products of the FFN task vectors of all experts, in one streaming pass.
 
-Legend: n checkpoints, N elements of a piece.
+Legend: m experts, N elements of a piece.
 """
 
 from collections.abc import Sequence
@@ -12,39 +12,76 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upcycle.console import track
 from upcycle.errors import UpcycleError
-from upcycle.models.families import family_of, ffn_names
+from upcycle.merging.kernels import KERNELS
+from upcycle.merging.lineage import Child, materialise
+from upcycle.models.families import family_of
 from upcycle.models.folders import read_config
+from upcycle.models.layouts import Region, ffn_regions
 from upcycle.models.safetensors_io import ModelReader, pieces
-
-PIECE = 1 << 20
-"""Elements per piece: a few MB, whatever the tensor."""
+from upcycle.models.streaming import PIECE, map_tensors
 
 
-def task_vector_gram(base: Path, checkpoints: Sequence[Path]) -> NDArray[np.float64]:
-    """(n, n) inner products of tau_i = C_i - theta_0 over all FFN weights, summed in fp64.
+def task_vector_gram(
+    base: Path,
+    sources: Sequence[Path],
+    children: Sequence[Child] = (),
+    merge: str = "linear",
+    drop_rate: float = 0.0,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """(m, m) inner products of tau_i = E_i - theta_0 over all FFN weights, summed in fp64.
 
-    In fp32 a cosine of a vector with itself comes out as 0.98 over 8e7 entries.
+    The experts are the dense models `sources`, then the `children` made from them along the way. In fp32 a cosine of
+    a vector with itself comes out as 0.98 over 8e7 entries.
 
     Raises:
-        UpcycleError: a tensor is missing or has another shape than the base's.
+        UpcycleError: a tensor is missing, has another shape than the base's, or holds NaN or Inf.
     """
     config = read_config(base)
-    names = [dense for dense, _ in ffn_names(family_of(config, str(base)), config)]
-    source, readers = ModelReader(base), [ModelReader(c) for c in checkpoints]
-    gram = torch.zeros(len(readers), len(readers), dtype=torch.float64)
-    for name in track(names, "expand: comparing checkpoints"):
-        shape = source.spec(name).shape
-        for reader in readers:
-            if reader.spec(name).shape != shape:
-                raise UpcycleError(f"{reader.folder}: {name} has shape {reader.spec(name).shape}, the base has {shape}")
-        for begin, end, _ in pieces(shape, PIECE):
-            gram += piece_gram(source.rows(name, begin, end), [r.rows(name, begin, end) for r in readers])
-    return gram.numpy()
+    family = family_of(config, str(base))
+    readers = [ModelReader(folder) for folder in (base, *sources)]
+    regions = ffn_regions(family.dense_layout, config)
+    for reader in readers:
+        check_shapes(reader, regions)
+
+    def gram_of(region: Region) -> Float[Tensor, "m m"]:
+        total = torch.zeros(len(sources) + len(children), len(sources) + len(children), dtype=torch.float64)
+        for begin, count in pieces(region.count, region.count if KERNELS[merge].whole_tensor else PIECE):
+            start = region.element + begin
+            theta, *experts = (reader.elements(region.tensor, start, count) for reader in readers)
+            made = materialise(theta, experts, children, merge, drop_rate, seed, region.tensor, start)
+            total += piece_gram(theta, [*experts, *made])
+        if not total.isfinite().all():
+            name_the_culprit(readers, region)
+        return total
+
+    return torch.stack(map_tensors(gram_of, regions, "expand: comparing experts")).sum(dim=0).numpy()
 
 
-def piece_gram(base: Float[Tensor, "..."], experts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "n n"]:
+def piece_gram(base: Float[Tensor, " N"], experts: Sequence[Float[Tensor, " N"]]) -> Float[Tensor, "m m"]:
     """Inner products of the differences to `base` in one piece."""
-    task_vectors = torch.stack([expert.double() - base.double() for expert in experts]).flatten(1)
+    origin = base.double()
+    task_vectors = torch.stack([expert.double().sub_(origin) for expert in experts])
     return task_vectors @ task_vectors.T
+
+
+def check_shapes(reader: ModelReader, regions: Sequence[Region]) -> None:
+    """Raises UpcycleError if a tensor is not as large as the configuration says."""
+    for region in regions:
+        if (found := reader.spec(region.tensor).shape) != region.full:
+            raise UpcycleError(
+                f"{reader.folder}: {region.tensor} has shape {found}, expected {region.full} by the base's config.json"
+            )
+
+
+def name_the_culprit(readers: Sequence[ModelReader], region: Region) -> None:
+    """Raises UpcycleError with the first model whose part of the region is not finite."""
+    for reader in readers:
+        values = reader.elements(region.tensor, region.element, region.count)
+        if not values.isfinite().all():
+            bad = int((~values.isfinite()).sum())
+            raise UpcycleError(
+                f"{reader.folder}: {bad} of the {region.count} values of {region.tensor} are NaN or Inf; this model is "
+                "damaged (a training that diverged?), leave it out or take an earlier one"
+            )

@@ -1,72 +1,140 @@
 """Stage 2: from n checkpoints to m experts, as a plan.
 
-The plan needs only the Gram matrix of the checkpoints' task vectors. With tau_c = a D(tau_j) + b D(tau_k), D being
+The plan needs only the Gram matrix of the checkpoints' task vectors. For a child c = a T(tau_j) + b T(tau_k), T being
 DARE with drop rate p and independent masks, and G the Gram matrix of the experts so far:
 
     E <tau_c, tau_i> = a G_ji + b G_ki                                  for every earlier expert i
     E <tau_c, tau_c> = (a^2 G_jj + b^2 G_kk) / (1 - p) + 2 a b G_jk
 
 The first line is exact for p = 0 and otherwise an expectation whose relative error falls with the number of
-entries (10^5 and more in practice); in the second, dropping adds a norm of its own.
+entries (10^5 and more in practice); in the second, dropping adds a norm of its own. Linear and spherical children are
+the case p = 0. TIES is not linear: its children's inner products are measured, by one more pass per child.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from upcycle.artifacts import Checkpoint, ExpansionPlan, Expert
 from upcycle.errors import UpcycleError
+from upcycle.merging.kernels import KERNELS
+from upcycle.merging.linear import slerp_weights
 from upcycle.recipe import ExpandSettings
 
 Gram = NDArray[np.float64]
 """Inner products of task vectors: (experts, experts)."""
+Measure = Callable[[Sequence[Expert]], Gram]
+"""The Gram matrix of experts that have a child which is not linear in its parents."""
 
 
-def make_plan(checkpoints: Sequence[Checkpoint], gram: Gram, settings: ExpandSettings, seed: int) -> ExpansionPlan:
+def make_plan(
+    checkpoints: Sequence[Checkpoint], gram: Gram, settings: ExpandSettings, seed: int, measure: Measure | None = None
+) -> ExpansionPlan:
     """Genetic expansion (UpIT, expert expansion): merge the two most dissimilar experts until there are m.
 
+    Args:
+        gram: of all checkpoints, chosen or not.
+        measure: needed for a merge that is not linear in expectation.
+
     Raises:
-        UpcycleError: fewer experts wanted than there are checkpoints, a checkpoint equal to the base, or no pair
-            of parents left.
+        UpcycleError: too few checkpoints for the experts wanted, a checkpoint equal to the base, or no pair of parents
+            left.
     """
-    _check(checkpoints, gram, settings)
+    _check(checkpoints, gram)
+    try:
+        count = settings.num_chosen(len(checkpoints))
+    except ValueError as error:
+        raise UpcycleError(str(error)) from None
+    chosen = choose_checkpoints(similarities(gram, settings.similarity), count, settings.select)
+    experts = [Expert(checkpoints[i].name, "checkpoint", checkpoint=i) for i in chosen]
+    gram = gram[np.ix_(chosen, chosen)]
+    if settings.keep_base:
+        experts.append(Expert("base", "base"))
+        gram = np.pad(gram, (0, 1))
     draw = np.random.Generator(np.random.Philox(seed))
-    experts = [Expert(c.name, "checkpoint") for c in checkpoints]
     used: set[tuple[int, int]] = set()
     while len(experts) < settings.num_experts:
-        similarity = similarities(gram, settings.similarity)
-        j, k = _choose_parents(similarity, used, settings, draw)
-        used.add((j, k))
-        alpha = float(draw.uniform()) if settings.weights == "uniform" else 0.5
-        gram = add_child(gram, (j, k), (alpha, 1 - alpha), settings.drop_rate)
-        experts.append(Expert(f"child-{len(experts)}", "child", (j, k), (alpha, 1 - alpha), float(similarity[j, k])))
+        child = _make_child(experts, gram, used, settings, draw)
+        used.add((child.parents[0], child.parents[1]))
+        experts.append(child)
+        gram = _extend(gram, experts, settings, measure)
     return ExpansionPlan(
-        tuple(experts), settings.drop_rate, seed, settings.similarity, tuple(map(tuple, gram.tolist()))
+        tuple(experts), settings.merge, settings.drop_rate, seed, settings.similarity, tuple(map(tuple, gram.tolist()))
     )
 
 
 def similarities(gram: Gram, kind: str) -> Gram:
-    """Cosine, or negative squared L2 distance, of every two task vectors."""
+    """Cosine, or negative squared L2 distance, of every two task vectors; the cosine with a zero vector is nan."""
     norms = gram.diagonal()
     if kind == "l2":
         return 2 * gram - norms[:, None] - norms[None, :]
-    return gram / np.sqrt(np.outer(norms, norms))
+    with np.errstate(invalid="ignore"):
+        return gram / np.sqrt(np.outer(norms, norms))
 
 
-def add_child(gram: Gram, parents: tuple[int, int], weights: tuple[float, float], drop_rate: float) -> Gram:
-    """The Gram matrix with one more row and column: the expected inner products of a DARE child."""
+def choose_checkpoints(similarity: Gram, count: int, select: str) -> list[int]:
+    """Which `count` of the checkpoints become experts, in the order of training.
+
+    `uniform` takes the end of each of `count` equal spans of the run, so the last is among them. `farthest` begins with
+    the least similar pair and goes on with the one whose greatest similarity to the chosen is least.
+    """
+    n = len(similarity)
+    if select == "uniform":
+        return [-(-(i + 1) * n // count) - 1 for i in range(count)]
+    if select == "last" or count == 1:
+        return list(range(n - count, n))
+    distinct = similarity + np.diag(np.full(n, np.inf))
+    chosen = list(np.unravel_index(distinct.argmin(), distinct.shape))
+    while len(chosen) < count:
+        nearest = similarity[:, chosen].max(axis=1)
+        nearest[chosen] = np.inf
+        chosen.append(nearest.argmin())
+    return sorted(map(int, chosen))
+
+
+def add_child(gram: Gram, parents: tuple[int, ...], weights: tuple[float, ...], norm_growth: float) -> Gram:
+    """The Gram matrix with one more row and column: the expected inner products of a child linear in its parents.
+
+    Args:
+        norm_growth: how much thinning a task vector multiplies its squared norm; 1 / (1 - p) for DARE.
+    """
     (j, k), (a, b) = parents, weights
     row = a * gram[j] + b * gram[k]
-    norm = (a * a * gram[j, j] + b * b * gram[k, k]) / (1 - drop_rate) + 2 * a * b * gram[j, k]
+    norm = (a * a * gram[j, j] + b * b * gram[k, k]) * norm_growth + 2 * a * b * gram[j, k]
     return np.block([[gram, row[:, None]], [row[None, :], np.array([[norm]])]])
+
+
+def _make_child(
+    experts: Sequence[Expert],
+    gram: Gram,
+    used: set[tuple[int, int]],
+    settings: ExpandSettings,
+    draw: np.random.Generator,
+) -> Expert:
+    similarity = similarities(gram, settings.similarity)
+    j, k = _choose_parents(similarity, used, settings, draw)
+    alpha = float(draw.uniform()) if settings.weights == "uniform" else 0.5
+    weights = (alpha, 1 - alpha)
+    if settings.merge == "slerp":
+        weights = slerp_weights(float(similarities(gram, "cosine")[j, k]), 1 - alpha)
+    return Expert(f"child-{len(experts)}", "child", None, (j, k), weights, float(similarity[j, k]))
+
+
+def _extend(gram: Gram, experts: Sequence[Expert], settings: ExpandSettings, measure: Measure | None) -> Gram:
+    growth, child = KERNELS[settings.merge].norm_growth, experts[-1]
+    if growth is not None:
+        return add_child(gram, child.parents, child.weights, growth(settings.drop_rate))
+    assert measure is not None
+    return measure(experts)
 
 
 def _choose_parents(
     similarity: Gram, used: set[tuple[int, int]], settings: ExpandSettings, draw: np.random.Generator
 ) -> tuple[int, int]:
     pairs = [(j, k) for j in range(len(similarity)) for k in range(j + 1, len(similarity))]
+    pairs = [pair for pair in pairs if not math.isnan(similarity[pair])]
     if settings.repeat_pairs == "avoid":
         pairs = [pair for pair in pairs if pair not in used]
     if not pairs:
@@ -79,15 +147,7 @@ def _choose_parents(
     return min(pairs, key=lambda pair: similarity[pair])
 
 
-def _check(checkpoints: Sequence[Checkpoint], gram: Gram, settings: ExpandSettings) -> None:
-    n, m = len(checkpoints), settings.num_experts
-    if m < n:
-        raise UpcycleError(
-            f"expand.num_experts is {m}, fewer than the {n} checkpoints; raise it to {n} or more, or take fewer "
-            "checkpoints (a larger prepare.checkpoint_every, or a list in prepare.checkpoints)"
-        )
-    if n < 2:
-        raise UpcycleError(f"expand: {n} checkpoint, expected 2 or more (a smaller prepare.checkpoint_every)")
+def _check(checkpoints: Sequence[Checkpoint], gram: Gram) -> None:
     for checkpoint, norm in zip(checkpoints, gram.diagonal(), strict=True):
         if not (math.isfinite(norm) and norm > 0):
             problem = "has the base's FFN weights" if norm == 0 else "has FFN weights that are not finite"

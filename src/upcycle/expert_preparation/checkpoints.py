@@ -5,7 +5,7 @@ from pathlib import Path
 from upcycle.artifacts import Checkpoint, write_json
 from upcycle.console import say
 from upcycle.errors import UpcycleError
-from upcycle.models.families import COMPUTES
+from upcycle.models.families import computed_fields
 from upcycle.models.folders import find_model, read_config
 from upcycle.training.checkpoints import step_of
 
@@ -60,9 +60,9 @@ def check_same_architecture(base: Path, checkpoint: Path) -> None:
     Raises:
         UpcycleError: names the first field that differs.
     """
-    expected, found = read_config(base), read_config(checkpoint)
-    for field in ("model_type", *COMPUTES):
-        if expected.get(field) != found.get(field):
+    expected, found = computed_fields(read_config(base)), computed_fields(read_config(checkpoint))
+    for field in expected:
+        if expected[field] != found.get(field):
             raise UpcycleError(
                 f"{checkpoint}: {field} is {found.get(field)!r}, but the base {base} has {expected.get(field)!r}; "
                 "the checkpoints of one run have the base's architecture"

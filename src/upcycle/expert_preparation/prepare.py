@@ -8,8 +8,9 @@ import torch
 from upcycle.artifacts import Checkpoint, write_json
 from upcycle.data.chat import Sample
 from upcycle.expert_preparation.checkpoints import write_checkpoints
-from upcycle.models.families import family_of, ffn_names
+from upcycle.models.families import family_of
 from upcycle.models.folders import copy_companions, load_model, read_config, require_space, write_config
+from upcycle.models.layouts import ffn_tensors
 from upcycle.recipe import PrepareSettings
 from upcycle.training.checkpoints import step_of, strip_resume_files
 from upcycle.training.fine_tune import fine_tune, training_record
@@ -63,7 +64,7 @@ def _require_space(model: Any, settings: PrepareSettings, out_dir: Path) -> None
 def freeze_all_but_ffn(model: Any, base: Path) -> None:
     """Leave only the FFN weights trainable: the experts then differ in nothing else."""
     config = read_config(base)
-    names = {dense for dense, _ in ffn_names(family_of(config, str(base)), config)}
+    names = ffn_tensors(family_of(config, str(base)).dense_layout, config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
 

@@ -1,5 +1,6 @@
 """DARE: drop and rescale (Yu et al. 2024, arXiv 2311.03099)."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,18 +18,6 @@ def dare(
     """
     if dropped_levels(drop_rate) == 0:
         return task_vector
-    kept = keep_mask(key, start, task_vector.numel(), drop_rate)
+    kept = keep_mask(key, start, task_vector.numel(), drop_rate).to(task_vector.device)
     scale = LEVELS / (LEVELS - dropped_levels(drop_rate))
-    return task_vector * kept.to(task_vector.device, task_vector.dtype).mul_(scale)
-
-
-def merge(
-    base: Float[Tensor, " n"],
-    task_vectors: list[Float[Tensor, " n"]],
-    weights: list[float],
-) -> Float[Tensor, " n"]:
-    """theta_0 + sum_j w_j tau_j (task arithmetic, Ilharco et al. 2023, arXiv 2212.04089)."""
-    merged = base.clone()
-    for task_vector, weight in zip(task_vectors, weights, strict=True):
-        merged.add_(task_vector, alpha=weight)
-    return merged
+    return torch.mul(task_vector, kept).mul_(scale)

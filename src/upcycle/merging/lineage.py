@@ -1,17 +1,17 @@
 """Experts from checkpoints along a lineage, one flat piece of one tensor at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from upcycle.merging.dare import dare, merge
+from upcycle.merging.kernels import KERNELS
 
 
 @dataclass(frozen=True)
 class Child:
-    """An expert merged from two earlier ones: their indices and weights."""
+    """An expert merged from earlier ones: their indices and weights."""
 
     parents: tuple[int, ...]
     weights: tuple[float, ...]
@@ -21,21 +21,27 @@ def materialise(
     base: Float[Tensor, " n"],
     checkpoints: Sequence[Float[Tensor, " n"]],
     children: Sequence[Child],
+    merge: str,
     drop_rate: float,
     seed: int,
     tensor: str,
     start: int = 0,
-) -> list[Float[Tensor, " n"]]:
-    """The same piece of every expert: the checkpoints as they are, then each child in turn.
+) -> Iterator[Float[Tensor, " n"]]:
+    """The same piece of every child in turn, in fp32.
 
-    child = theta_0 + alpha DARE(tau_j) + beta DARE(tau_k), tau = expert - theta_0 (UpIT, expert expansion).
-    The mask of a parent in a child is keyed by (seed, child, parent, tensor name).
+    child = theta_0 + combine(thin(tau_j), thin(tau_k)), tau = expert - theta_0 (UpIT, expert expansion), with
+    the kernel `merge`. The mask of a parent in a child is keyed by (seed, child, parent, tensor name). Base and
+    checkpoints are read once; a task vector is kept no longer than a later child needs it.
     """
-    experts = list(checkpoints)
-    for child in children:
-        index = len(experts)
-        dropped = [
-            dare(experts[parent] - base, drop_rate, (seed, index, parent, tensor), start) for parent in child.parents
-        ]
-        experts.append(merge(base, dropped, list(child.weights)))
-    return experts
+    kernel = KERNELS[merge]
+    base = base.float()
+    last_use = {parent: i for i, child in enumerate(children) for parent in child.parents}
+    taus = {i: c.float() - base for i, c in enumerate(checkpoints) if i in last_use}
+    for i, child in enumerate(children):
+        index = len(checkpoints) + i
+        thinned = [kernel.thin(taus[p], drop_rate, (seed, index, p, tensor), start) for p in child.parents]
+        tau = kernel.combine(thinned, child.weights)
+        yield base + tau
+        if index in last_use:
+            taus[index] = tau
+        taus = {p: vector for p, vector in taus.items() if last_use[p] > i}

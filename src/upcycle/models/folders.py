@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from upcycle.errors import UpcycleError
-from upcycle.models.families import Config, family_of_moe
+from upcycle.models.families import family_of_moe
+from upcycle.models.layouts import Config, router_tensors
 
 BUILTIN_BASE = "builtin:tiny"
 COMPANIONS = (
@@ -104,10 +105,29 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
+    return _complete(model, info, str(folder)).to(device).eval()
+
+
+def load_state(config: Config, tensors: dict[str, torch.Tensor], what: str) -> Any:
+    """A causal language model in fp32 from a configuration and tensors named as on disk.
+
+    Raises:
+        UpcycleError: keys are missing or left over.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    resolved = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(resolved)].from_pretrained(
+        None, config=resolved, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+    )
+    return _complete(model, info, what).eval()
+
+
+def _complete(model: Any, info: dict[str, Any], what: str) -> Any:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
-            raise UpcycleError(f"{folder}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]}")
-    return model.to(device).eval()
+            raise UpcycleError(f"{what}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]}")
+    return model
 
 
 def copy_companions(source: Path, folder: Path, chat_template: str | None = None) -> None:
@@ -152,7 +172,7 @@ def finish_moe_folder(folder: Path, initial: Path) -> None:
 def routers(model: Any) -> list[tuple[Any, str]]:
     """(parent module, attribute) of every layer's router, in layer order."""
     family = family_of_moe(model.config.to_dict())
-    parent, _, attribute = family.gate.rpartition(".")
+    parent, _, attribute = family.moe_layout.module.rpartition(".")
     return [(layer.get_submodule(parent), attribute) for layer in model.model.layers]
 
 
@@ -160,9 +180,8 @@ def load_routers(model: Any, path: Path) -> None:
     """Put the routing vectors of a router file into the model."""
     from safetensors.torch import load_file
 
-    family = family_of_moe(model.config.to_dict())
-    tensors = load_file(path)
+    config, tensors = model.config.to_dict(), load_file(path)
+    names = router_tensors(family_of_moe(config).moe_layout, config)
     with torch.no_grad():
-        for layer, (parent, attribute) in enumerate(routers(model)):
-            weight = getattr(parent, attribute).weight
-            weight.copy_(tensors[family.router.format(layer=layer)])
+        for name, (parent, attribute) in zip(names, routers(model), strict=True):
+            getattr(parent, attribute).weight.copy_(tensors[name])

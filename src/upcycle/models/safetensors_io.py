@@ -1,4 +1,4 @@
-"""Streaming access to safetensors: read slices of a sharded model, write a sharded model piece by piece.
+"""Streaming access to safetensors: read runs of a sharded model, write a sharded model piece by piece.
 
 Reading maps the files; writing knows every name, shape and dtype beforehand, so headers are written first and each
 piece goes to its place. Memory is that of the pieces, whatever the model.
@@ -6,13 +6,14 @@ piece goes to its place. Memory is that of the pieces, whatever the model.
 
 import errno
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,55 +42,96 @@ class TensorSpec:
 
 
 class ModelReader:
-    """The tensors of a model folder, single file or sharded, by name.
+    """The tensors of a model folder, single file or sharded, by name; nothing is read before it is used.
 
     Raises:
-        UpcycleError: no weights, a damaged file, an index that names a missing shard or one outside the folder.
+        UpcycleError: no weights, a damaged file, an index that names a missing shard or one outside the folder, or
+            a tensor of a dtype that is not a plain floating-point one.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {path: _open(path) for path in _shards(folder)}
-        self._where = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+        self._where: dict[str, _Mapped] = {}
+        for path, names in _shards(folder).items():
+            found = _map_file(path)
+            if lost := sorted(names - found.keys()):
+                raise UpcycleError(f"{folder / INDEX} says that {lost[0]} is in {path.name}, which does not have it")
+            self._where.update(found)
 
     def names(self) -> list[str]:
         return sorted(self._where)
 
     def spec(self, name: str) -> TensorSpec:
-        piece = self._slice(name)
-        code = piece.get_dtype()
-        if code not in DTYPES:
-            raise UpcycleError(f"{self.folder}: tensor {name} is {code}, expected one of {', '.join(DTYPES)}")
-        return TensorSpec(tuple(piece.get_shape()), DTYPES[code])
+        return self._mapped(name).spec
 
-    def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows `begin..end` of a tensor, copied out of the mapped file."""
-        return cast(Tensor, self._slice(name)[begin:end])
+    def elements(self, name: str, begin: int = 0, count: int | None = None) -> Tensor:
+        """A flat run of a tensor's elements, as a view of the mapped file: not to be written to."""
+        mapped = self._mapped(name)
+        dtype, size = mapped.spec.dtype, prod(mapped.spec.shape)
+        count = size - begin if count is None else count
+        assert 0 <= begin <= begin + count <= size
+        if count == 0:
+            return torch.empty(0, dtype=dtype)
+        offset = mapped.offset + begin * dtype.itemsize
+        return torch.frombuffer(mapped.file, dtype=dtype, count=count, offset=offset)
 
-    def _slice(self, name: str) -> Any:
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor, as a view of the mapped file: not to be written to."""
+        return self.elements(name).view(self.spec(name).shape)
+
+    def _mapped(self, name: str) -> "_Mapped":
         if name not in self._where:
             raise UpcycleError(f"{self.folder} has no tensor {name}")
-        return self._where[name].get_slice(name)
+        return self._where[name]
 
 
-def _open(path: Path) -> Any:
+@dataclass(frozen=True)
+class _Mapped:
+    """A tensor in a mapped file."""
+
+    spec: TensorSpec
+    file: mmap.mmap
+    offset: int
+
+
+def _map_file(path: Path) -> dict[str, _Mapped]:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt"):  # checks lengths, overlaps and offsets of the header
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory that it may write to
+    except (SafetensorError, OSError, ValueError) as error:
         raise UpcycleError(f"{path} is not a readable safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, entry, mapped, 8 + length) for name, entry in header.items()}
 
 
-def _shards(folder: Path) -> list[Path]:
+def _entry(path: Path, name: str, entry: dict[str, Any], mapped: mmap.mmap, data: int) -> _Mapped:
+    code = entry["dtype"]
+    if code not in DTYPES:
+        raise UpcycleError(
+            f"{path}: tensor {name} is {code}, expected one of {', '.join(DTYPES)}; a quantized model has to be "
+            "dequantized first"
+        )
+    return _Mapped(TensorSpec(tuple(entry["shape"]), DTYPES[code]), mapped, data + entry["data_offsets"][0])
+
+
+def _shards(folder: Path) -> dict[Path, set[str]]:
+    """The files of a model, each with the tensors that the index, if there is one, promises of it."""
     index = folder / INDEX
     if not index.exists():
         if not (folder / SINGLE).is_file():
             raise UpcycleError(f"{folder} has no {SINGLE} (nor an index of shards): weights must be safetensors")
-        return [folder / SINGLE]
+        return {folder / SINGLE: set()}
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"].items()
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UpcycleError(f"{index} is not a safetensors index: {error!r}") from None
-    shards = [inside(folder, name) for name in sorted(set(weight_map.values()))]
+    shards: dict[Path, set[str]] = {}
+    for name, file in weight_map:
+        shards.setdefault(inside(folder, file), set()).add(name)
     missing = [path.name for path in shards if not path.is_file()]
     if missing:
         raise UpcycleError(f"{index} names {missing[0]}, which is not there")
@@ -136,7 +178,10 @@ class ModelWriter:
         spec = self._specs[name]
         file, offset = self._places[name]
         assert 0 <= element <= prod(spec.shape) - piece.numel()
-        data = piece.detach().to("cpu", spec.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+        values = piece.detach().to("cpu", spec.dtype)
+        if spec.dtype is torch.float16 and not values.isfinite().all():
+            raise UpcycleError(f"{name} has values beyond float16; set assemble.dtype=bfloat16 or float32")
+        data = values.contiguous().view(-1).view(torch.uint8).numpy().data
         written = os.pwrite(file.fileno(), data, offset + element * spec.dtype.itemsize)
         if written != data.nbytes:
             raise OSError(errno.ENOSPC, f"wrote {written} of {data.nbytes} bytes of {name}")
@@ -182,9 +227,7 @@ def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> int:
     return 8 + len(text)
 
 
-def pieces(shape: tuple[int, ...], elements: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, last row, first element) of successive runs of whole rows of about `elements` elements."""
-    width = prod(shape[1:])
-    step = max(1, elements // max(1, width))
-    for begin in range(0, shape[0], step):
-        yield begin, min(begin + step, shape[0]), begin * width
+def pieces(count: int, elements: int) -> Iterator[tuple[int, int]]:
+    """(first element, number of elements) of successive runs of at most `elements`."""
+    for begin in range(0, count, elements):
+        yield begin, min(elements, count - begin)

@@ -16,9 +16,10 @@ from upcycle.console import say, table, warn
 from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
-from upcycle.models.families import family_of_moe, router_names
+from upcycle.models.families import family_of_moe
 from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device
 from upcycle.models.forward import answer_losses
+from upcycle.models.layouts import router_tensors
 from upcycle.models.routers import RouterRecorder, random_routers
 from upcycle.recipe import RouteSettings
 from upcycle.router_initialization.assignment import Experts, Losses, assign, fill_empty
@@ -73,7 +74,7 @@ def route(
     if settings.start == "upit":
         pairs = _pairs(experts, losses[: len(fit)], names)
         vectors, report["log"] = preoptimise(model, fit, pairs, start, settings, pad_token_id, seed)
-    _save(out_dir / ROUTER, vectors, router_names(family_of_moe(config), config))
+    _save(out_dir / ROUTER, vectors, router_tensors(family_of_moe(config).moe_layout, config))
     if test:
         load_routers(model, out_dir / ROUTER)
         expected = assign(losses[len(fit) :], test, settings.assignment)
