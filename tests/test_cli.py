@@ -60,8 +60,11 @@ def test_a_base_that_is_not_supported_says_what_is(
     import shutil
 
     for changes, message in (
-        ({"model_type": "gemma"}, "a 'gemma' model has no exact mixture-of-experts twin here; supported: llama -> "),
-        ({"mlp_bias": True}, "mlp_bias=True cannot be kept in a mixtral model"),
+        (
+            {"model_type": "gemma"},
+            "'gemma' has no exact mixture-of-experts twin here: no MoE architecture scales embeddings",
+        ),
+        ({"mlp_bias": True}, "as mixtral, mlp_bias=True would be lost (exact with mlp_bias=False)"),
     ):
         other = tmp_path / "other"
         shutil.copytree(base, other, dirs_exist_ok=True)

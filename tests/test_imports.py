@@ -10,6 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "upcycle"
 STAGES = ("expert_preparation", "expert_expansion", "model_upcycling", "router_initialization")
 LEAVES = {"errors", "recipe", "artifacts", "console"}
+STANDARD = {"hashlib", "functools", "collections", "dataclasses", "math"}
 MAY_IMPORT = {
     "errors": set(),
     "console": set(),
@@ -57,7 +58,7 @@ def test_only_training_imports_trl_and_merging_no_framework_but_torch() -> None:
         libraries = {name.split(".")[0] for name in imports(path)}
         assert "trl" not in libraries or room(path) == "training", path
         if room(path) == "merging":
-            assert libraries <= {"torch", "numpy", "jaxtyping", "upcycle", "hashlib", "collections", "dataclasses"}
+            assert libraries <= {"torch", "numpy", "cryptography", "jaxtyping", "upcycle", *STANDARD}
 
 
 def test_weights_are_never_unpickled() -> None:

@@ -1,6 +1,7 @@
 """Assembled worlds that several tests share."""
 
 from pathlib import Path
+from typing import Any
 
 from upcycle.artifacts import ExpansionPlan, Expert
 from upcycle.model_upcycling.assemble import assemble
@@ -13,7 +14,7 @@ def plan_of(num_checkpoints: int) -> ExpansionPlan:
     return ExpansionPlan(experts, "dare", 0.2, 0, "cosine", ((0.0,) * num_checkpoints,) * num_checkpoints)
 
 
-def assembled(base: Path, folders: list[Path], out: Path, **settings: object) -> Path:
-    out.mkdir()
-    assemble(base, folders, plan_of(len(folders)), AssembleSettings(**settings), None, 0.02, 0, out)
+def assembled(base: Path, folders: list[Path], out: Path, router_std: float = 0.02, **settings: Any) -> Path:
+    out.mkdir(exist_ok=True)
+    assemble(base, folders, plan_of(len(folders)), AssembleSettings(**settings), None, router_std, 0, out)
     return out

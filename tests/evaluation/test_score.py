@@ -59,12 +59,9 @@ def test_long_answers_are_left_out_of_the_exact_match(samples: list[Sample]) -> 
 def test_shares_count_the_routed_slots_without_padding(
     base: Path, checkpoints: list[Path], samples: list[Sample], tmp_path: Path
 ) -> None:
-    from upcycle.artifacts import ExpansionPlan, Expert
-    from upcycle.model_upcycling.assemble import assemble
-    from upcycle.recipe import AssembleSettings
+    from worlds import assembled
 
-    plan = ExpansionPlan(tuple(Expert(f"c{i}", "checkpoint") for i in range(3)), 0.2, 0, "cosine", ())
-    assemble(base, checkpoints, plan, AssembleSettings(), None, 0.5, 0, tmp_path)
+    assembled(base, checkpoints, tmp_path, router_std=0.5)
     model = load_model(tmp_path, torch.float32)
     _, together = held_out(model, samples, SETTINGS, 0, "moe", is_moe=True)
     counts = torch.zeros(2, 3)

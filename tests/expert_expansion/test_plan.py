@@ -11,7 +11,7 @@ from conftest import perturbed
 from upcycle.artifacts import Checkpoint, ExpansionPlan
 from upcycle.errors import UpcycleError
 from upcycle.expert_expansion.expand import expand
-from upcycle.expert_expansion.gram import task_vector_gram
+from upcycle.expert_expansion.gram import piece_gram, task_vector_gram
 from upcycle.expert_expansion.plan import add_child, choose_checkpoints, make_plan, similarities
 from upcycle.merging.lineage import Child, materialise
 from upcycle.models.safetensors_io import ModelReader
@@ -33,7 +33,7 @@ def test_gram_is_the_inner_products_of_ffn_task_vectors(base: Path, checkpoints:
         return torch.cat([reader.elements(n).double() for n in names])
 
     taus = torch.stack([flat(c) - flat(base) for c in checkpoints])
-    np.testing.assert_allclose(task_vector_gram(base, checkpoints), gram_of(taus), rtol=1e-12)
+    np.testing.assert_allclose(task_vector_gram(base, checkpoints), gram_of(taus), rtol=1e-6)
 
 
 def test_most_dissimilar_pair_is_merged_first() -> None:
@@ -177,7 +177,7 @@ def test_children_that_are_not_linear_are_measured(base: Path, checkpoints: list
         for i, expert in enumerate([*experts, *materialise(theta, experts, children, "ties", 0.6, 7, name)]):
             flat[i].append(expert.double() - theta.double())
     taus = torch.stack([torch.cat(parts) for parts in flat])
-    np.testing.assert_allclose(np.array(plan.gram), gram_of(taus), rtol=1e-10)
+    np.testing.assert_allclose(np.array(plan.gram), gram_of(taus), rtol=1e-5)
 
 
 def test_a_spherical_child_keeps_the_norm_of_its_parents() -> None:
@@ -194,3 +194,10 @@ def test_nan_and_inf_are_named(base: Path, checkpoints: list[Path], tmp_path: Pa
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UpcycleError, match=rf"broken: 2 of the 1536 values of {name} are NaN or Inf"):
         task_vector_gram(base, [*checkpoints, broken])
+
+
+def test_the_sum_over_many_entries_stays_exact() -> None:
+    """3e7 equal entries: in fp32 alone the sum would stop growing at 2^24 times its step."""
+    ones = torch.ones(1 << 25)
+    gram = piece_gram(torch.zeros(1 << 25), [ones, ones * 3])
+    assert gram.tolist() == [[2.0**25, 3 * 2.0**25], [3 * 2.0**25, 9 * 2.0**25]]

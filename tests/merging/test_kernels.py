@@ -10,9 +10,10 @@ from upcycle.merging.dare import dare
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise
 from upcycle.merging.linear import linear, slerp, slerp_weights
-from upcycle.merging.ties import agreeing_mean, agreeing_sum, trim
+from upcycle.merging.ties import agreeing_mean, agreeing_sum, trim_mask
 
 N = 2000
+ZERO = torch.zeros(N)
 SEEDS = st.integers(0, 1000)
 FRACTIONS = st.floats(0, 1)
 
@@ -31,18 +32,18 @@ def test_linear_is_the_weighted_sum_as_in_peft() -> None:
     taus = [vector(0), vector(1), vector(2)]
     weights = torch.tensor([0.2, 0.5, 0.3])
     expected = merge_utils.task_arithmetic(taus, weights)
-    torch.testing.assert_close(linear(taus, weights.tolist()), expected)
+    torch.testing.assert_close(linear(ZERO, taus, weights.tolist(), [None] * 3), expected)
 
 
 @given(seed=SEEDS, drop_rate=st.floats(0.01, 0.95))
 @settings(max_examples=30, deadline=None)
 def test_trim_keeps_the_largest_as_in_peft(seed: int, drop_rate: float) -> None:
     tau = vector(seed)
-    torch.testing.assert_close(trim(tau, drop_rate), merge_utils.prune(tau, 1 - drop_rate, "magnitude"))
+    torch.testing.assert_close(tau * trim_mask(tau, drop_rate), merge_utils.prune(tau, 1 - drop_rate, "magnitude"))
 
 
 def test_trim_of_everything_is_zero() -> None:
-    assert trim(vector(0, 3), 0.9).count_nonzero() == 0
+    assert trim_mask(vector(0, 3), 0.9).count_nonzero() == 0
 
 
 @given(seed=SEEDS, drop_rate=st.floats(0.01, 0.9))
@@ -56,18 +57,26 @@ def test_ties_is_pefts_for_equal_weights(seed: int, drop_rate: float) -> None:
 
 
 def test_ties_by_hand() -> None:
-    a, b = torch.tensor([2.0, -1.0, 3.0, 0.0]), torch.tensor([-1.0, -2.0, 1.0, 5.0])
+    zero, a, b = torch.zeros(4), torch.tensor([2.0, -1.0, 3.0, 0.0]), torch.tensor([-1.0, -2.0, 1.0, 5.0])
     # weighted sums .5 a + .5 b: .5, -1.5, 2, 2.5
-    torch.testing.assert_close(agreeing_mean([a, b], [0.5, 0.5]), torch.tensor([2.0, -1.5, 2.0, 5.0]))
-    torch.testing.assert_close(agreeing_sum([a, b], [0.5, 0.5]), torch.tensor([1.0, -1.5, 2.0, 2.5]))
+    torch.testing.assert_close(
+        agreeing_mean(zero, [a, b], [0.5, 0.5], [None, None]), torch.tensor([2.0, -1.5, 2.0, 5.0])
+    )
+    torch.testing.assert_close(
+        agreeing_sum(zero, [a, b], [0.5, 0.5], [None, None]), torch.tensor([1.0, -1.5, 2.0, 2.5])
+    )
     # .2 a + .8 b elects b's sign in the first place
-    torch.testing.assert_close(agreeing_mean([a, b], [0.2, 0.8]), torch.tensor([-1.0, -1.8, 1.4, 5.0]))
+    torch.testing.assert_close(
+        agreeing_mean(zero, [a, b], [0.2, 0.8], [None, None]), torch.tensor([-1.0, -1.8, 1.4, 5.0])
+    )
 
 
 def test_dare_ties_is_dare_without_the_minority_sign() -> None:
     taus = [vector(3), vector(4)]
     dropped = [dare(tau, 0.3, (0, 2, i, "w")) for i, tau in enumerate(taus)]
-    torch.testing.assert_close(child("dare_ties", taus, (0.4, 0.6), 0.3), agreeing_sum(dropped, [0.4, 0.6]))
+    torch.testing.assert_close(
+        child("dare_ties", taus, (0.4, 0.6), 0.3), agreeing_sum(ZERO, dropped, [0.4, 0.6], [None, None])
+    )
     same_sign = [taus[0].abs(), taus[1].abs()]
     both = [child(merge, same_sign, (0.4, 0.6), 0.3) for merge in ("dare", "dare_ties")]
     torch.testing.assert_close(*both)
@@ -133,8 +142,9 @@ def test_mean_over_seeds_of_a_dare_child_is_the_linear_child() -> None:
     assert ((mean - expected).abs() <= 5 * deviation / 3000**0.5).all()
 
 
-@pytest.mark.parametrize("merge", [name for name, kernel in KERNELS.items() if kernel.norm_growth is not None])
-def test_norm_growth_is_what_thinning_does(merge: str) -> None:
+@pytest.mark.parametrize("merge", [name for name, kernel in KERNELS.items() if kernel.linear])
+def test_masking_multiplies_the_squared_norm_by_its_scale(merge: str) -> None:
     kernel, tau = KERNELS[merge], vector(7, 200_000)
-    grown = kernel.thin(tau, 0.5, (0,), 0).square().sum() / tau.square().sum()
-    assert grown.item() == pytest.approx(kernel.norm_growth(0.5), rel=0.02)
+    mask = kernel.mask(tau, 0.5, (0,), 0)
+    grown = (kernel.scale(0.5) * tau * (1 if mask is None else mask)).square().sum() / tau.square().sum()
+    assert grown.item() == pytest.approx(kernel.scale(0.5), rel=0.02)

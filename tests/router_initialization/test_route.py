@@ -8,18 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from upcycle.artifacts import ExpansionPlan, Expert
 from upcycle.data.batches import collate
 from upcycle.data.chat import Sample, load_tokenizer
 from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
-from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model, load_routers
 from upcycle.models.routers import GatedRouter, RowExperts, random_routers, swapped_routers
-from upcycle.recipe import AssembleSettings, Recipe, RouteSettings
+from upcycle.recipe import Recipe, RouteSettings
 from upcycle.router_initialization.preoptimise import auxiliary_loss, gated_losses, preoptimise
 from upcycle.router_initialization.route import route
 from upcycle.router_initialization.scoring import expert_losses
+from worlds import assembled
 
 NAMES = ["c1", "c2", "c3"]
 SETTINGS = RouteSettings(epochs=3, tokens_per_batch=256, learning_rate=0.01)
@@ -28,9 +27,7 @@ SETTINGS = RouteSettings(epochs=3, tokens_per_batch=256, learning_rate=0.01)
 @pytest.fixture(scope="module")
 def moe(base: Path, checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("moe")
-    plan = ExpansionPlan(tuple(Expert(n, "checkpoint") for n in NAMES), 0.2, 0, "cosine", ())
-    assemble(base, checkpoints, plan, AssembleSettings(), None, 0.02, 0, out)
-    return out
+    return assembled(base, checkpoints, out)
 
 
 @pytest.fixture

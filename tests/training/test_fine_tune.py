@@ -8,18 +8,17 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from upcycle.artifacts import ExpansionPlan, Expert
 from upcycle.data.chat import Sample, load_tokenizer
 from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
 from upcycle.expert_preparation.prepare import tune
-from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model
-from upcycle.recipe import AssembleSettings, PrepareSettings, Recipe, TrainingSettings
+from upcycle.recipe import PrepareSettings, Recipe, TrainingSettings
 from upcycle.training import fine_tune as module
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint
 from upcycle.training.fine_tune import fine_tune
+from worlds import assembled
 
 SETTINGS = TrainingSettings(epochs=1, checkpoint_every=0.25, learning_rate=1e-3, batch_size=8, micro_batch_size=4)
 
@@ -32,9 +31,7 @@ def samples(recipe: Recipe, base: Path) -> list[Sample]:
 @pytest.fixture(scope="module")
 def moe(base: Path, checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("moe")
-    plan = ExpansionPlan(tuple(Expert(f"c{i}", "checkpoint") for i in range(3)), 0.2, 0, "cosine", ())
-    assemble(base, checkpoints, plan, AssembleSettings(), None, 0.02, 0, out)
-    return out
+    return assembled(base, checkpoints, out)
 
 
 class StopAt(TrainerCallback):

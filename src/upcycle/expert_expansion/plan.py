@@ -123,9 +123,9 @@ def _make_child(
 
 
 def _extend(gram: Gram, experts: Sequence[Expert], settings: ExpandSettings, measure: Measure | None) -> Gram:
-    growth, child = KERNELS[settings.merge].norm_growth, experts[-1]
-    if growth is not None:
-        return add_child(gram, child.parents, child.weights, growth(settings.drop_rate))
+    kernel, child = KERNELS[settings.merge], experts[-1]
+    if kernel.linear:
+        return add_child(gram, child.parents, child.weights, kernel.scale(settings.drop_rate))
     assert measure is not None
     return measure(experts)
 

@@ -8,11 +8,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def linear(task_vectors: Sequence[Float[Tensor, " n"]], weights: Sequence[float]) -> Float[Tensor, " n"]:
-    """sum_j w_j tau_j (task arithmetic, Ilharco et al. 2023, arXiv 2212.04089)."""
-    merged = torch.mul(task_vectors[0], weights[0])
-    for task_vector, weight in zip(task_vectors[1:], weights[1:], strict=True):
-        merged.add_(task_vector, alpha=weight)
+def linear(
+    base: Float[Tensor, " n"],
+    task_vectors: Sequence[Float[Tensor, " n"]],
+    weights: Sequence[float],
+    masks: Sequence[Float[Tensor, " n"] | None],
+) -> Float[Tensor, " n"]:
+    """theta_0 + sum_j w_j mask_j tau_j (task arithmetic, Ilharco et al. 2023, arXiv 2212.04089); None masks nothing."""
+    merged = base.clone()
+    for task_vector, weight, mask in zip(task_vectors, weights, masks, strict=True):
+        if mask is None:
+            merged.add_(task_vector, alpha=weight)
+        else:
+            merged.addcmul_(task_vector, mask, value=weight)
     return merged
 
 
@@ -31,4 +39,4 @@ def slerp_weights(cosine: float, fraction: float) -> tuple[float, float]:
 def slerp(a: Float[Tensor, " n"], b: Float[Tensor, " n"], fraction: float) -> Float[Tensor, " n"]:
     """The point at `fraction` of the arc from `a` to `b`; between equal norms it keeps the norm."""
     cosine = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0)
-    return linear((a, b), slerp_weights(cosine.item(), fraction))
+    return linear(torch.zeros_like(a), (a, b), slerp_weights(cosine.item(), fraction), (None, None))

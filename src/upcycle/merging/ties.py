@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def trim(task_vector: Float[Tensor, " n"], drop_rate: float) -> Float[Tensor, " n"]:
-    """Keep the share 1 - p of the entries that is largest in magnitude, zero the rest: no rescaling.
+def trim_mask(task_vector: Float[Tensor, " n"], drop_rate: float) -> Float[Tensor, " n"]:
+    """1 for the share 1 - p of the entries that is largest in magnitude, 0 for the rest.
 
     The threshold is the whole tensor's, so a piece of it would not do. Of equal magnitudes at the threshold all are
     kept.
@@ -18,28 +18,42 @@ def trim(task_vector: Float[Tensor, " n"], drop_rate: float) -> Float[Tensor, " 
         return torch.zeros_like(task_vector)
     magnitude = task_vector.abs()
     threshold = magnitude.kthvalue(task_vector.numel() - kept + 1).values
-    return task_vector * (magnitude >= threshold)
+    return (magnitude >= threshold).to(task_vector.dtype)
 
 
-def agreeing_sum(task_vectors: Sequence[Float[Tensor, " n"]], weights: Sequence[float]) -> Float[Tensor, " n"]:
-    """sum_j w_j tau_j over the parents whose sign is that of the full weighted sum, entry by entry."""
-    return _agreeing(task_vectors, weights)[0]
+def agreeing_sum(
+    base: Float[Tensor, " n"],
+    task_vectors: Sequence[Float[Tensor, " n"]],
+    weights: Sequence[float],
+    masks: Sequence[Float[Tensor, " n"] | None],
+) -> Float[Tensor, " n"]:
+    """theta_0 + sum_j w_j tau_j over the parents whose sign is that of the full weighted sum, entry by entry."""
+    return base + _agreeing(task_vectors, weights, masks)[0]
 
 
-def agreeing_mean(task_vectors: Sequence[Float[Tensor, " n"]], weights: Sequence[float]) -> Float[Tensor, " n"]:
-    """The mean, weighted by w_j, over the parents whose sign is the elected one and whose entry is not zero.
+def agreeing_mean(
+    base: Float[Tensor, " n"],
+    task_vectors: Sequence[Float[Tensor, " n"]],
+    weights: Sequence[float],
+    masks: Sequence[Float[Tensor, " n"] | None],
+) -> Float[Tensor, " n"]:
+    """theta_0 + the mean, weighted by w_j, over the parents whose sign is the elected one and whose entry is not zero.
 
     With equal weights this is the paper's disjoint merge with lambda = 1.
     """
-    total, weight = _agreeing(task_vectors, weights)
-    return torch.where(weight > 0, total / weight, 0.0)
+    total, weight = _agreeing(task_vectors, weights, masks)
+    return base + torch.where(weight > 0, total / weight, 0.0)
 
 
 def _agreeing(
-    task_vectors: Sequence[Float[Tensor, " n"]], weights: Sequence[float]
+    task_vectors: Sequence[Float[Tensor, " n"]],
+    weights: Sequence[float],
+    masks: Sequence[Float[Tensor, " n"] | None],
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Sum of w_j tau_j and of w_j over the parents that agree with the elected sign."""
-    weighted = [task_vector * weight for task_vector, weight in zip(task_vectors, weights, strict=True)]
+    """Sum of w_j mask_j tau_j and of w_j over the parents that agree with the elected sign."""
+    weighted = [
+        tau * (w if mask is None else mask * w) for tau, w, mask in zip(task_vectors, weights, masks, strict=True)
+    ]
     elected = torch.stack(weighted).sum(dim=0).sign()
     total, weight_sum = torch.zeros_like(elected), torch.zeros_like(elected)
     for vector, weight in zip(weighted, weights, strict=True):

@@ -130,7 +130,7 @@ def _write_shared(writer: ModelWriter, move: SharedMove, readers: Sequence[Model
     source, target = move.dense, move.moe
     for begin, count in pieces(source.count, PIECE):
         values = _mean([reader.elements(source.tensor, source.element + begin, count) for reader in readers])
-        if not values.isfinite().all():
+        if not values.float().sum().isfinite() and not values.isfinite().all():  # the sum is quicker
             raise UpcycleError(f"{readers[-1].folder}: {source.tensor} holds NaN or Inf; take an undamaged checkpoint")
         writer.write(target.tensor, values, target.element + begin)
 

@@ -8,7 +8,9 @@ import errno
 import json
 import mmap
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +27,8 @@ from upcycle.errors import UpcycleError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30
+MAX_WAITING = 16
+"""Pieces that may wait to be written: bounds the memory, whatever the disk does."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -141,13 +145,16 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
 class ModelWriter:
     """Writes a model's tensors piece by piece into shards laid out beforehand.
 
-    Use as a context manager; `write` may come in any order.
+    Use as a context manager; `write` may come in any order and from any thread. A thread of its own hands the pieces to
+    the system while the caller computes the next ones; a failed write is raised by a later call or at the end.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES):
         self._folder = folder
         self._specs = dict(specs)
         self._shards = _lay_out(self._specs, max_shard_bytes)
+        self._thread = ThreadPoolExecutor(1)  # more at once would spin on the file's lock in the kernel
+        self._waiting: deque[Future[None]] = deque()
         self._files: list[BinaryIO] = []
         self._places: dict[str, tuple[BinaryIO, int]] = {}
 
@@ -168,23 +175,32 @@ class ModelWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._thread.shutdown(cancel_futures=kind is not None)
         for file in self._files:
             file.close()
-        if kind is None and len(self._shards) > 1:
-            self._write_index()
+        if kind is None:
+            for future in self._waiting:
+                future.result()
+            if len(self._shards) > 1:
+                self._write_index()
 
     def write(self, name: str, piece: Tensor, element: int = 0) -> None:
-        """Put a flat piece of a tensor at `element`, converted to the tensor's dtype."""
+        """Put a flat piece of a tensor at `element`, converted to the tensor's dtype; it must not change afterwards.
+
+        Raises:
+            UpcycleError: a value is too large for float16.
+            OSError: an earlier piece could not be written.
+        """
         spec = self._specs[name]
         file, offset = self._places[name]
         assert 0 <= element <= prod(spec.shape) - piece.numel()
-        values = piece.detach().to("cpu", spec.dtype)
+        values = piece.detach().to("cpu", spec.dtype).contiguous().view(-1)
         if spec.dtype is torch.float16 and not values.isfinite().all():
             raise UpcycleError(f"{name} has values beyond float16; set assemble.dtype=bfloat16 or float32")
-        data = values.contiguous().view(-1).view(torch.uint8).numpy().data
-        written = os.pwrite(file.fileno(), data, offset + element * spec.dtype.itemsize)
-        if written != data.nbytes:
-            raise OSError(errno.ENOSPC, f"wrote {written} of {data.nbytes} bytes of {name}")
+        data = values.view(torch.uint8).numpy().data
+        self._waiting.append(self._thread.submit(_pwrite, file, data, offset + element * spec.dtype.itemsize, name))
+        while len(self._waiting) > MAX_WAITING:
+            self._waiting.popleft().result()
 
     def _write_index(self) -> None:
         total = sum(spec.num_bytes for spec in self._specs.values())
@@ -193,6 +209,12 @@ class ModelWriter:
         }
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _pwrite(file: BinaryIO, data: memoryview, offset: int, name: str) -> None:
+    written = os.pwrite(file.fileno(), data, offset)
+    if written != data.nbytes:
+        raise OSError(errno.ENOSPC, f"wrote {written} of {data.nbytes} bytes of {name}")
 
 
 def _lay_out(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:

@@ -13,14 +13,14 @@ from upcycle.console import track
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PIECE = 1 << 18
-"""Elements per piece: the pieces of all experts stay in a core's cache."""
+"""Elements per piece: those of all experts stay in a core's cache, and memory is reused rather than mapped anew."""
 MAX_WORKERS = 8
-"""More would only take memory: the disk, or the page cache, is the limit."""
+"""More would only take memory: the disk, or the page cache, is the limit. Hyperthreads gain nothing either."""
 
 
 def map_tensors(work: Callable[[Item], Result], items: Sequence[Item], title: str) -> list[Result]:
     """`work` on every item, in threads that each run torch on one core; the results in the order of the items."""
-    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    workers = max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // 2))
     with _one_torch_thread(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:

@@ -1,0 +1,257 @@
+"""Expansion and assembly against mergekit 0.1.5 and against the disk: the same job, both sides in one run.
+
+    python benchmarks/assembly_vs_mergekit.py --work /tmp/assembly
+
+Job: a random Llama of 502M parameters in bf16 and four perturbed checkpoints; expand 4 to 8 experts (DARE, p 0.2),
+write an 8-expert MoE. mergekit: one `dare_linear` merge per child with the same parents and weights, then
+`mergekit-moe`, in a virtual environment of its own (made in --work if --mergekit does not name one). The floor: `cp` of
+the bytes read plus `cp` of the bytes written. CPU seconds are user plus system of all processes of a side, imports
+included; memory is the peak of the anonymous resident memory, sampled every 20 ms. Prints ratios; writes `result.json`
+beside the models.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from upcycle.artifacts import ExpansionPlan
+from upcycle.console import say, table
+from upcycle.models.folders import BUILTIN_BASE, find_model, write_config
+from upcycle.models.safetensors_io import ModelWriter, TensorSpec, pieces
+
+NUM_CHECKPOINTS, NUM_EXPERTS, DROP_RATE = 4, 8, 0.2
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+OURS = """
+import sys
+from pathlib import Path
+from upcycle.artifacts import Checkpoint
+from upcycle.expert_expansion.expand import expand
+from upcycle.model_upcycling.assemble import assemble
+from upcycle.recipe import AssembleSettings, ExpandSettings
+base, out, *folders = map(Path, sys.argv[1:])
+checkpoints = [Checkpoint(f.name, str(f)) for f in folders]
+plan = expand(base, checkpoints, folders, ExpandSettings(num_experts=%d, drop_rate=%g), 0, out)
+assemble(base, folders, plan, AssembleSettings(), None, 0.02, 0, out)
+"""
+
+
+@dataclass
+class Cost:
+    """What a side of the comparison took."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    anonymous_mb: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s, max(self.anonymous_mb, other.anonymous_mb))
+
+
+def measured(command: list[str], log: Path) -> Cost:
+    """Run a command to its end; CPU time of its whole tree, peak of its own anonymous memory."""
+    before, begin, peak = _children_cpu(), time.monotonic(), 0
+    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        while process.poll() is None:
+            peak = max(peak, _anonymous_kb(process.pid))
+            time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed, see {log}")
+    return Cost(time.monotonic() - begin, _children_cpu() - before, peak / 1e3)
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _anonymous_kb(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
+
+def make_models(work: Path) -> list[Path]:
+    """The base and the checkpoints, kept from run to run; random weights."""
+    folders = [work / "base", *(work / f"checkpoint-{i + 1}" for i in range(NUM_CHECKPOINTS))]
+    for number, folder in enumerate(folders):
+        if (folder / "config.json").exists():
+            continue
+        say(f"making {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with ModelWriter(folder, specs()) as writer:
+            for index, (name, spec) in enumerate(specs().items()):
+                for begin, count in pieces(spec.num_bytes // 2, 1 << 22):
+                    writer.write(name, values(index, begin, count, number, name), begin)
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # mergekit-moe insists on one
+            shutil.copyfile(find_model(BUILTIN_BASE) / name, folder / name)
+        write_config(folder, CONFIG)
+    return folders
+
+
+def values(index: int, begin: int, count: int, number: int, name: str) -> torch.Tensor:
+    """Weights of a base (`number` 0), or of a checkpoint that moved away from it in the FFNs and a little elsewhere."""
+    generator = torch.Generator().manual_seed(index * 1_000_003 + begin)
+    weights = torch.ones(count) if "norm" in name else torch.randn(count, generator=generator) * 0.02
+    if number:
+        generator.manual_seed(number * 7_919 + index * 1_000_003 + begin)
+        weights += torch.randn(count, generator=generator) * (0.004 if ".mlp." in name else 0.001)
+    return weights
+
+
+def specs() -> dict[str, TensorSpec]:
+    """Name, shape and dtype of every tensor of the dense model."""
+    hidden, channels = CONFIG["hidden_size"], CONFIG["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden)}
+    for layer in range(CONFIG["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"}
+        shapes |= {f"{prefix}mlp.{p}_proj.weight": (channels, hidden) for p in ("gate", "up")}
+        shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, channels)
+        shapes |= {f"{prefix}{p}_layernorm.weight": (hidden,) for p in ("input", "post_attention")}
+    shapes["model.norm.weight"] = (hidden,)
+    return {name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()}
+
+
+def run_ours(folders: list[Path], out: Path, log: Path) -> Cost:
+    """Expansion and assembly, as the stages call them, in one process."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    script = OURS % (NUM_EXPERTS, DROP_RATE)
+    return measured([sys.executable, "-c", script, str(folders[0]), str(out), *map(str, folders[1:])], log)
+
+
+def run_mergekit(python: Path, folders: list[Path], plan: ExpansionPlan, out: Path, log: Path) -> Cost:
+    """A dense model per child along our plan's lineage, then the MoE."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    experts, cost = [str(folder) for folder in folders[1:]], Cost()
+    for number, child in enumerate(plan.children):
+        models = [
+            {"model": experts[parent], "parameters": {"weight": weight, "density": 1 - DROP_RATE}}
+            for parent, weight in zip(child.parents, child.weights, strict=True)
+        ]
+        job = {"merge_method": "dare_linear", "base_model": str(folders[0]), "models": models, "dtype": "bfloat16"}
+        experts.append(str(out / f"child-{number}"))
+        cost += _mergekit(python, "mergekit-yaml", job, experts[-1], log)
+    moe = {
+        "base_model": experts[NUM_CHECKPOINTS - 1],
+        "gate_mode": "random",
+        "dtype": "bfloat16",
+        "experts": [{"source_model": expert, "positive_prompts": [""]} for expert in experts],
+    }
+    return cost + _mergekit(python, "mergekit-moe", moe, str(out / "moe"), log)
+
+
+def _mergekit(python: Path, tool: str, job: dict, out: str, log: Path) -> Cost:
+    path = Path(f"{out}.yaml")
+    path.write_text(json.dumps(job))  # JSON is YAML
+    return measured([str(python.parent / tool), str(path), out], log)
+
+
+def run_floor(folders: list[Path], moe: Path, scratch: Path, log: Path) -> Cost:
+    """`cp` of the bytes that are read, plus `cp` of the bytes that are written."""
+    cost = Cost()
+    for folder in (*folders, moe):
+        shutil.rmtree(scratch, ignore_errors=True)
+        cost += measured(["cp", "-r", "--reflink=never", str(folder), str(scratch)], log)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return cost
+
+
+def drop_caches(folders: list[Path]) -> None:
+    """Put the models out of the page cache, as far as an unprivileged process can."""
+    for path in (p for folder in folders for p in folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def warm_caches(folders: list[Path]) -> None:
+    for path in (p for folder in folders for p in folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
+def mergekit_python(given: Path | None, work: Path) -> Path:
+    """Python of an environment with mergekit 0.1.5, made if there is none."""
+    python = given or work / "mergekit" / "bin" / "python"
+    if not python.exists():
+        say("installing mergekit 0.1.5 (once)")
+        subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+        for requirement in ("torch==2.13.0", "mergekit==0.1.5"):
+            subprocess.run([str(python), "-m", "pip", "install", "--quiet", requirement], check=True)
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models: 25 GB")
+    parser.add_argument("--mergekit", type=Path, help="python of an environment with mergekit 0.1.5")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of ours and of the floor; the median is taken")
+    parser.add_argument("--skip-mergekit", action="store_true")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    work, log = arguments.work, arguments.work / "log.txt"
+    folders, ours = make_models(work), work / "ours"
+    found: dict[str, Cost] = {}
+    for cache, prepare in (("cold", drop_caches), ("warm", warm_caches)):
+        for side in ("ours", "floor"):
+            costs = []
+            for _ in range(arguments.repeats):
+                prepare(folders + [ours] * (side == "floor"))
+                run = run_ours(folders, ours, log) if side == "ours" else run_floor(folders, ours, work / "copy", log)
+                costs.append(run)
+            found[f"{side}, {cache}"] = sorted(costs, key=lambda c: c.wall_s)[len(costs) // 2]
+            say(f"{side}, {cache}: {[round(c.wall_s, 1) for c in costs]} s")
+    if not arguments.skip_mergekit:
+        python = mergekit_python(arguments.mergekit, work)
+        warm_caches(folders)
+        plan = ExpansionPlan.load(ours / "plan.json")
+        found["mergekit, warm"] = run_mergekit(python, folders, plan, work / "theirs", log)
+    report(found, work)
+
+
+def report(found: dict[str, Cost], work: Path) -> None:
+    rows = [(name, f"{c.wall_s:.1f}", f"{c.cpu_s:.1f}", f"{c.anonymous_mb:.0f}") for name, c in found.items()]
+    table("4 to 8 experts of a 502M Llama, bf16", ("side", "wall s", "CPU s", "peak anonymous MB"), rows)
+    ours = found["ours, warm"]
+    ratios = {
+        f"wall time over cp's, {cache}": found[f"ours, {cache}"].wall_s / found[f"floor, {cache}"].wall_s
+        for cache in ("cold", "warm")
+    }
+    if theirs := found.get("mergekit, warm"):
+        ratios["mergekit's CPU seconds over ours"] = theirs.cpu_s / ours.cpu_s
+        ratios["mergekit's wall time over ours"] = theirs.wall_s / ours.wall_s
+        ratios["mergekit's peak anonymous memory over ours"] = theirs.anonymous_mb / ours.anonymous_mb
+    table("ratios", ("", ""), [(name, f"{value:.2f}") for name, value in ratios.items()])
+    costs = {name: asdict(cost) for name, cost in found.items()}
+    (work / "result.json").write_text(json.dumps({"costs": costs, "ratios": ratios}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
