@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types check setup clean
+.PHONY: demo test clients setup clean
 
 demo: $(READY)  ## run the whole job on the embedded model: a few minutes on two cores
 	@echo "== upcycle run quickstart: dense model -> checkpoints -> mixture of experts, in runs/quickstart"
@@ -18,6 +18,12 @@ test: $(READY)  ## lint, types, tests
 	$(BIN)/pytest
 	@echo "== all checks passed"
 
+clients: $(READY)  ## load small MoEs of every family in vLLM, llama.cpp and mistral.rs: half an hour the first time
+	@echo "== installing the clients into .clients (once; builds llama.cpp from source)"
+	$(BIN)/python tests/clients/setup_clients.py
+	@echo "== loading every family in every client"
+	$(BIN)/pytest -m clients -s tests/clients
+
 setup: $(READY)
 
 # torch first and pinned: a looser requirement can pull gigabytes of CUDA packages
@@ -30,4 +36,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "models", "data", *LEAVES},
     "assets": {"data"},
     "pipeline": {*STAGES, "evaluation", "models", "data", *LEAVES},
-    "cli": {"upcycle", "pipeline", *LEAVES},
+    "reporting": {"reporting", "expert_expansion", "models", *LEAVES},
+    "cli": {"upcycle", "pipeline", "models", "reporting", *LEAVES},
     "__init__": {"pipeline", *LEAVES},
 }
 

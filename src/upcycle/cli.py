@@ -91,6 +91,35 @@ def settings() -> None:
     print(describe_settings(), end="")
 
 
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.")],
+    num_experts: Annotated[int, typer.Option(min=2, help="Experts per layer.")] = 8,
+    num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts active for a token.")] = 2,
+    dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
+) -> None:
+    """Say what a dense model would become: architecture, parameters, disk and memory; or why it cannot."""
+    if dtype not in (choices := ("source", "float32", "bfloat16", "float16")):
+        raise UpcycleError(f"--dtype is '{dtype}', expected one of {', '.join(choices)}")
+    if num_experts_per_tok > num_experts:
+        raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
+    _quiet_libraries()
+    from upcycle.models.check import check
+
+    check(model, num_experts, num_experts_per_tok, dtype)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run, one of its stage folders, a MoE made here, or a plan.json.")],
+    figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),
+) -> None:
+    """Show the experts' lineage and similarities; write a heat map and a dendrogram as PNG."""
+    from upcycle.reporting.inspect import inspect
+
+    inspect(path, figure)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

@@ -173,7 +173,12 @@ class Run:
 def _prepare(run: Run, out: Path) -> None:
     from upcycle.expert_preparation.checkpoints import adopt
     from upcycle.expert_preparation.prepare import tune
+    from upcycle.models.check import check_source
+    from upcycle.models.mapping import map_model
+    from upcycle.models.safetensors_io import ModelReader
 
+    reader = ModelReader(run.base)
+    check_source(map_model(run.base, reader, run.recipe.expand.num_experts), reader)  # before hours of training
     settings = run.recipe.prepare
     if settings.checkpoints:
         adopt(run.base, run.given_checkpoints, out)

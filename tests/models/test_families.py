@@ -9,9 +9,10 @@ import torch
 
 from conftest import make_dense
 from upcycle.errors import UpcycleError
+from upcycle.models.check import check_source
 from upcycle.models.families import FAMILIES, family_of
 from upcycle.models.folders import load_model, read_config
-from upcycle.models.identity import check_identity
+from upcycle.models.mapping import Mapping, shared_shapes
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 from upcycle.models.safetensors_io import ModelReader
 from worlds import assembled
@@ -167,10 +168,6 @@ def test_the_comparison_of_logits_finds_what_names_do_not_tell(
     source = make_dense(tmp_path / "dense", model_type=dense, **changes)
     config, reader = read_config(source), ModelReader(source)
     family = next(f for f in FAMILIES if f.dense == dense)
-    shapes = {name: reader.spec(name).shape for name in reader.names() if ".mlp." not in name}
-
-    def read(region: Any) -> torch.Tensor:
-        return reader.elements(region.tensor, region.element, region.count).view(region.shape)
-
+    mapping = Mapping(source, family, config, shared_shapes(reader, family, config), 2)
     with pytest.raises(UpcycleError, match="differ from the dense model's"):
-        check_identity(family, config, shapes, read, None, 0, 1, source)
+        check_source(mapping, reader)

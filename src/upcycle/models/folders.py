@@ -23,6 +23,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+LINEAGE = "upcycle_plan.json"
+"""The expansion plan that a MoE carries with it."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -167,6 +169,8 @@ def finish_moe_folder(folder: Path, initial: Path) -> None:
     """
     write_config(folder, json.loads((initial / "config.json").read_text()))
     copy_companions(initial, folder)
+    if (initial / LINEAGE).is_file():
+        shutil.copyfile(initial / LINEAGE, folder / LINEAGE)
 
 
 def routers(model: Any) -> list[tuple[Any, str]]:

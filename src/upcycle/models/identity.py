@@ -7,25 +7,17 @@ original positions shortened, so that the text is longer than any of them.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from upcycle.errors import UpcycleError
-from upcycle.models.families import Family, moe_config
+from upcycle.models.families import moe_config
 from upcycle.models.folders import load_state
-from upcycle.models.layouts import (
-    EMBEDDINGS,
-    Config,
-    Region,
-    ffn_moves,
-    layer_of,
-    router_tensors,
-    shared_moves,
-    zero_tensors,
-)
+from upcycle.models.layouts import EMBEDDINGS, Config, Region, layer_of, router_tensors
+from upcycle.models.mapping import Mapping
 
 CHANNELS, TOKENS, WINDOW, LENGTH = 64, 256, 8, 48
 TOLERANCE = 1e-4
@@ -33,25 +25,13 @@ TOLERANCE = 1e-4
 
 Read = Callable[[Region], Tensor]
 """A region's values, in the region's shape."""
-Shapes = dict[str, tuple[int, ...]]
 
 
-def check_identity(
-    family: Family,
-    config: Config,
-    shapes: Shapes,
-    dense: Read,
-    moe: Read | None,
-    expert: int,
-    num_experts: int,
-    where: Path,
-) -> float:
+def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int) -> float:
     """Compare the logits of the dense model with those of the MoE whose experts are all `expert`.
 
     Args:
-        config: the dense configuration, resolved.
-        shapes: the dense tensors, without the FFNs'.
-        moe: the assembled MoE, of `num_experts` experts; None to make it here from the dense tensors.
+        moe: the assembled MoE; None to make it here from the dense tensors.
 
     Returns:
         The largest difference over the largest logit.
@@ -59,24 +39,21 @@ def check_identity(
     Raises:
         UpcycleError: it is more than TOLERANCE, or a tensor has no place in one of the models.
     """
-    small = cut_down(config)
-    cut_shapes = {
-        n: _cut_shape(n, s, small) for n, s in shapes.items() if (layer_of(n) or 0) < small["num_hidden_layers"]
-    }
+    small = _cut_mapping(mapping)
+    family, config, where = mapping.family, small.config, mapping.where
     dense_state: dict[str, Tensor] = {}
-    moe_state: dict[str, Tensor] = {}
-    for region, cut, targets, cut_targets in _moves(family, config, small, shapes, cut_shapes, expert, num_experts):
+    moe_state = {name: torch.zeros(shape) for name, shape in small.zeros.items()}
+    for region, cut, targets, cut_targets in _moves(mapping, small, expert):
         values = _corner(dense(region), cut.shape)
         _put(dense_state, cut, values)
         for target, cut_target in zip(targets, cut_targets, strict=True):
             _put(moe_state, cut_target, values if moe is None else _corner(moe(target), cut.shape))
     generator = torch.Generator().manual_seed(0)
-    for name in router_tensors(family.moe_layout, small):
-        moe_state[name] = torch.randn(2, small["hidden_size"], generator=generator)
-    moe_state |= {name: torch.zeros(shape) for name, shape in zero_tensors(family.moe_layout, small).items()}
-    ids = torch.randint(small["vocab_size"], (1, LENGTH), generator=generator)
-    expected = _logits(small, dense_state, ids, f"{where} (dense)")
-    found = _logits(moe_config(family, small, 2, 2, "float32"), moe_state, ids, f"{where} as {family.moe}")
+    for name in router_tensors(family.moe_layout, config):
+        moe_state[name] = torch.randn(2, config["hidden_size"], generator=generator)
+    ids = torch.randint(config["vocab_size"], (1, LENGTH), generator=generator)
+    expected = _logits(config, dense_state, ids, f"{where} (dense)")
+    found = _logits(moe_config(family, config, 2, 2, "float32"), moe_state, ids, f"{where} as {family.moe}")
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise UpcycleError(
@@ -124,17 +101,25 @@ def _layers_of_every_kind(config: Config) -> int:
     return int(min(config["num_hidden_layers"], max(2, *firsts, 2)))
 
 
+def _cut_mapping(mapping: Mapping) -> Mapping:
+    """The copy's, with two experts."""
+    config = cut_down(mapping.config)
+    shapes = {
+        name: _cut_shape(name, shape, config)
+        for name, shape in mapping.shapes.items()
+        if (layer_of(name) or 0) < config["num_hidden_layers"]
+    }
+    return replace(mapping, config=config, shapes=shapes, num_experts=2)
+
+
 def _moves(
-    family: Family, config: Config, small: Config, shapes: Shapes, cut_shapes: Shapes, expert: int, num_experts: int
+    mapping: Mapping, small: Mapping, expert: int
 ) -> Iterator[tuple[Region, Region, list[Region], list[Region]]]:
     """(dense, its cut, places in the MoE, their cuts) of every region that the copy has."""
-    layouts = family.dense_layout, family.moe_layout
-    whole = {move.dense: move for move in shared_moves(layouts[0], config, {n: shapes[n] for n in cut_shapes})}
-    for move, cut in zip(whole.values(), shared_moves(layouts[0], small, cut_shapes), strict=True):
+    kept = [move for move in mapping.shared if move.dense.tensor in small.shapes]
+    for move, cut in zip(kept, small.shared, strict=True):
         yield move.dense, cut.dense, [move.moe], [cut.moe]
-    # the real model's first layers come first in its list of moves
-    real = ffn_moves(*layouts, {**config, "num_hidden_layers": small["num_hidden_layers"]}, num_experts)
-    for ffn, ffn_cut in zip(real, ffn_moves(*layouts, small, 2), strict=True):
+    for ffn, ffn_cut in zip(mapping.ffn, small.ffn, strict=False):  # the copy has the first layers
         yield ffn.dense, ffn_cut.dense, [ffn.experts[expert]] * 2, list(ffn_cut.experts)
 
 

@@ -30,6 +30,7 @@ MAX_SHARD_BYTES = 4 << 30
 MAX_WAITING = 16
 """Pieces that may wait to be written: bounds the memory, whatever the disk does."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 

@@ -1,0 +1,64 @@
+"""Pictures, as PNG, drawn without a display."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upcycle.artifacts import ExpansionPlan
+from upcycle.expert_expansion.plan import similarities
+
+MAX_LABELLED = 16
+"""Experts up to which the cells of the heat map carry their numbers."""
+
+
+def similarity_figure(plan: ExpansionPlan, path: Path) -> None:
+    """A heat map of the similarity of all experts, and a dendrogram (average linkage) of what is near to what."""
+    from matplotlib.figure import Figure
+
+    similarity = similarities(np.array(plan.gram), plan.similarity)
+    names = [f"E{i} {expert.name}" for i, expert in enumerate(plan.experts)]
+    side = max(4.0, 0.42 * len(names))
+    figure = Figure(figsize=(2 * side + 2.5, side + 1.2), layout="constrained")
+    heat, tree = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _heat_map(heat, similarity, names, plan.similarity)
+    _dendrogram(tree, plan, names)
+    figure.suptitle(f"{len(names)} experts from {len(plan.sources)} ({plan.merge}, drop rate {plan.drop_rate})")
+    figure.savefig(path, dpi=120)
+
+
+def _heat_map(axes: Any, similarity: NDArray[np.float64], names: list[str], kind: str) -> None:
+    others = similarity[~np.eye(len(names), dtype=bool)]
+    image = axes.imshow(similarity, cmap="viridis", vmin=np.nanmin(others), vmax=np.nanmax(similarity))
+    axes.set_xticks(range(len(names)), [name.split()[0] for name in names])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title("similarity: " + ("cosine" if kind == "cosine" else "-L2²") + " of FFN task vectors")
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    if len(names) <= MAX_LABELLED:
+        middle = (np.nanmin(others) + np.nanmax(similarity)) / 2
+        for (row, column), value in np.ndenumerate(similarity):
+            colour = "black" if value > middle else "white"
+            if not np.isnan(value):
+                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _dendrogram(axes: Any, plan: ExpansionPlan, names: list[str]) -> None:
+    from scipy.cluster.hierarchy import dendrogram, linkage
+    from scipy.spatial.distance import squareform
+
+    distances = expert_distances(plan)
+    dendrogram(linkage(squareform(distances, checks=False), "average"), labels=names, orientation="left", ax=axes)
+    axes.set_title("which experts are near to each other")
+    axes.set_xlabel("1 - cosine" if plan.similarity == "cosine" else "L2 distance")
+
+
+def expert_distances(plan: ExpansionPlan) -> NDArray[np.float64]:
+    """(m, m): 1 - cosine, or the L2 distance; a base among the experts, which has no direction, is at 1 from all."""
+    similarity = similarities(np.array(plan.gram), plan.similarity)
+    if plan.similarity == "cosine":
+        distances = 1 - np.nan_to_num(similarity, nan=0.0)
+    else:
+        distances = np.sqrt(np.maximum(-similarity, 0))
+    np.fill_diagonal(distances, 0)
+    return np.maximum(distances, 0)

@@ -1,0 +1,161 @@
+"""Programs of others load an assembled MoE of each family and say what transformers says.
+
+`make clients` installs them and runs these; what is not installed is skipped with the reason. Weights are random and
+large enough for the router and the experts to matter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from setup_clients import ROOT
+
+from conftest import make_dense, perturbed
+from upcycle.models.folders import BUILTIN_BASE, copy_companions, find_model, load_model
+from worlds import assembled
+
+pytestmark = pytest.mark.clients
+HERE = Path(__file__).parent
+TEXT, NEW_TOKENS = "Spell the word upcycle backward, then add 2 and 3.", 12
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama -> mixtral": ("llama", {}),
+    "mistral with a window -> mixtral": ("mistral", {"sliding_window": 16}),
+    "phi3 -> mixtral": ("phi3", {}),
+    "qwen2 -> qwen2_moe": ("qwen2", {}),
+    "qwen3 -> qwen3_moe": ("qwen3", {"head_dim": 32}),
+    "olmo2 -> flex_olmo": ("olmo2", {}),
+    "granite -> granitemoe": (
+        "granite",
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    ),
+    "llama with biases -> granitemoe": ("llama", {"attention_bias": True}),
+}
+CANNOT: dict[str, dict[str, str]] = {"mistralrs": {}, "llamacpp": {}, "vllm": {}}
+"""(client, family) to why it does not load there; a test fails when this is no longer so."""
+TOLERANCE = {"mistralrs": 2e-2, "llamacpp": 5e-2, "vllm": 2e-3}
+"""Of a log-probability, absolute."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of each family: the folder, the prompt's tokens, and what transformers goes on with."""
+    return {name: made(tmp_path_factory.mktemp("moe"), *case) for name, case in FAMILIES.items()}
+
+
+def made(folder: Path, dense: str, changes: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(find_model(BUILTIN_BASE))
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.1,
+    }
+    base = make_dense(folder / "base", model_type=dense, **{**shape, **changes})
+    copy_companions(find_model(BUILTIN_BASE), base)
+    checkpoints = [perturbed(base, folder / f"c{i}", i) for i in range(4)]
+    moe = assembled(base, checkpoints, folder / "moe", router_std=0.5)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": TEXT}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    return {"folder": str(moe), "text": TEXT, "ids": chat, "new_tokens": NEW_TOKENS, **greedy(moe, chat, tokenizer)}
+
+
+@torch.no_grad()
+def greedy(moe: Path, ids: list[int], tokenizer: Any) -> dict[str, Any]:
+    model, tokens, logprobs = load_model(moe, torch.float32), list(ids), []
+    for _ in range(NEW_TOKENS):
+        scores = model(torch.tensor([tokens])).logits[0, -1].log_softmax(dim=-1)
+        tokens.append(int(scores.argmax()))
+        logprobs.append(float(scores.max()))
+    new = tokens[len(ids) :]
+    return {"tokens": new, "logprobs": logprobs, "pieces": [tokenizer.decode([token]) for token in new]}
+
+
+def ask(client: str, world: dict[str, Any], folder: Path) -> dict[str, Any]:
+    environment = ROOT / client
+    if not (environment / ".ready").exists():
+        reason = ROOT / f"{client}.failed"
+        pytest.skip(f"{client}: {reason.read_text() if reason.exists() else 'not installed, see `make clients`'}")
+    request = folder / "request.json"
+    request.write_text(json.dumps(world))
+    command = [str(environment / "bin" / "python"), str(HERE / f"run_{client}.py"), str(request)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1500
+    )
+    answers = [line.removeprefix("ANSWER") for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    assert answers, done.stdout[-2000:] + done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(answers[-1])
+    return found
+
+
+def to_gguf(world: dict[str, Any]) -> None:
+    converter = ROOT / "llamacpp" / "llama.cpp" / "convert_hf_to_gguf.py"
+    for model in world.values():
+        out = f"{model['folder']}.gguf"
+        command = [sys.executable, str(HERE / "convert_to_gguf.py"), model["folder"], out, str(converter)]
+        subprocess.run(command, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("client", ["mistralrs", "llamacpp", "vllm"])
+def test_a_client_says_what_transformers_says(client: str, world: dict[str, Any], tmp_path: Path) -> None:
+    if client == "llamacpp" and (ROOT / client / ".ready").exists():
+        to_gguf(world)
+    found, problems = ask(client, world, tmp_path), {}
+    for name, answer in found.items():
+        verdict = compare(answer, world[name], TOLERANCE[client])
+        print(f"{client:10} {name:34} {verdict}")
+        if (name in CANNOT[client]) != (not verdict.startswith("equal")):
+            problems[name] = verdict
+    assert not problems
+
+
+def compare(answer: dict[str, Any], expected: dict[str, Any], tolerance: float) -> str:
+    """`equal` with the largest difference of a log-probability, or what is wrong."""
+    if "error" in answer:
+        return str(answer["error"])
+    if answer.get("tokens", expected["tokens"]) != expected["tokens"]:
+        return f"other tokens: {answer['tokens']}, expected {expected['tokens']}"
+    pairs = list(zip(answer["logprobs"], expected["logprobs"], strict=False))
+    difference = max(abs(a - b) for a, b in pairs)
+    if len(pairs) < 2 or difference > tolerance:
+        return f"log-probabilities differ by {difference:.1e} over {len(pairs)} tokens"
+    if "text" in answer and not "".join(expected["pieces"]).startswith(answer["text"][:-1]):
+        return f"other text: {answer['text']!r}, expected {''.join(expected['pieces'])!r}"
+    return f"equal, log-probabilities within {difference:.1e}"
+
+
+def test_mergekits_kernels_agree_where_the_definitions_do(tmp_path: Path) -> None:
+    """linear, slerp, TIES (normalised) and dare_ties without dropping, by mergekit's own functions."""
+    from safetensors.torch import load_file, save_file
+
+    environment = ROOT / "mergekit"
+    if not (environment / ".ready").exists():
+        pytest.skip("mergekit: not installed, see `make clients`")
+    from upcycle.merging.lineage import Child, materialise
+    from upcycle.merging.linear import slerp
+
+    generator = torch.Generator().manual_seed(0)
+    base, a, b = (torch.randn(4000, generator=generator) for _ in range(3))
+    save_file({"base": base, "a": a, "b": b}, tmp_path / "in.safetensors")
+    script, out = HERE / "run_mergekit.py", tmp_path / "out.safetensors"
+    subprocess.run([str(environment / "bin" / "python"), str(script), str(tmp_path), str(out)], check=True)
+    theirs = load_file(out)
+    ours = {
+        merge: next(materialise(base, [a, b], [Child((0, 1), (0.3, 0.7))], merge, drop_rate, 0, "w"))
+        for merge, drop_rate in (("linear", 0.0), ("ties", 0.6), ("dare_ties", 0.0))
+    }
+    ours["slerp"] = base + slerp(a - base, b - base, 0.7)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
