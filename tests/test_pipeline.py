@@ -254,3 +254,15 @@ def test_the_users_own_checkpoints_need_no_training(
     names = [e.name for e in run.plan.experts]
     assert names[:2] == (["checkpoint-90", "checkpoint-100"] if form == "folder" else ["checkpoint-1", "checkpoint-2"])
     assert (tmp_path / "run" / "assemble" / "model.safetensors").exists()
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(copy: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    values, _ = copy
+    run = Run(parse_recipe(values, "test"), tmp_path / "other")
+    precious = run.folder / "prepare" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    for update in (False, True):
+        with pytest.raises(UpcycleError, match="prepare is there but was not made by upcycle"):
+            run_stages(run, ("prepare",), update)
+    assert precious.read_text() == "mine"

@@ -347,8 +347,12 @@ def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) ->
             raise
         say(f"{error}: rebuilding")
         return False
-    if manifest is None or manifest.inputs == inputs:
-        return manifest is not None
+    if manifest is None:
+        if folder.exists():  # finished stages replace their folder
+            raise UpcycleError(f"{folder} is there but was not made by upcycle; move it away, or use another --run")
+        return False
+    if manifest.inputs == inputs:
+        return True
     changed = changed_inputs(manifest.inputs, inputs)
     if not update:
         raise UpcycleError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from mergekit.merge_methods.registry import REGISTERED_MERGE_METHODS
+from mergekit.merge_methods import registry
 from mergekit.merge_methods.slerp import slerp
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +23,7 @@ def merge(method: str, tensors: dict[str, torch.Tensor], density: float, normali
         "lambda": 1.0,
         "int8_mask": False,
     }
-    return REGISTERED_MERGE_METHODS[method].merge_group(group, **parameters)
+    return registry.get(method).merge_group(group, **parameters)
 
 
 def main() -> None:

@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from conftest import perturbed
+from upcycle.artifacts import Checkpoint
 from upcycle.errors import UpcycleError
+from upcycle.expert_expansion.expand import expand
+from upcycle.merging.lineage import Child, materialise
+from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 from upcycle.models.safetensors_io import ModelReader
+from upcycle.recipe import AssembleSettings, ExpandSettings
 from worlds import assembled
 
 IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
@@ -141,3 +146,36 @@ def test_a_tensor_with_no_place_is_refused(
     save_file({**tensors, name: torch.ones(32)}, odd / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UpcycleError, match=f"{name} {message}"):
         assembled(base, [odd, *checkpoints], tmp_path / "moe")
+
+
+def test_nan_in_a_shared_tensor_is_named(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoints[0], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UpcycleError, match=r"broken: model\.norm\.weight holds NaN or Inf"):
+        assembled(base, [checkpoints[1], broken], tmp_path / "moe")
+
+
+@pytest.mark.parametrize("merge", ["linear", "slerp", "ties", "dare_ties", "dare"])
+def test_children_in_the_moe_are_those_of_the_lineage(
+    merge: str, base: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    """With the base as an expert, and two children, whatever the kernel."""
+    settings = ExpandSettings(num_experts=6, merge=merge, keep_base=True)
+    named = [Checkpoint(f.name, str(f)) for f in checkpoints]
+    plan = expand(base, named, checkpoints, settings, 5, tmp_path)
+    assemble(base, checkpoints, plan, AssembleSettings(), None, 0.02, 0, tmp_path)
+    made, readers = ModelReader(tmp_path), [ModelReader(f) for f in (base, *checkpoints)]
+    for dense, name in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        tensor = f"model.layers.1.mlp.{dense}.weight"
+        theta, *sources = (reader.elements(tensor) for reader in readers)
+        children = [Child(e.parents, e.weights) for e in plan.children]
+        expected = [*sources, theta, *materialise(theta, [*sources, theta], children, merge, 0.2, 5, tensor)]
+        assert len(expected) == 6
+        for expert, values in enumerate(expected):
+            found = made.elements(f"model.layers.1.block_sparse_moe.experts.{expert}.{name}.weight")
+            torch.testing.assert_close(found, values)

@@ -54,3 +54,35 @@ def test_an_index_cannot_name_what_is_missing_or_outside(shard: str, message: st
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(UpcycleError, match=message):
         ModelReader(folder)
+
+
+def test_an_index_that_promises_a_tensor_too_many_and_a_quantized_tensor_are_named(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "one.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "z": "one.safetensors"}}))
+    with pytest.raises(UpcycleError, match=r"says that z is in one\.safetensors, which does not have it"):
+        ModelReader(tmp_path)
+    save_file({"q": torch.ones(3, dtype=torch.int8)}, tmp_path / "one.safetensors")
+    (tmp_path / INDEX).unlink()
+    (tmp_path / "one.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(UpcycleError, match=r"tensor q is I8, expected one of .* has to be dequantized"):
+        ModelReader(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", b"\xff" * 100, b"\x02\0\0\0\0\0\0\0[]"])
+def test_garbage_is_not_a_model(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UpcycleError, match="is not a readable safetensors file"):
+        ModelReader(tmp_path)
+
+
+def test_a_value_beyond_float16_is_named(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec((2,), torch.float16)}
+    with pytest.raises(UpcycleError, match="a has values beyond float16"), ModelWriter(tmp_path, specs) as writer:
+        writer.write("a", torch.tensor([1.0, 1e6]))
+
+
+def test_a_write_that_fails_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.pwrite", lambda *_: 3)
+    specs = {"a": TensorSpec((2,), torch.float32)}
+    with pytest.raises(OSError, match="wrote 3 of 8 bytes of a"), ModelWriter(tmp_path, specs) as writer:
+        writer.write("a", torch.ones(2))

@@ -1,12 +1,15 @@
 """Checkpoints that exist already: any list of model folders, or a Trainer's output folder."""
 
+import json
 from pathlib import Path
 
 from upcycle.artifacts import Checkpoint, write_json
 from upcycle.console import say
 from upcycle.errors import UpcycleError
-from upcycle.models.families import computed_fields
+from upcycle.models.families import computed_fields, family_of
 from upcycle.models.folders import find_model, read_config
+from upcycle.models.layouts import ffn_tensors
+from upcycle.models.safetensors_io import ModelReader
 from upcycle.training.checkpoints import step_of
 
 RESERVED = ("base", "MoE", "MoE before post-training")
@@ -20,11 +23,14 @@ def adopt(base: Path, given: list[tuple[Path, str]], out_dir: Path) -> list[Chec
         given: each folder, in the order of training, with the hash of its model.
 
     Raises:
-        UpcycleError: a checkpoint is of another architecture than the base.
+        UpcycleError: a checkpoint has another architecture or tokenizer than the base, or weights of a dtype in which
+            the difference to the base would drown.
     """
     folders = [folder for folder, _ in given]
     for folder in folders:
         check_same_architecture(base, folder)
+        check_same_tokenizer(base, folder)
+        check_precision(base, folders[0], folder)
     checkpoints = [Checkpoint(_unique_name(f, folders), str(f.resolve()), sha256=sha256) for f, sha256 in given]
     say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
     write_checkpoints(out_dir, checkpoints)
@@ -66,6 +72,46 @@ def check_same_architecture(base: Path, checkpoint: Path) -> None:
             raise UpcycleError(
                 f"{checkpoint}: {field} is {found.get(field)!r}, but the base {base} has {expected.get(field)!r}; "
                 "the checkpoints of one run have the base's architecture"
+            )
+
+
+def check_same_tokenizer(base: Path, checkpoint: Path) -> None:
+    """Compare what the tokenizers make of a text: vocabulary, merges, added tokens.
+
+    Raises:
+        UpcycleError: they differ. A checkpoint without a tokenizer is taken to have the base's.
+    """
+    files = [folder / "tokenizer.json" for folder in (base, checkpoint)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return
+    expected, found = (json.loads(file.read_text()) for file in files)
+    for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
+        if expected.get(part) != found.get(part):
+            raise UpcycleError(
+                f"{files[1]}: its {part} is not that of the base's tokenizer, {files[0]}; the checkpoints of one run "
+                "have the base's tokenizer, so take checkpoints and base that belong together"
+            )
+
+
+def check_precision(base: Path, first: Path, checkpoint: Path) -> None:
+    """Compare the dtypes of the FFN weights.
+
+    Raises:
+        UpcycleError: they are less precise than the base's, or not those of the first checkpoint: the rounding would be
+            taken for what training changed.
+    """
+    config = read_config(base)
+    name = ffn_tensors(family_of(config, str(base)).dense_layout, config)[0]
+    dtypes = {folder: ModelReader(folder).spec(name).dtype for folder in (base, first, checkpoint)}
+    for other, wrong in (
+        (base, dtypes[checkpoint].itemsize < dtypes[base].itemsize),
+        (first, dtypes[checkpoint] != dtypes[first]),
+    ):
+        if wrong:
+            raise UpcycleError(
+                f"{checkpoint}: its weights are {dtypes[checkpoint]}, those of {other} {dtypes[other]}; the rounding "
+                f"would be taken for what training changed: convert {other} to {dtypes[checkpoint]}, or save "
+                "checkpoints in its dtype"
             )
 
 

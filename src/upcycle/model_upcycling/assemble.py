@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from upcycle.artifacts import ExpansionPlan
-from upcycle.console import say
+from upcycle.console import say, warn
 from upcycle.errors import UpcycleError
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise
+from upcycle.models.clients import CLIENTS, limits
 from upcycle.models.families import moe_config
 from upcycle.models.folders import LINEAGE, copy_companions, require_space, write_config
 from upcycle.models.identity import check_identity
@@ -76,12 +77,16 @@ def assemble(
             writer.write(name, tensor)
     dtype_name = str(dtype).removeprefix("torch.")
     k, experts = settings.num_experts_per_tok, len(plan.experts)
-    write_config(out_dir, moe_config(mapping.family, mapping.config, experts, k, dtype_name))
+    config = moe_config(mapping.family, mapping.config, experts, k, dtype_name)
+    write_config(out_dir, config)
     copy_companions(base, out_dir, chat_template)
     plan.save(out_dir / LINEAGE)
     millions = mapping.num_parameters() / 1e6
     say(f"assemble: {mapping.family.moe} with {experts} experts, {millions:.1f}M parameters in {dtype_name}")
     _compare(mapping, sources, settings, dtype, out_dir)
+    for limit in limits(config):
+        if limit.silent:
+            warn(f"{CLIENTS[limit.client]} loads this {limit.moe} but {limit.what}: its output will be another")
 
 
 def _small_tensors(mapping: Mapping, router_std: float, seed: int) -> dict[str, Tensor]:

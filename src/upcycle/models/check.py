@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from upcycle.console import say, table
+from upcycle.models.clients import served_by
+from upcycle.models.families import moe_config
 from upcycle.models.folders import find_model
 from upcycle.models.identity import check_identity
 from upcycle.models.layouts import Region
@@ -29,6 +31,8 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str) -> 
     stored = source if dtype == "source" else DTYPE_NAMES[dtype]
     title = f"{folder.name}: {mapping.family}, {num_experts} experts, top-{num_experts_per_tok}, {stored}"
     table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored.itemsize))
+    config = moe_config(mapping.family, mapping.config, num_experts, num_experts_per_tok, str(stored))
+    table("read by", ("", ""), [("transformers", "yes"), *served_by(config)])
     say(f"exact: logits with equal experts are the dense model's (difference {difference:.0e} of the largest)")
     return mapping
 

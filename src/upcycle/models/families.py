@@ -16,6 +16,7 @@ from upcycle.models.layouts import (
     QWEN_MOE,
     QWEN_MOE_SHARED,
     SEPARATE,
+    SHARED_EXPERT_SIZE,
     Config,
     DenseLayout,
     MoeLayout,
@@ -129,15 +130,15 @@ def _qwen_moe(dense: Config) -> Config:
         "norm_topk_prob": True,  # False is the default, and loses the equality
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
+        "max_window_layers": dense.get("max_window_layers", dense["num_hidden_layers"]),  # mistral.rs insists on it
     }
 
 
 def _qwen2_moe(dense: Config) -> Config:
     windows = {name: dense[name] for name in ("sliding_window", "layer_types")}
     windows["use_sliding_window"] = "sliding_attention" in dense["layer_types"]
-    windows["max_window_layers"] = dense.get("max_window_layers", dense["num_hidden_layers"])
     bias = dense["model_type"] == "qwen2"
-    return {**_qwen_moe(dense), **windows, "qkv_bias": bias, "shared_expert_intermediate_size": 0}
+    return {**_qwen_moe(dense), **windows, "qkv_bias": bias, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
 
 
 def _qwen3_moe(dense: Config) -> Config:

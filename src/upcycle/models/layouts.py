@@ -12,6 +12,8 @@ from typing import Any
 Config = dict[str, Any]
 """A decoded config.json."""
 
+SHARED_EXPERT_SIZE = 256
+"""Channels of a shared expert of zeros: size 0 would do for transformers, but vLLM refuses it; 256 suits quantizers."""
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -50,7 +52,7 @@ class MoeLayout:
     stacked: bool = False
     """Whether one tensor holds all experts, (E, rows, columns)."""
     shared_expert: str | None = None
-    """A shared expert that the architecture insists on; it is given size 0 and a gate of zeros."""
+    """A shared expert that the architecture insists on; all zeros, it adds nothing and gets no gradient."""
 
 
 SEPARATE = DenseLayout(Place("mlp.gate_proj.weight"), Place("mlp.up_proj.weight"), Place("mlp.down_proj.weight"))
@@ -171,11 +173,16 @@ def router_tensors(moe: MoeLayout, config: Config) -> list[str]:
 
 
 def zero_tensors(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
-    """Tensors that the architecture insists on and that hold nothing: a shared expert of size 0, its gate."""
+    """Tensors that the architecture insists on and that are all zeros: a shared expert, its gate."""
     if moe.shared_expert is None:
         return {}
-    hidden = config["hidden_size"]
-    shapes = {".gate_proj": (0, hidden), ".up_proj": (0, hidden), ".down_proj": (hidden, 0), "_gate": (1, hidden)}
+    hidden, size = config["hidden_size"], SHARED_EXPERT_SIZE
+    shapes = {
+        ".gate_proj": (size, hidden),
+        ".up_proj": (size, hidden),
+        ".down_proj": (hidden, size),
+        "_gate": (1, hidden),
+    }
     return {
         f"{_prefix(layer)}{moe.shared_expert}{part}.weight": shape
         for layer in range(config["num_hidden_layers"])

@@ -40,7 +40,8 @@ def _heat_map(axes: Any, similarity: NDArray[np.float64], names: list[str], kind
         for (row, column), value in np.ndenumerate(similarity):
             colour = "black" if value > middle else "white"
             if not np.isnan(value):
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=colour)
+                text = f"{value:.2f}" if kind == "cosine" else f"{value:.2g}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
 
 def _dendrogram(axes: Any, plan: ExpansionPlan, names: list[str]) -> None:

@@ -98,4 +98,4 @@ def expert_line(index: int, expert: Expert, experts: Sequence[Expert]) -> str:
 
 
 def _cell(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.3g}"
+    return "" if np.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,77 @@
+"""Does it scale? 8 to 64 experts of a small model: seconds against bytes written, planning alone; and memory.
+
+    python benchmarks/many_experts.py --work /tmp/many
+
+Four perturbed checkpoints of a random 20M Llama (bf16); each row is one process-internal run, the best of three. Prints
+how the time grows against the bytes: 1.00 is linear. Then the peak anonymous memory of expansion and assembly to 16
+experts in a process of their own, for more layers and for more checkpoints.
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import assembly_vs_mergekit as job
+
+from upcycle.artifacts import Checkpoint
+from upcycle.console import table
+from upcycle.expert_expansion.gram import task_vector_gram
+from upcycle.expert_expansion.plan import make_plan
+from upcycle.model_upcycling.assemble import assemble
+from upcycle.recipe import AssembleSettings, ExpandSettings
+
+SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
+
+
+def memory(work: Path) -> None:
+    """Peak anonymous memory against layers and checkpoints."""
+    rows = []
+    job.NUM_EXPERTS = 16
+    for layers, checkpoints in ((8, 4), (32, 4), (8, 12)):
+        job.CONFIG["num_hidden_layers"], job.NUM_CHECKPOINTS = layers, checkpoints
+        folders = job.make_models(work / f"{layers}-{checkpoints}")
+        cost = job.run_ours(folders, work / "moe", work / "log.txt")
+        rows.append((str(layers), str(checkpoints), f"{cost.anonymous_mb:.0f}"))
+    table("memory, 16 experts", ("layers", "checkpoints", "peak anonymous MB"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models: 5 GB")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    job.CONFIG.update(SMALL, num_key_value_heads=6, vocab_size=8000)
+    growth(arguments.work, arguments.repeats)
+    memory(arguments.work)
+
+
+def growth(work: Path, repeats: int) -> None:
+    """Seconds against bytes, from 8 to 64 experts."""
+    base, *folders = job.make_models(work / "base-8")
+    checkpoints = [Checkpoint(f.name, str(f)) for f in folders]
+    gram = task_vector_gram(base, folders)
+    rows, first = [], None
+    for num_experts in (8, 16, 32, 64):
+        settings, out = ExpandSettings(num_experts=num_experts), work / "moe"
+        planning, writing = [], []
+        for _ in range(repeats):
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            begin = time.perf_counter()
+            plan = make_plan(checkpoints, gram, settings, 0)
+            planning.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            assemble(base, folders, plan, AssembleSettings(), None, 0.02, 0, out)
+            writing.append(time.perf_counter() - begin)
+        size = sum(p.stat().st_size for p in out.glob("*.safetensors")) / 1e9
+        seconds = min(writing)
+        first = first or (size, seconds)
+        ratio = (seconds / first[1]) / (size / first[0])
+        rows.append((str(num_experts), f"{size:.2f}", f"{seconds:.2f}", f"{ratio:.2f}", f"{min(planning):.3f}"))
+    columns = ("experts", "GB written", "assembly s", "growth against bytes", "planning s")
+    table("experts of a 20M Llama, bf16, 4 checkpoints", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What `upcycle inspect` and `upcycle check` say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from upcycle.artifacts import Checkpoint
+from upcycle.console import console
+from upcycle.errors import UpcycleError
+from upcycle.expert_expansion.expand import expand
+from upcycle.model_upcycling.assemble import assemble
+from upcycle.models.check import check
+from upcycle.models.folders import load_model
+from upcycle.models.safetensors_io import ModelReader
+from upcycle.recipe import AssembleSettings, ExpandSettings
+from upcycle.reporting.figures import expert_distances
+from upcycle.reporting.inspect import find_plan, inspect, lineage_tree
+
+
+@pytest.fixture
+def moe(base: Path, checkpoints: list[Path], tmp_path: Path) -> Path:
+    out = tmp_path / "moe"
+    out.mkdir()
+    settings = ExpandSettings(num_experts=6, keep_base=True)
+    plan = expand(base, [Checkpoint(f.name, str(f)) for f in checkpoints], checkpoints, settings, 0, out)
+    assemble(base, checkpoints, plan, AssembleSettings(), None, 0.02, 0, out)
+    (out / "plan.json").unlink()
+    return out
+
+
+def test_a_moe_carries_its_lineage_with_it(moe: Path, tmp_path: Path, capsys: Any) -> None:
+    inspect(moe, tmp_path / "picture.png")
+    said = capsys.readouterr().out
+    assert "mixtral, 6 experts, top-2" in said
+    assert "lineage (dare, drop rate 0.2, seed 0)" in said
+    assert "E3 base" in said
+    assert " E4 child-4 = " in said
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tree_puts_a_child_under_its_younger_parent(moe: Path) -> None:
+    from upcycle.artifacts import ExpansionPlan
+
+    plan = ExpansionPlan.load(find_plan(moe))
+    with console.capture() as capture:
+        console.print(lineage_tree(plan))
+    lines = capture.get().splitlines()
+    for index, expert in enumerate(plan.experts):
+        (line,) = [i for i, text in enumerate(lines) if f"E{index} {expert.name}" in text]
+        if expert.parents:
+            younger = max(expert.parents)
+            above = [i for i, text in enumerate(lines) if f"E{younger} {plan.experts[younger].name}" in text]
+            assert above[0] < line
+
+
+@pytest.mark.parametrize("kind", ["cosine", "l2"])
+def test_distances_are_a_metric_that_a_dendrogram_can_use(
+    kind: str, base: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    settings = ExpandSettings(num_experts=6, keep_base=True, similarity=kind)
+    plan = expand(base, [Checkpoint(f.name, str(f)) for f in checkpoints], checkpoints, settings, 0, tmp_path)
+    distances = expert_distances(plan)
+    assert np.isfinite(distances).all()
+    assert (distances >= 0).all()
+    np.testing.assert_allclose(distances, distances.T)
+    assert (distances.diagonal() == 0).all()
+
+
+def test_what_has_no_experts_says_what_was_expected(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match="has no expansion plan; expected a run folder"):
+        inspect(base, tmp_path / "x.png")
+    with pytest.raises(UpcycleError, match="does not exist"):
+        inspect(tmp_path / "nothing", tmp_path / "x.png")
+
+
+def test_check_counts_what_assembly_makes(base: Path, moe: Path, capsys: Any) -> None:
+    mapping = check(str(base), 6, 2, "bfloat16")
+    said = capsys.readouterr().out
+    assert "llama -> mixtral, 6 experts, top-2, torch.bfloat16" in said
+    assert "exact: logits with equal experts are the dense model's" in said
+    model = load_model(moe, torch.float32)
+    assert mapping.num_parameters() == sum(ModelReader(moe).elements(n).numel() for n in ModelReader(moe).names())
+    assert mapping.num_parameters() == model.num_parameters()
+    ffn = 3 * 32 * 48 * 2
+    assert mapping.num_parameters(2) == mapping.num_parameters() - 4 * ffn
+
+
+def test_check_refuses_what_assembly_refuses(base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(base, tmp_path / "bad")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "bad" / "config.json").write_text(json.dumps({**config, "mlp_bias": True}))
+    with pytest.raises(UpcycleError, match="mlp_bias=True would be lost"):
+        check(str(tmp_path / "bad"), 8, 2, "source")
