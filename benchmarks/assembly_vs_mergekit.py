@@ -44,7 +44,8 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 OURS = """
-import sys
+import gc, sys
+gc.set_threshold(100_000, 20, 20)  # as the command `upcycle` does
 from pathlib import Path
 from upcycle.artifacts import Checkpoint
 from upcycle.expert_expansion.expand import expand

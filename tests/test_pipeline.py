@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import killing
+from conftest import make_dense
 from upcycle.artifacts import read_manifest
 from upcycle.errors import UpcycleError
+from upcycle.models.folders import load_model
+from upcycle.models.safetensors_io import ModelReader
 from upcycle.pipeline import STAGE_NAMES, STAGES, Run, run_stages, status
 from upcycle.recipe import parse_recipe
 
@@ -266,3 +271,24 @@ def test_a_folder_that_is_not_ours_is_never_replaced(copy: tuple[dict[str, Any],
         with pytest.raises(UpcycleError, match="prepare is there but was not made by upcycle"):
             run_stages(run, ("prepare",), update)
     assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("dense", "moe"), [("qwen2", "qwen2_moe"), ("granite", "granitemoe"), ("phi3", "mixtral")])
+def test_the_whole_path_for_other_layouts(
+    dense: str, moe: str, tiny_recipe: dict[str, Any], rows: Path, tmp_path: Path
+) -> None:
+    """Fused projections in the dense model, experts in one tensor, a shared expert of zeros that stays zero."""
+    base = make_dense(tmp_path / "base", model_type=dense)
+    run = make({**tiny_recipe, "base": str(base)}, tmp_path / "run", evaluate={"models": "ends", "exact_match": False})
+    run_stages(run)
+    made, initial = ModelReader(run.folder / "posttrain"), ModelReader(run.folder / "assemble")
+    model = load_model(run.folder / "posttrain", torch.float32)  # refuses missing and unexpected keys
+    assert model.config.model_type == moe
+    moved = {name for name in made.names() if not torch.equal(made.tensor(name), initial.tensor(name))}
+    assert any("expert" in name or "linear" in name for name in moved)
+    assert any("gate" in name or "router" in name for name in moved)
+    shared = [name for name in made.names() if "shared_expert" in name]
+    assert bool(shared) == (dense == "qwen2")
+    assert not any(made.elements(name).any() for name in shared)
+    router = load_file(run.folder / "route" / "router.safetensors")
+    assert router.keys() <= set(initial.names())

@@ -15,12 +15,13 @@ def linear(
     masks: Sequence[Float[Tensor, " n"] | None],
 ) -> Float[Tensor, " n"]:
     """theta_0 + sum_j w_j mask_j tau_j (task arithmetic, Ilharco et al. 2023, arXiv 2212.04089); None masks nothing."""
-    merged = base.clone()
+    merged = base
     for task_vector, weight, mask in zip(task_vectors, weights, masks, strict=True):
+        out = None if merged is base else merged  # a copy of the base first would be one pass more
         if mask is None:
-            merged.add_(task_vector, alpha=weight)
+            merged = torch.add(merged, task_vector, alpha=weight, out=out)
         else:
-            merged.addcmul_(task_vector, mask, value=weight)
+            merged = torch.addcmul(merged, task_vector, mask, value=weight, out=out)
     return merged
 
 
