@@ -148,8 +148,8 @@ class AssembleSettings(Settings):
 class RouteSettings(Settings):
     """Stage 3, router initialization."""
 
-    start: Literal["upit", "random"] = "upit"
-    """How the router starts: the paper's pre-optimisation on seed data, or small random weights."""
+    start: Literal["upit", "contrastive", "ridge", "kmeans", "mean_hidden", "random"] = "upit"
+    """How the router starts: the paper's pre-optimisation, or another row of docs/paper.md's table of starts."""
     seed_from: Literal["held_out", "train"] = "held_out"
     """Seed data: held out of all training (default, see docs/paper.md) or from the training set (paper)."""
     seed_fraction: float = Field(0.01, gt=0, lt=1)
@@ -158,8 +158,16 @@ class RouteSettings(Settings):
     """Seed data are at least this many samples times the number of experts."""
     test_fraction: float = Field(0.25, ge=0, lt=1)
     """Share of the seed data kept apart to measure how well the router ranks the assigned expert first."""
-    assignment: Literal["balanced", "lowest_loss"] = "balanced"
-    """Sample to expert: equal buckets of least total loss, or each to its lowest loss (paper)."""
+    assignment: Literal["balanced", "lowest_loss", "centred", "domain"] = "balanced"
+    """Sample to expert: equal buckets of least total loss; lowest loss (paper); lowest but for its mean; by domain."""
+    equal_steps: bool = False
+    """Repeat the samples of small buckets, so that every expert counts the same in what is trained or averaged."""
+    equal_norms: bool = False
+    """Give the vectors of a layer one norm (starts mean_hidden, kmeans and ridge)."""
+    logit_std: float | None = Field(1.0, gt=0)
+    """Standard deviation over experts of the logits that mean_hidden, kmeans and ridge start with; null: unscaled."""
+    ridge: float = Field(0.01, gt=0)
+    """Penalty of the start `ridge`, in units of the mean square of a router input's entries."""
     epochs: int = Field(4, ge=1)
     """Passes over the seed data in the pre-optimisation (paper: 4)."""
     alpha: float = Field(0.5, ge=0, le=1)

@@ -1,6 +1,5 @@
 """Stage 3: score the seed data, assign them, start the router, measure it on seed data it has not seen."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,22 @@ from upcycle.models.forward import answer_losses
 from upcycle.models.layouts import router_tensors
 from upcycle.models.routers import RouterRecorder, random_routers
 from upcycle.recipe import RouteSettings
-from upcycle.router_initialization.assignment import Experts, Losses, assign, fill_empty
-from upcycle.router_initialization.preoptimise import preoptimise, token_mask
+from upcycle.router_initialization.assignment import (
+    Experts,
+    Losses,
+    assign,
+    bootstrap_gain,
+    bucket_table,
+    equal_steps,
+    fill_empty,
+)
+from upcycle.router_initialization.preoptimise import token_mask
 from upcycle.router_initialization.scoring import expert_losses
+from upcycle.router_initialization.starts import STARTS, Seed, Start
 
 ROUTER = "router.safetensors"
+DEGENERATE = 1e4
+"""Condition number of a router from which on it is called degenerate."""
 
 
 def route(
@@ -56,25 +66,18 @@ def route(
     device = pick_device()
     model = load_model(moe, compute_dtype(device), device)
     config = model.config.to_dict()
-    start = random_routers(config["num_hidden_layers"], len(names), config["hidden_size"], settings.init_std, seed)
+    random = random_routers(config["num_hidden_layers"], len(names), config["hidden_size"], settings.init_std, seed)
     scored = [*fit, *test]
     losses = expert_losses(model, scored, len(names), settings.tokens_per_batch, pad_token_id).double().numpy()
     experts = assign(losses[: len(fit)], fit, settings.assignment)
-    report: dict[str, Any] = {
-        "start": settings.start,
-        "assignment": settings.assignment,
-        "buckets": bucket_table(experts, fit, losses[: len(fit)], names),
-        "samples": [
-            {"where": s.where, "domain": s.domain, "expert": int(e), "losses": row.tolist()}
-            for s, e, row in zip(fit, experts, losses, strict=False)
-        ],
-    }
-    _show_buckets(report["buckets"])
-    vectors = start
-    if settings.start == "upit":
-        pairs = _pairs(experts, losses[: len(fit)], names)
-        vectors, report["log"] = preoptimise(model, fit, pairs, start, settings, pad_token_id, seed)
-    _save(out_dir / ROUTER, vectors, router_tensors(family_of_moe(config).moe_layout, config))
+    report = _report(experts, fit, losses[: len(fit)], names, settings, seed)
+    _show_buckets(report)
+    pairs = _pairs(experts, losses[: len(fit)], names)
+    pairs = equal_steps(pairs) if settings.equal_steps else pairs
+    start = STARTS[settings.start](Seed(model, fit, pairs, random, settings, pad_token_id, seed))
+    report["log"], report["cost"] = start.log, _cost(start, scored, len(names), settings.start)
+    report["condition"] = condition_numbers(start.vectors)
+    _save(out_dir / ROUTER, start.vectors, router_tensors(family_of_moe(config).moe_layout, config))
     if test:
         load_routers(model, out_dir / ROUTER)
         expected = assign(losses[len(fit) :], test, settings.assignment)
@@ -82,26 +85,6 @@ def route(
         _show_held_out(report["held_out"], len(names))
     write_json(out_dir / "report.json", report)
     return report
-
-
-def bucket_table(
-    experts: Experts, samples: Sequence[Sample], losses: Losses, names: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Per expert: size of its bucket, by domain; its mean loss on all seed data and on its own bucket."""
-    rows = []
-    for expert, name in enumerate(names):
-        own = np.flatnonzero(experts == expert)
-        rows.append(
-            {
-                "expert": expert,
-                "name": name,
-                "samples": len(own),
-                "domains": dict(sorted(Counter(samples[int(i)].domain for i in own).items())),
-                "mean_loss": float(losses[:, expert].mean()),
-                "bucket_loss": float(losses[own, expert].mean()) if len(own) else None,
-            }
-        )
-    return rows
 
 
 @torch.no_grad()
@@ -135,6 +118,51 @@ def _mean_probability(logits: Float[Tensor, "T E"], mask: Tensor) -> Float[Tenso
     return (probabilities * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
+def condition_numbers(vectors: Sequence[Float[Tensor, "E H"]]) -> list[float]:
+    """Of each layer's router, its mean over experts taken away: how far it is from not telling two experts apart.
+
+    Warns of layers above `DEGENERATE`.
+    """
+    found = []
+    for layer in vectors:
+        singular = torch.linalg.svdvals((layer - layer.mean(dim=0)).double())[: len(layer) - 1]
+        found.append(float(singular[0] / singular[-1].clamp(min=1e-300)))
+    bad = [layer for layer, number in enumerate(found) if number > DEGENERATE]
+    if bad:
+        warn(
+            f"route: the routers of {len(bad)} layers (first: {bad[:4]}) hardly tell some experts apart (condition "
+            f"number up to {max(found):.0e}); take another route.start, or more seed data "
+            "(route.min_samples_per_expert)"
+        )
+    return found
+
+
+def _report(
+    experts: Experts, fit: Sequence[Sample], losses: Losses, names: Sequence[str], settings: RouteSettings, seed: int
+) -> dict[str, Any]:
+    return {
+        "start": settings.start,
+        "assignment": settings.assignment,
+        "buckets": bucket_table(experts, fit, losses, names),
+        "difference": bootstrap_gain(losses, [sample.domain for sample in fit], seed),
+        "samples": [
+            {"where": s.where, "domain": s.domain, "expert": int(e), "losses": row.tolist()}
+            for s, e, row in zip(fit, experts, losses, strict=True)
+        ],
+    }
+
+
+def _cost(start: Start, scored: Sequence[Sample], num_experts: int, name: str) -> dict[str, int]:
+    """Tokens that went forward and backward through the model, and says so."""
+    scoring = num_experts * sum(len(sample.input_ids) for sample in scored)
+    cost = {"scoring": scoring, "forward": start.forward_tokens, "backward": start.backward_tokens}
+    say(
+        f"route: scoring took {scoring:,} tokens forward, the start {name} {start.forward_tokens:,} forward and "
+        f"{start.backward_tokens:,} backward"
+    )
+    return cost
+
+
 def _pairs(experts: Experts, losses: Losses, names: Sequence[str]) -> list[tuple[int, int]]:
     pairs = list(enumerate(experts.tolist()))
     for expert, chosen in fill_empty(experts, losses).items():
@@ -153,7 +181,8 @@ def _save(path: Path, vectors: Sequence[Tensor], names: Sequence[str]) -> None:
     save_file({n: v.float().contiguous() for n, v in zip(names, vectors, strict=True)}, path)
 
 
-def _show_buckets(buckets: Sequence[dict[str, Any]]) -> None:
+def _show_buckets(report: dict[str, Any]) -> None:
+    buckets, difference = report["buckets"], report["difference"]
     domains = sorted({domain for bucket in buckets for domain in bucket["domains"]})
     rows = [
         (
@@ -161,11 +190,20 @@ def _show_buckets(buckets: Sequence[dict[str, Any]]) -> None:
             str(b["samples"]),
             *(str(b["domains"].get(domain, 0)) for domain in domains),
             f"{b['mean_loss']:.3f}",
-            f"{b['bucket_loss']:.3f}" if b["samples"] else "-",
+            *(f"{b[key]:.3f}" if b["samples"] else "-" for key in ("bucket_loss", "margin")),
         )
         for b in buckets
     ]
-    table("seed samples per expert", ("expert", "samples", *domains, "loss on all", "loss on its own"), rows)
+    columns = ("expert", "samples", *domains, "loss on all", "loss on its own", "second best is worse by")
+    table("seed samples per expert", columns, rows)
+    low, high = difference["interval"]
+    verdict = "experts differ by more than noise" if difference["more_than_noise"] else "this may be noise"
+    say(
+        "route: an expert per domain, chosen on other samples, beats the best single expert by "
+        f"{difference['gain']:.4f} (95% of resamples: {low:.4f} to {high:.4f}): {verdict}"
+    )
+    if max(b["samples"] for b in buckets) == sum(b["samples"] for b in buckets):
+        warn("route: all seed samples went to one expert; route.assignment=balanced, or seed data held out, avoid this")
 
 
 def _show_held_out(report: dict[str, Any], num_experts: int) -> None:
