@@ -186,7 +186,15 @@ class PosttrainSettings(TrainingSettings):
     """Stage 4, model upcycling: the whole MoE is trained on D."""
 
     router_aux_loss_coef: float = Field(0.01, ge=0)
-    """Weight of the per-layer load-balancing loss."""
+    """Weight of the per-layer load-balancing loss; 0: none."""
+    router_z_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the router z-loss, which keeps logits small (ST-MoE: 0.001)."""
+    balance_bias_rate: float = Field(0.0, ge=0)
+    """Step of the loss-free balancing bias (Wang et al.: 0.001); it fades out before the end. 0: none."""
+    freeze: Literal["none", "router", "experts", "shared"] = "none"
+    """What post-training leaves as it is; `shared` is attention, norms and embeddings."""
+    report_to: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+    """Where the training log goes besides log.json (the package must be installed)."""
 
 
 class EvaluateSettings(Settings):
@@ -230,6 +238,12 @@ class Recipe(Settings):
         k, m = self.assemble.num_experts_per_tok, self.expand.num_experts
         if k > m:
             raise ValueError(f"assemble.num_experts_per_tok is {k}, more than expand.num_experts, {m}")
+        if k == 1 and self.posttrain.freeze != "router":
+            raise ValueError(
+                "assemble.num_experts_per_tok is 1: weights are renormalised over the chosen experts, so that of one "
+                "is always 1 and the language-model loss gives the router no gradient; take 2 or more, or keep the "
+                "router as it starts with posttrain.freeze=router"
+            )
         return self
 
 

@@ -1,9 +1,20 @@
-"""The load-balancing loss, against its definition and against transformers' pooled one."""
+"""What keeps routers balanced, against definitions and against transformers' pooled loss."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from upcycle.training.balance import load_balancing_loss
+from upcycle.data.chat import load_tokenizer
+from upcycle.data.splits import load_splits
+from upcycle.model_upcycling.posttrain import freeze
+from upcycle.models.folders import load_model, routers
+from upcycle.models.routers import RouterRecorder
+from upcycle.recipe import PosttrainSettings, Recipe, TrainingSettings
+from upcycle.training.balance import load_balancing_loss, router_z_loss
+from upcycle.training.fine_tune import fine_tune
+from upcycle.training.loss_free import LossFreeBias
+from worlds import assembled
 
 
 def routing(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -42,3 +53,81 @@ def test_gradient_moves_probability_to_the_idle_expert() -> None:
     load_balancing_loss([logits], [routing(logits, 1)], torch.ones(6, dtype=torch.long)).backward()
     assert (logits.grad[:, 0] > 0).all()
     assert (logits.grad[:, 2] < 0).all()
+
+
+def test_z_loss_is_the_mean_square_of_the_log_partition() -> None:
+    layers = [torch.randn(3, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    kept = torch.stack([layer[[0, 2]].exp().sum(dim=1).log().square() for layer in layers])
+    torch.testing.assert_close(router_z_loss(layers, torch.tensor([1, 0, 1])), kept.mean())
+
+
+@pytest.fixture
+def moe(base: Path, checkpoints: list[Path], tmp_path: Path) -> Path:
+    return assembled(base, checkpoints, tmp_path / "moe", router_std=0.5)
+
+
+IDS = torch.randint(3, 99, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_the_bias_chooses_but_does_not_weigh(moe: Path) -> None:
+    model = load_model(moe, torch.float32)
+    with LossFreeBias(model, 0.1) as bias:
+        with RouterRecorder(model) as recorder:
+            model(IDS)
+            plain = recorder.indices
+            recorder.clear()
+            bias.bias[0] = torch.tensor([0.0, 5.0, 0.0])
+            model(IDS)
+        assert (recorder.indices[0] == 1).any(dim=1).all()  # now everywhere among the chosen
+        assert not all(torch.equal(a, b) for a, b in zip(plain, recorder.indices, strict=True))
+        probabilities = torch.softmax(recorder.logits[0], dim=1)
+        gate = getattr(*routers(model)[0])
+        _, weights, indices = gate(torch.randn(5, 32, generator=torch.Generator().manual_seed(1)))
+    assert weights.sum(dim=1).tolist() == pytest.approx([1.0] * 5)
+    own = probabilities.gather(1, recorder.indices[0])
+    assert (own.sum(dim=1) <= 1).all()
+    assert (indices == 1).any(dim=1).all()
+
+
+def test_the_bias_follows_the_load_and_fades_out(moe: Path) -> None:
+    bias = LossFreeBias(load_model(moe, torch.float32), 0.1)
+    bias.add([torch.tensor([[0, 1], [0, 1], [0, 2]])] * 2, torch.tensor([1, 1, 1]))
+    bias.step(0.1)
+    torch.testing.assert_close(bias.bias, torch.tensor([[-0.1, 0.0, 0.1]] * 2), atol=1e-6, rtol=0)
+    assert bias.strength == 1.0
+    strengths = []
+    for progress in (0.75, 0.875, 1.0):
+        bias.step(progress)
+        strengths.append(bias.strength)
+    assert strengths == pytest.approx([1.0, 0.5, 0.0])
+
+
+def max_load(moe: Path, recipe: Recipe, base: Path, out: Path, **balance: float) -> float:
+    """Mean over layers of the most loaded expert, in the middle of a short training of an uneven random router."""
+    tokenizer = load_tokenizer(base, None)
+    samples = load_splits(recipe, tokenizer, 128).train[:64]
+    model = load_model(moe, torch.float32).train()
+    settings = TrainingSettings(epochs=2, checkpoint_every=2, learning_rate=1e-4, batch_size=4, micro_batch_size=4)
+    log = fine_tune(model, tokenizer, samples, settings, out, 0, "test", balance=PosttrainSettings(**balance))
+    middle = [entry["max_load"] for entry in log[len(log) // 3 : 2 * len(log) // 3]]
+    return sum(middle) / len(middle)
+
+
+def test_the_bias_balances_what_is_uneven(moe: Path, recipe: Recipe, base: Path, tmp_path: Path) -> None:
+    without = max_load(moe, recipe, base, tmp_path / "a", router_aux_loss_coef=0.0)
+    with_bias = max_load(moe, recipe, base, tmp_path / "b", router_aux_loss_coef=0.0, balance_bias_rate=0.05)
+    assert with_bias - 1 < 0.6 * (without - 1)
+
+
+@pytest.mark.parametrize("what", ["none", "router", "experts", "shared"])
+def test_freeze_leaves_one_part_as_it_is(what: str, moe: Path) -> None:
+    model = load_model(moe, torch.float32)
+    freeze(model, what)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    gates = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
+    experts = {name for name, _ in model.named_parameters() if ".experts." in name}
+    rest = {name for name, _ in model.named_parameters()} - gates - experts
+    assert gates
+    assert experts
+    assert frozen == {"none": set(), "router": gates, "experts": experts, "shared": rest}[what]

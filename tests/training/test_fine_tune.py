@@ -13,7 +13,7 @@ from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
 from upcycle.expert_preparation.prepare import tune
 from upcycle.models.folders import load_model
-from upcycle.recipe import PrepareSettings, Recipe, TrainingSettings
+from upcycle.recipe import PosttrainSettings, PrepareSettings, Recipe, TrainingSettings
 from upcycle.training import fine_tune as module
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint
@@ -59,17 +59,18 @@ def test_steps_are_the_nearest_to_equal_distances() -> None:
         checkpoint_steps(4, 1.0, 0.1)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "moe with a balancing bias"])
 def test_an_interrupted_training_ends_in_the_same_weights(
     kind: str, base: Path, moe: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stock Trainer would go on from the initial experts and router of a MoE."""
-    folder, coef = (base, None) if kind == "dense" else (moe, 0.01)
+    balance = PosttrainSettings(balance_bias_rate=0.01 if "bias" in kind else 0.0)
+    folder, balance = (base, None) if kind == "dense" else (moe, balance)
     tokenizer = load_tokenizer(base, None)
 
     def train(out: Path):
         model = load_model(folder, torch.float32).train()
-        log = fine_tune(model, tokenizer, samples, SETTINGS, out, 3, "test", router_aux_loss_coef=coef)
+        log = fine_tune(model, tokenizer, samples, SETTINGS, out, 3, "test", balance=balance)
         return weights(model), log
 
     expected = train(tmp_path / "whole")
@@ -127,7 +128,16 @@ def test_balance_loss_is_added_with_its_coefficient(
     for coef in (0.0, 0.5):
         model = load_model(moe, torch.float32).train()
         out = tmp_path / str(coef)
-        log = fine_tune(model, load_tokenizer(base, None), samples[:8], step, out, 0, "test", router_aux_loss_coef=coef)
+        log = fine_tune(
+            model,
+            load_tokenizer(base, None),
+            samples[:8],
+            step,
+            out,
+            0,
+            "test",
+            balance=PosttrainSettings(router_aux_loss_coef=coef),
+        )
         logs.append(log[0])
     assert logs[0]["balance_loss"] == pytest.approx(logs[1]["balance_loss"], rel=1e-5)
     assert logs[1]["loss"] - logs[0]["loss"] == pytest.approx(0.5 * logs[0]["balance_loss"], rel=1e-3)

@@ -8,7 +8,7 @@ import torch
 
 from upcycle.artifacts import write_json
 from upcycle.data.chat import Sample
-from upcycle.models.folders import finish_moe_folder, load_model, load_routers, read_config, require_space
+from upcycle.models.folders import finish_moe_folder, load_model, load_routers, read_config, require_space, routers
 from upcycle.recipe import PosttrainSettings
 from upcycle.training.fine_tune import fine_tune, training_record
 
@@ -36,15 +36,22 @@ def posttrain(
     if not record.exists():  # else only the Trainer's folder is left to be removed
         model = load_model(initial, dtype=torch.float32).train()
         load_routers(model, router)
+        freeze(model, settings.freeze)
         _require_space(model, out_dir)
-        name, coef = "posttrain: mixture of experts", settings.router_aux_loss_coef
-        log = fine_tune(
-            model, tokenizer, train, settings, out_dir / TRAINER, seed, name, keep=1, router_aux_loss_coef=coef
-        )
+        name = "posttrain: mixture of experts"
+        log = fine_tune(model, tokenizer, train, settings, out_dir / TRAINER, seed, name, keep=1, balance=settings)
         model.to(getattr(torch, read_config(initial)["dtype"])).save_pretrained(out_dir)
         finish_moe_folder(out_dir, initial)
         write_json(record, training_record(train, settings, log))
     shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
+
+
+def freeze(model: Any, what: str) -> None:
+    """Leave the routers, the experts, or all the rest (`shared`) of a MoE as they are; `none` trains everything."""
+    gates = {id(getattr(parent, attribute).weight) for parent, attribute in routers(model)}
+    for name, parameter in model.named_parameters():
+        part = "router" if id(parameter) in gates else "experts" if ".experts." in name else "shared"
+        parameter.requires_grad_(part != what)
 
 
 def _require_space(model: Any, out_dir: Path) -> None:

@@ -31,6 +31,13 @@ def load_balancing_loss(
     return torch.stack(losses).mean()
 
 
+def router_z_loss(logits: Sequence[Float[Tensor, "T E"]], mask: Int[Tensor, " T"]) -> Float[Tensor, ""]:
+    """Mean over layers and unmasked tokens of logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906, eq. 5)."""
+    weights = mask.float()
+    squares = [torch.logsumexp(layer.float(), dim=-1).square() for layer in logits]
+    return torch.stack([(square * weights).sum() / weights.sum().clamp(min=1) for square in squares]).mean()
+
+
 def expert_share(indices: Int[Tensor, "T k"], mask: Int[Tensor, " T"], num_experts: int) -> Float[Tensor, " E"]:
     """Share of the routed slots of unmasked tokens that each expert gets; sums to 1."""
     slots = torch.nn.functional.one_hot(indices, num_experts).sum(dim=1)

@@ -15,6 +15,7 @@ from upcycle.console import Progress, warn
 from upcycle.errors import UpcycleError
 from upcycle.training.balance import expert_share
 from upcycle.training.checkpoints import step_of, strip_resume_files
+from upcycle.training.loss_free import LossFreeBias
 
 OVERLOADED = 2.0
 """An expert with more than this many times the mean load is called overloaded."""
@@ -79,6 +80,16 @@ class ShowProgress(TrainerCallback):  # type: ignore[misc]
         """Also when training ends in an error, so that the terminal is left in order."""
         if self._bar:
             self._bar.__exit__()
+
+
+class StepBias(TrainerCallback):  # type: ignore[misc]
+    """Moves the balancing bias after each optimizer step."""
+
+    def __init__(self, bias: LossFreeBias) -> None:
+        self._bias = bias
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bias.step(state.global_step / state.max_steps)
 
 
 class StripOlder(TrainerCallback):  # type: ignore[misc]

@@ -11,6 +11,7 @@ RESUME_FILES = (
     "rng_state*.pth",
     "training_args.bin",
     "README.md",
+    "router_bias.safetensors",
 )
 
 

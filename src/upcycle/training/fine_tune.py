@@ -3,8 +3,8 @@
 The only place that imports TRL.
 """
 
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
 from upcycle.models.folders import load_model
 from upcycle.models.routers import RouterRecorder
-from upcycle.recipe import TrainingSettings
-from upcycle.training.balance import load_balancing_loss
-from upcycle.training.callbacks import CheckpointSchedule, LoadMonitor, ShowProgress, StripOlder
+from upcycle.recipe import PosttrainSettings, TrainingSettings
+from upcycle.training.balance import load_balancing_loss, router_z_loss
+from upcycle.training.callbacks import CheckpointSchedule, LoadMonitor, ShowProgress, StepBias, StripOlder
 from upcycle.training.checkpoints import last_checkpoint
+from upcycle.training.loss_free import LossFreeBias
 
 NEVER = 10**9
 NOT_REPRODUCED = ("runtime", "per_second", "flos", "num_tokens")
@@ -30,26 +31,43 @@ NOT_REPRODUCED = ("runtime", "per_second", "flos", "num_tokens")
 class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that resumes a MoE with its experts, balances its routers per layer and stops at NaN."""
 
-    def __init__(self, model: Any, recorder: RouterRecorder | None, router_aux_loss_coef: float, **arguments: Any):
-        self.recorder = recorder
-        self.balance_coef = router_aux_loss_coef
-        self.load_monitor = LoadMonitor() if recorder else None
+    def __init__(self, model: Any, balance: PosttrainSettings | None, **arguments: Any):
+        self.balance = balance
+        self.recorder = RouterRecorder(model) if balance else None
+        self.load_monitor = LoadMonitor() if balance else None
+        rate = balance.balance_bias_rate if balance else 0.0
+        self.bias = LossFreeBias(model, rate) if rate else None
         super().__init__(model=model, **arguments)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """TRL's loss plus `router_aux_loss_coef` times the per-layer load-balancing loss."""
+        """TRL's loss plus what keeps a MoE's routers balanced."""
         if self.recorder is None:
             return self._finite(super().compute_loss(model, inputs, return_outputs, **kwargs))
         self.recorder.clear()
         loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        # the language-model loss is already divided by the tokens of the whole step: so is this, by its parts
+        return self._finite(loss + self._router_loss(inputs) / self.current_gradient_accumulation_steps)
+
+    def _router_loss(self, inputs: Any) -> torch.Tensor:
+        """`router_aux_loss_coef` times the per-layer load-balancing loss, and the z-loss; counts the load."""
+        assert self.recorder is not None
+        assert self.balance is not None
+        assert self.load_monitor is not None
         logits, indices = self.recorder.logits, self.recorder.indices
         mask = inputs["attention_mask"].reshape(-1)
-        balance = load_balancing_loss(logits, indices, mask)
-        self._metrics["train"]["balance_loss"].append(balance.item())
-        assert self.load_monitor is not None
         self.load_monitor.add(indices, mask, logits[0].shape[-1])
-        # the language-model loss is already divided by the tokens of the whole step: so is this, by its parts
-        return self._finite(loss + self.balance_coef * balance / self.current_gradient_accumulation_steps)
+        if self.bias:
+            self.bias.add(indices, mask)
+        balance, z_loss = load_balancing_loss(logits, indices, mask), router_z_loss(logits, mask)
+        self._metrics["train"]["balance_loss"].append(balance.item())
+        self._metrics["train"]["router_z_loss"].append(z_loss.item())
+        return self.balance.router_aux_loss_coef * balance + self.balance.router_z_loss_coef * z_loss
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The routers' hooks, around the training: the bias first, so that what it chooses is what is recorded."""
+        with self.bias or nullcontext(), self.recorder or nullcontext():
+            yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the routers' load to what the Trainer logs."""
@@ -68,6 +86,8 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
             self._stop_at("a weight is not finite")
+        if self.bias:  # before the rest, which says that the checkpoint is complete
+            self.bias.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
     def _stop_at(self, problem: str) -> None:
@@ -86,6 +106,8 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        if self.bias:
+            self.bias.load(Path(resume_from_checkpoint))
         target = model if model is not None else self.model
         source = load_model(Path(resume_from_checkpoint), dtype=torch.float32)
         target.load_state_dict(source.state_dict(), strict=True)
@@ -100,13 +122,13 @@ def fine_tune(
     seed: int,
     description: str,
     keep: int | None = None,
-    router_aux_loss_coef: float | None = None,
+    balance: PosttrainSettings | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place; goes on from the last complete checkpoint in `out_dir` if there is one.
 
     Args:
         keep: how many checkpoints stay (None: all; only the newest keeps its optimizer state).
-        router_aux_loss_coef: weight of the load-balancing loss; None for a dense model.
+        balance: how a MoE's routers are balanced; None for a dense model.
 
     Returns:
         The Trainer's log without wall-clock figures: a list of {step, epoch, loss, ...}.
@@ -114,12 +136,10 @@ def fine_tune(
     Raises:
         UpcycleError: the loss or a weight is not finite, or the checkpoints would be less than a step apart.
     """
-    recorder = RouterRecorder(model) if router_aux_loss_coef is not None else None
     bar = ShowProgress(description)
     trainer = UpcyclingTrainer(
         model=model,
-        recorder=recorder,
-        router_aux_loss_coef=router_aux_loss_coef or 0.0,
+        balance=balance,
         args=_arguments(settings, out_dir, seed, keep),
         train_dataset=Dataset.from_dict(
             {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
@@ -132,10 +152,12 @@ def fine_tune(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if trainer.bias:
+        trainer.add_callback(StepBias(trainer.bias))
     resume = last_checkpoint(out_dir)
     if resume:
         say(f"{description}: resuming from {resume.name}")
-    with recorder or nullcontext(), closing(bar):
+    with trainer.watching(), closing(bar):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return [_without_runtime(entry) for entry in trainer.state.log_history if "loss" in entry]
 
@@ -180,7 +202,7 @@ def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, keep: int |
         save_total_limit=keep,
         logging_steps=1,  # a longer window would start anew at a resume, and the log differ
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to=getattr(settings, "report_to", "none"),
         disable_tqdm=True,
         dataloader_pin_memory=accelerator,
     )

@@ -1,0 +1,77 @@
+"""Balance without a loss: a bias on the choice of experts that follows their load (Wang et al. 2024, arXiv 2408.15664).
+
+Legend: T tokens, E experts, k experts per token, L layers.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from upcycle.models.folders import routers
+from upcycle.training.balance import expert_share
+
+FILE = "router_bias.safetensors"
+DECAY_FROM = 0.75
+"""Share of the steps after which the bias fades: at the last step it is 0, as no MoE here can store it."""
+
+
+class LossFreeBias:
+    """A bias b per layer and expert: the top k are chosen by p_i + b_i, their weights are p_i, renormalised.
+
+    After each step b_i grows by `rate` if expert i had less than the mean load and falls by it if it had more. No MoE
+    here has a place for it (Mixtral's router has no bias), so it fades out linearly over the last quarter of the
+    training: the model that is saved at the end computes what was trained last. Use as a context manager around the
+    training.
+    """
+
+    def __init__(self, model: Any, rate: float) -> None:
+        self._gates = [getattr(parent, attribute) for parent, attribute in routers(model)]
+        self._rate = rate
+        self._handles: list[Any] = []
+        num_experts = self._gates[0].weight.shape[0]
+        self.bias: Float[Tensor, "L E"] = torch.zeros(len(self._gates), num_experts, device=model.device)
+        self.strength = 1.0
+        self._load = torch.zeros_like(self.bias)
+
+    def __enter__(self) -> "LossFreeBias":
+        self._handles = [
+            gate.register_forward_hook(lambda _m, _i, outputs, layer=layer: self._choose(layer, *outputs))
+            for layer, gate in enumerate(self._gates)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def add(self, indices: Sequence[Int[Tensor, "T k"]], mask: Int[Tensor, " T"]) -> None:
+        """Count the routing of one forward pass."""
+        self._load += torch.stack([expert_share(i, mask, self.bias.shape[1]) for i in indices])
+
+    def step(self, progress: float) -> None:
+        """After an optimizer step, `progress` being the share of the training that is done."""
+        self.bias += self._rate * torch.sign(self._load.mean(dim=1, keepdim=True) - self._load)
+        self._load.zero_()
+        self.strength = min(1.0, max(0.0, 1 - progress) / (1 - DECAY_FROM))
+
+    def save(self, folder: Path) -> None:
+        """For a resume; the model itself does not carry it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"bias": self.bias.cpu(), "strength": torch.tensor(self.strength)}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        values = load_file(folder / FILE)
+        self.bias.copy_(values["bias"])
+        self.strength = values["strength"].item()
+
+    def _choose(self, layer: int, logits: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        probabilities = torch.softmax(logits.float(), dim=-1)
+        chosen = (probabilities + self.strength * self.bias[layer]).topk(indices.shape[1], dim=-1).indices
+        own = probabilities.gather(1, chosen)
+        return logits, (own / own.sum(dim=1, keepdim=True)).to(weights.dtype), chosen
