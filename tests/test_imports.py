@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "assets": {"data"},
     "pipeline": {*STAGES, "evaluation", "models", "data", *LEAVES},
     "reporting": {"reporting", "expert_expansion", "models", *LEAVES},
-    "cli": {"upcycle", "pipeline", "models", "reporting", *LEAVES},
+    "compare": {"pipeline", *LEAVES},
+    "cli": {"upcycle", "pipeline", "compare", "models", "reporting", *LEAVES},
     "__init__": {"pipeline", *LEAVES},
 }
 

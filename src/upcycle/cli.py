@@ -111,6 +111,27 @@ def check(
 
 
 @app.command()
+def compare(
+    variants: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE...", help='Two or more, each with overrides: "quickstart route.start=ridge".'),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and comparison.json; resumed if there.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds 0, 1, ...")] = 3,
+    force: Annotated[bool, typer.Option(help="Compare runs of other data or training tokens, and mark it.")] = False,
+) -> None:
+    """Run recipes with several seeds; mean, spread and a paired test against the first."""
+    if len(set(variants)) < 2:
+        raise UpcycleError('compare needs two variants or more, such as "upit" "upit route.start=random"')
+    _quiet_libraries()
+    from upcycle.compare import COMPARISON, compare
+    from upcycle.reporting.figures import comparison_figure
+
+    comparison_figure(compare(variants, seeds, out, force), out / "comparison.png")
+    print(f"written: {out / COMPARISON}, {out / 'comparison.png'}")
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run, one of its stage folders, a MoE made here, or a plan.json.")],
     figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),

@@ -6,6 +6,8 @@ from other inputs; inputs are compared by the hashes of their content.
 
 import fcntl
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -259,11 +261,12 @@ STAGES = (
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
-def run_stages(run: Run, names: Sequence[str] = STAGE_NAMES, update: bool = False) -> None:
+def run_stages(run: Run, names: Sequence[str] = STAGE_NAMES, update: bool = False, donors: Sequence[Path] = ()) -> None:
     """Run the named stages in order; what is complete and has the same inputs is left alone.
 
     Args:
         update: accept a changed recipe, and rebuild stages whose inputs changed or whose files are damaged.
+        donors: other run folders; a stage that one of them has complete, from the same inputs, is taken from there.
 
     Raises:
         UpcycleError: the folder belongs to another recipe, another process works in it, or an earlier stage is
@@ -273,6 +276,7 @@ def run_stages(run: Run, names: Sequence[str] = STAGE_NAMES, update: bool = Fals
         _claim(run, update)
         for stage in STAGES:
             if stage.name in names:
+                _adopt_stage(run, stage, donors)
                 _run_stage(run, stage, update)
 
 
@@ -312,6 +316,27 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
         _record_time(run.folder, stage.name, time.monotonic() - begin, resumed)
     seal(partial, folder, inputs, run.settings(stage), run.recipe.seed)
     run.verified.add(stage.name)
+
+
+def _adopt_stage(run: Run, stage: Stage, donors: Sequence[Path]) -> None:
+    """Take a missing stage from another run that made it from the same inputs: hard links, no bytes."""
+    folder = run.folder / stage.name
+    if folder.exists():
+        return
+    inputs = _require_needs(run, stage) if donors else {}
+    for donor in donors:
+        manifest = read_manifest(donor / stage.name)
+        if manifest is not None and manifest.inputs == inputs:
+            say(f"{stage.name}: taken from {donor}, which made it from the same inputs")
+            shutil.copytree(donor / stage.name, folder, copy_function=_link_or_copy)
+            return
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 def _require_needs(run: Run, stage: Stage) -> dict[str, str]:

@@ -93,6 +93,8 @@ class ExpandSettings(Settings):
 
     num_experts: int = Field(8, ge=2)
     """Experts per MoE layer, m."""
+    copies_of: Literal["none", "last", "base"] = "none"
+    """Instead of different experts, m copies of the last checkpoint or of the base (vanilla upcycling)."""
     num_checkpoints: int | None = Field(None, ge=1)
     """How many checkpoints become experts, n; none given: all, or as many as there are experts."""
     select: Literal["uniform", "last", "farthest"] = "uniform"
@@ -118,6 +120,8 @@ class ExpandSettings(Settings):
         Raises:
             ValueError: there are too few of them, or too few experts.
         """
+        if self.copies_of != "none":
+            return n
         room = self.num_experts - self.keep_base
         chosen = min(n, room) if self.num_checkpoints is None else self.num_checkpoints
         if chosen > min(n, room):

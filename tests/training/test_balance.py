@@ -106,14 +106,14 @@ def test_the_bias_balances_what_is_uneven(moe: Path) -> None:
     gates = [getattr(parent, attribute) for parent, attribute in routers(model)]
     hidden = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0)) + 1.0
     loads = []
-    with LossFreeBias(model, 0.01) as bias:
-        for _ in range(150):
+    with LossFreeBias(model, 0.003) as bias:
+        for _ in range(300):
             indices = [gate(hidden)[2] for gate in gates]
             bias.add(indices, torch.ones(2000, dtype=torch.long))
             loads.append((torch.bincount(indices[0].flatten(), minlength=3) / 4000 * 3).max().item())
             bias.step(0.1)
     assert loads[0] > 1.2
-    assert loads[-1] < 1.05
+    assert loads[-1] < 1.05  # it ends in steps of the rate around the even load
 
 
 @pytest.mark.parametrize("what", ["none", "router", "experts", "shared"])

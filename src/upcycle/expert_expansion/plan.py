@@ -13,6 +13,7 @@ the case p = 0. TIES is not linear: its children's inner products are measured, 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,8 @@ def make_plan(
         count = settings.num_chosen(len(checkpoints))
     except ValueError as error:
         raise UpcycleError(str(error)) from None
+    if settings.copies_of != "none":
+        return _copies(len(checkpoints), gram, settings, seed)
     chosen = choose_checkpoints(similarities(gram, settings.similarity), count, settings.select)
     experts = [Expert(checkpoints[i].name, "checkpoint", checkpoint=i) for i in chosen]
     gram = gram[np.ix_(chosen, chosen)]
@@ -104,6 +107,15 @@ def add_child(gram: Gram, parents: tuple[int, ...], weights: tuple[float, ...], 
     row = a * gram[j] + b * gram[k]
     norm = (a * a * gram[j, j] + b * b * gram[k, k]) * norm_growth + 2 * a * b * gram[j, k]
     return np.block([[gram, row[:, None]], [row[None, :], np.array([[norm]])]])
+
+
+def _copies(n: int, gram: Gram, settings: ExpandSettings, seed: int) -> ExpansionPlan:
+    """Vanilla upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): all experts alike, no children."""
+    last, m = settings.copies_of == "last", settings.num_experts
+    kind: Literal["checkpoint", "base"] = "checkpoint" if last else "base"
+    experts = tuple(Expert(f"copy-{i}", kind, checkpoint=n - 1 if last else None) for i in range(m))
+    norm = float(gram[-1, -1]) if last else 0.0
+    return ExpansionPlan(experts, settings.merge, settings.drop_rate, seed, settings.similarity, ((norm,) * m,) * m)
 
 
 def _make_child(

@@ -1,0 +1,75 @@
+"""Comparisons: what is shared, what is refused, what the table says."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from upcycle.compare import COMPARISON, compare, differences, paired, spread, summary
+from upcycle.errors import UpcycleError
+from upcycle.reporting.figures import comparison_figure
+
+
+@pytest.fixture
+def recipe_file(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**tiny_recipe, "evaluate": {"models": "ends", "exact_match": False}}))
+    return path
+
+
+def cell(seed: int, loss: float, tokens: int = 10, data: str = "d") -> dict[str, Any]:
+    return {"seed": seed, "data": data, "tokens": {"posttrain": tokens}, "loss": {"all": loss}}
+
+
+def test_variants_share_what_has_the_same_inputs(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
+    texts = [
+        str(recipe_file),
+        f"{recipe_file} route.start=random",
+        f"{recipe_file} expand.copies_of=last route.start=random",
+    ]
+    found = compare(texts, 2, tmp_path / "out", force=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("prepare: taken from") == 4  # of three variants with two seeds, two are trained
+    assert said.count("assemble: taken from") == 2
+    assert said.count("route: taken from") == 0
+    assert json.loads((tmp_path / "out" / COMPARISON).read_text())["variants"].keys() == set(texts)
+    assert [len(runs) for runs in found["variants"].values()] == [2, 2, 2]
+    rows = found["summary"]
+    assert "difference" not in rows[0]["loss"]
+    losses = [[run["loss"]["all"] for run in runs] for runs in found["variants"].values()]
+    assert rows[1]["loss"]["mean"] == pytest.approx(sum(losses[1]) / 2)
+    assert rows[1]["loss"]["difference"] == pytest.approx(sum(losses[1]) / 2 - sum(losses[0]) / 2)
+    assert len({row["tokens"] for row in rows}) == 1
+    comparison_figure(found, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    again = compare(texts, 2, tmp_path / "out", force=False)  # resumed: nothing is done again
+    assert str(again["summary"]) == str(found["summary"])
+    assert "prepare ..." not in capsys.readouterr().out
+
+
+def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_path: Path) -> None:
+    texts = [str(recipe_file), f"{recipe_file} posttrain.epochs=2 posttrain.checkpoint_every=1"]
+    with pytest.raises(UpcycleError, match=r"seed 0: other numbers of training tokens .*--force"):
+        compare(texts, 1, tmp_path / "out", force=False)
+    found = compare(texts, 1, tmp_path / "out", force=True)
+    assert found["not_comparable"][0].startswith("seed 0: other numbers of training tokens")
+    assert differences({"a": [cell(0, 1.0)], "b": [cell(0, 1.0, data="e")]}) == ["seed 0: the variants saw other data"]
+    assert differences({"a": [cell(0, 1.0)], "b": [cell(0, 2.0)]}) == []
+
+
+def test_the_paired_test_sees_what_an_unpaired_one_would_not() -> None:
+    """Seeds differ by far more than the variants, but each seed by the same."""
+    reference, values = [1.0, 2.0, 3.0, 4.0], [0.9, 1.89, 2.91, 3.9]
+    found = paired(values, reference)
+    assert found["difference"] == pytest.approx(-0.1)
+    assert found["p"] < 0.001
+    assert math.isnan(paired([1.0], [2.0])["p"])
+    assert math.isnan(spread([1.0]))
+    rows = summary(
+        {"a": [cell(s, x) for s, x in enumerate(reference)], "b": [cell(s, x) for s, x in enumerate(values)]}
+    )
+    assert rows[0]["loss"]["std"] == pytest.approx(1.29, abs=0.01)
+    assert rows[1]["loss"]["p"] == found["p"]
