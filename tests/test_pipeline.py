@@ -1,5 +1,6 @@
 """Whole runs: killed and resumed, changed, damaged, with the user's own checkpoints."""
 
+import json
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -290,5 +291,10 @@ def test_the_whole_path_for_other_layouts(
     shared = [name for name in made.names() if "shared_expert" in name]
     assert bool(shared) == (dense == "qwen2")
     assert not any(made.elements(name).any() for name in shared)
+    routing = json.loads((run.folder / "evaluate" / "routing.json").read_text())
+    assert set(routing) == {"MoE before post-training", "MoE", "step_0", "against_best_expert"}
+    assert set(routing["against_best_expert"]) == {"all", "copy", "reverse"}
+    assert routing["MoE"]["agreement"]["chance"] == 0.25
+    assert len(routing["MoE"]["by_domain"]["copy"]["entropy"]) == 2
     router = load_file(run.folder / "route" / "router.safetensors")
     assert router.keys() <= set(initial.names())

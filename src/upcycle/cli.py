@@ -136,7 +136,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A run, one of its stage folders, a MoE made here, or a plan.json.")],
     figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),
 ) -> None:
-    """Show the experts' lineage and similarities; write a heat map and a dendrogram as PNG."""
+    """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
     from upcycle.reporting.inspect import inspect
 
     inspect(path, figure)

@@ -232,7 +232,17 @@ def _posttrain(run: Run, out: Path) -> None:
 def _evaluate(run: Run, out: Path) -> None:
     from upcycle.evaluation.evaluate import evaluate
 
-    evaluate(_candidates(run), run.tokenizer, run.splits.validation, run.recipe.evaluate, out)
+    settings = run.recipe.evaluate
+    evaluate(_candidates(run), run.tokenizer, run.splits.validation, settings, out, _assigned(run))
+
+
+def _assigned(run: Run) -> Any:
+    from upcycle.evaluation.evaluate import Assigned
+
+    report = json.loads((run.folder / "route" / "report.json").read_text())
+    if "held_out" not in report:
+        return None
+    return Assigned(run.splits.seed_test, report["held_out"]["assigned"], run.recipe.route.tokens)
 
 
 def _candidates(run: Run) -> list[Any]:

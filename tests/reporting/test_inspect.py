@@ -97,3 +97,16 @@ def test_check_refuses_what_assembly_refuses(base: Path, tmp_path: Path) -> None
     (tmp_path / "bad" / "config.json").write_text(json.dumps({**config, "mlp_bias": True}))
     with pytest.raises(UpcycleError, match="mlp_bias=True would be lost"):
         check(str(tmp_path / "bad"), 8, 2, "source")
+
+
+def test_a_run_has_pictures_of_its_routing_and_load(moe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for stage in ("expand", "evaluate", "posttrain"):
+        (run / stage).mkdir(parents=True)
+    (run / "expand" / "plan.json").write_text(find_plan(moe).read_text())
+    shares = {"all": [[0.5, 0.5]] * 5, "a": [[0.9, 0.1]] * 5}
+    (run / "evaluate" / "scores.json").write_text(json.dumps({"base": {}, "MoE": {"expert_share": shares}}))
+    log = [{"step": i, "max_load": 1.5, "min_load": 0.5, "balance_loss": 1.0} for i in (1, 2)]
+    (run / "posttrain" / "log.json").write_text(json.dumps({"log": log}))
+    inspect(run, tmp_path / "picture.png")
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["picture-load.png", "picture-routing.png", "picture.png"]

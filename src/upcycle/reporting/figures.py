@@ -49,6 +49,55 @@ def comparison_figure(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def routing_figure(shares: dict[str, Any], path: Path) -> None:
+    """Share of tokens per expert by domain, a heat map for each layer (UpIT, figure 5).
+
+    Args:
+        shares: domain to (layers, experts).
+    """
+    from matplotlib.figure import Figure
+
+    domains = list(shares)
+    table = np.array([shares[domain] for domain in domains])  # (domains, layers, experts)
+    columns = min(4, table.shape[1])
+    rows = -(-table.shape[1] // columns)
+    width, height = 0.4 * table.shape[2] + 0.6, 0.35 * len(domains) + 0.8
+    figure = Figure(figsize=(columns * width + 2, rows * height + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for layer, axes in enumerate(grid):
+        if layer >= table.shape[1]:
+            axes.set_visible(False)
+            continue
+        image = axes.imshow(table[:, layer], cmap="magma", vmin=0, vmax=table.max(), aspect="auto")
+        axes.set_title(f"layer {layer}", fontsize=9)
+        axes.set_yticks(range(len(domains)), domains)
+        axes.set_xticks(range(table.shape[2]), [f"E{e}" for e in range(table.shape[2])])
+    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="share of routed tokens")
+    figure.suptitle(f"which expert gets which domain (even: {1 / table.shape[2]:.0%})")
+    figure.savefig(path, dpi=120)
+
+
+def load_figure(log: list[dict[str, float]], path: Path) -> None:
+    """Load of the most and the least loaded expert, and the balance loss, over training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [entry["step"] for entry in log]
+    for key, label in (
+        ("max_load", "most loaded expert"),
+        ("min_load", "least loaded expert"),
+        ("balance_loss", "balance loss"),
+    ):
+        axes.plot(steps, [entry[key] for entry in log], label=label, linewidth=1)
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("step")
+    axes.set_ylabel("1: even")
+    axes.legend()
+    figure.suptitle("load of the experts while post-training")
+    figure.savefig(path, dpi=120)
+
+
 def _heat_map(axes: Any, similarity: NDArray[np.float64], names: list[str], kind: str) -> None:
     others = similarity[~np.eye(len(names), dtype=bool)]
     image = axes.imshow(similarity, cmap="viridis", vmin=np.nanmin(others), vmax=np.nanmax(similarity))

@@ -13,7 +13,7 @@ from upcycle.errors import UpcycleError
 from upcycle.expert_expansion.expand import PLAN
 from upcycle.expert_expansion.plan import similarities
 from upcycle.models.folders import LINEAGE
-from upcycle.reporting.figures import similarity_figure
+from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
 
 PLACES = (PLAN, LINEAGE, f"expand/{PLAN}", f"../expand/{PLAN}")
 """Where a plan lies: in the stage's folder, in a MoE's, in a run's, beside a stage's."""
@@ -40,6 +40,25 @@ def inspect(path: Path, figure: Path) -> None:
     table(f"similarity of experts ({plan.similarity} of FFN task vectors)", ("", *names), rows)
     similarity_figure(plan, figure)
     say(f"heat map and dendrogram: {figure}")
+    draw_routing(path, figure)
+
+
+def draw_routing(run: Path, figure: Path) -> None:
+    """Beside `figure`, of a run that has come so far: who gets which domain, and the load over training."""
+    scores, log = run / "evaluate" / "scores.json", run / "posttrain" / "log.json"
+    if scores.is_file():
+        shares = {
+            name: entry["expert_share"]
+            for name, entry in json.loads(scores.read_text()).items()
+            if "expert_share" in entry
+        }
+        place = figure.with_name(f"{figure.stem}-routing.png")
+        routing_figure(shares[list(shares)[-1]], place)
+        say(f"share of tokens per expert, by domain and layer: {place}")
+    if log.is_file():
+        place = figure.with_name(f"{figure.stem}-load.png")
+        load_figure(json.loads(log.read_text())["log"], place)
+        say(f"load of the experts over training: {place}")
 
 
 def find_plan(path: Path) -> Path:

@@ -14,6 +14,7 @@ from upcycle.console import Progress
 from upcycle.data.batches import Batch, collate, token_batches
 from upcycle.data.chat import Sample
 from upcycle.models.forward import answer_losses
+from upcycle.models.ranking import token_mask
 from upcycle.models.routers import GatedRouter, RowExperts, swapped_routers
 from upcycle.recipe import RouteSettings
 
@@ -76,11 +77,6 @@ def gated_losses(
     mask = token_mask(batch, predicts, tokens)
     scores = torch.stack([router.scores for router in routers])
     return language.mean(), auxiliary_loss(scores, mask)
-
-
-def token_mask(batch: Batch, predicts: Bool[Tensor, "B S"], tokens: str) -> Bool[Tensor, "B S"]:
-    """The tokens that count for the router: those that predict the answer, or all but padding."""
-    return predicts if tokens == "answer" else batch.attention_mask.bool()
 
 
 def auxiliary_loss(scores: Float[Tensor, "L T"], mask: Bool[Tensor, "B S"]) -> Float[Tensor, ""]:

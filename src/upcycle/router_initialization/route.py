@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
@@ -12,14 +11,13 @@ from torch import Tensor
 
 from upcycle.artifacts import write_json
 from upcycle.console import say, table, warn
-from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
 from upcycle.models.families import family_of_moe
 from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device
-from upcycle.models.forward import answer_losses
 from upcycle.models.layouts import router_tensors
-from upcycle.models.routers import RouterRecorder, random_routers
+from upcycle.models.ranking import ranking
+from upcycle.models.routers import random_routers
 from upcycle.recipe import RouteSettings
 from upcycle.router_initialization.assignment import (
     Experts,
@@ -30,7 +28,6 @@ from upcycle.router_initialization.assignment import (
     equal_steps,
     fill_empty,
 )
-from upcycle.router_initialization.preoptimise import token_mask
 from upcycle.router_initialization.scoring import expert_losses
 from upcycle.router_initialization.starts import STARTS, Seed, Start
 
@@ -81,41 +78,13 @@ def route(
     if test:
         load_routers(model, out_dir / ROUTER)
         expected = assign(losses[len(fit) :], test, settings.assignment)
-        report["held_out"] = measure(model, test, expected, settings, pad_token_id)
+        report["held_out"] = ranking(
+            model, test, expected.tolist(), settings.tokens, settings.tokens_per_batch, pad_token_id
+        )
+        report["held_out"]["assigned"] = expected.tolist()
         _show_held_out(report["held_out"], len(names))
     write_json(out_dir / "report.json", report)
     return report
-
-
-@torch.no_grad()
-def measure(
-    model: Any, samples: Sequence[Sample], expected: Experts, settings: RouteSettings, pad_token_id: int
-) -> dict[str, Any]:
-    """How often the router ranks the assigned expert of unseen seed samples first, per layer and overall.
-
-    A sample's rank is by its mean router probability over `settings.tokens`; overall, over the layers too.
-    """
-    probabilities = []
-    order: list[int] = []
-    with RouterRecorder(model) as recorder:
-        for batch in make_batches(samples, settings.tokens_per_batch, pad_token_id, model.device):
-            recorder.clear()
-            mask = token_mask(batch, answer_losses(model, batch)[1], settings.tokens)
-            probabilities.append(torch.stack([_mean_probability(layer, mask) for layer in recorder.logits], dim=1))
-            order += batch.indices
-    ranked = torch.cat(probabilities).cpu()  # (samples, layers, experts)
-    truth = torch.from_numpy(expected)[order]
-    return {
-        "samples": len(samples),
-        "accuracy": float((ranked.mean(dim=1).argmax(dim=1) == truth).float().mean()),
-        "accuracy_by_layer": (ranked.argmax(dim=2) == truth[:, None]).float().mean(dim=0).tolist(),
-        "most_frequent_share": float(np.bincount(expected).max() / len(expected)),
-    }
-
-
-def _mean_probability(logits: Float[Tensor, "T E"], mask: Tensor) -> Float[Tensor, "B E"]:
-    probabilities = torch.softmax(logits.float(), dim=-1).view(*mask.shape, -1)
-    return (probabilities * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
 def condition_numbers(vectors: Sequence[Float[Tensor, "E H"]]) -> list[float]:

@@ -1,0 +1,53 @@
+"""What the routers of a MoE do, per layer and domain, in figures.
+
+Legend: L layers, E experts.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+DEAD = 0.01
+"""An expert with less than this share of the mean load is called dead."""
+
+Shares = Sequence[Sequence[float]]
+"""Share of the routed slots per layer and expert: (L, E), rows sum to 1."""
+
+
+def routing_metrics(shares: dict[str, Shares]) -> dict[str, dict[str, list[float]]]:
+    """Per domain, a figure for each layer: `entropy` (1 when even), `max_over_mean` load, number of `dead` experts."""
+    return {
+        domain: {
+            "entropy": [entropy(layer) for layer in layers],
+            "max_over_mean": [max(layer) * len(layer) for layer in layers],
+            "dead": [sum(share * len(layer) < DEAD for share in layer) for layer in layers],
+        }
+        for domain, layers in shares.items()
+    }
+
+
+def entropy(shares: Sequence[float]) -> float:
+    """-sum_i s_i log s_i over log E: 1 when all experts get the same, 0 when one gets all."""
+    return -sum(s * math.log(s) for s in shares if s > 0) / math.log(len(shares))
+
+
+def specialisation(shares: dict[str, Shares], everything: str) -> list[float]:
+    """Per layer, the mean over domains of the total variation distance between a domain's shares and those of all.
+
+    0: every domain is routed alike; 1 - 1/E at most when each domain has experts of its own.
+    """
+    domains = [domain for domain in shares if domain != everything]
+    return [
+        sum(sum(abs(a - b) for a, b in zip(shares[domain][layer], overall, strict=True)) / 2 for domain in domains)
+        / max(1, len(domains))
+        for layer, overall in enumerate(shares[everything])
+    ]
+
+
+def regressions(moe: dict[str, float], experts: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Per domain: the single expert with the lowest held-out loss, and by how much the MoE's is higher (or lower)."""
+    found = {}
+    for domain, loss in moe.items():
+        best = min(experts, key=lambda name: experts[name][domain])
+        found[domain] = {"best_expert": best, "loss_above_it": loss - experts[best][domain]}
+    return found
