@@ -38,6 +38,7 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("exapnd.num_experts=3", r"exapnd: unknown setting; did you mean 'expand'\?"),
         ("expand.num_experts=many", r"expand\.num_experts: .*valid integer.* \(found 'many'\)"),
         ("expand.num_checkpoints=9", r"expand.num_checkpoints is 9, but there are 8 checkpoints .* room for 8 experts"),
+        ("route.start=ridge route.expert_learning_rate=1e-4", r"start=ridge trains no experts"),
         ("assemble.num_experts_per_tok=1", r"gives the router no gradient; take 2 or more, or keep"),
         ("prepare.checkpoint_every=2", r"1 checkpoint of 1 \(prepare.checkpoints, .* expected 2 or more"),
         ("expand.num_experts=1", r"expand\.num_experts: .*greater than or equal to 2 \(found 1\)"),
@@ -53,7 +54,7 @@ def test_overrides_replace_settings_of_any_depth() -> None:
 )
 def test_a_bad_setting_is_named(override: str, message: str) -> None:
     with pytest.raises(UpcycleError, match=message):
-        load_recipe("upit", [override])
+        load_recipe("upit", override.split())
 
 
 def test_a_missing_setting_and_a_missing_recipe_are_named(tmp_path: Path) -> None:

@@ -109,6 +109,14 @@ class Run:
         prepared = self.folder / "prepare"
         return [Path(c.path) if Path(c.path).is_absolute() else inside(prepared, c.path) for c in self.checkpoints]
 
+    @property
+    def routed_moe(self) -> Path:
+        """The MoE that the router belongs to: the assembled one, unless its experts moved with the router's start."""
+        from upcycle.router_initialization.route import MOVED
+
+        moved = self.folder / "route" / MOVED
+        return moved if moved.exists() else self.folder / "assemble"
+
     @cached_property
     def plan(self) -> ExpansionPlan:
         return ExpansionPlan.load(self.folder / "expand" / "plan.json")
@@ -226,7 +234,7 @@ def _posttrain(run: Run, out: Path) -> None:
 
     router = run.folder / "route" / ROUTER
     settings, seed = run.recipe.posttrain, run.recipe.seed
-    posttrain(run.folder / "assemble", router, run.tokenizer, run.splits.train, settings, seed, out)
+    posttrain(run.routed_moe, router, run.tokenizer, run.splits.train, settings, seed, out)
 
 
 def _evaluate(run: Run, out: Path) -> None:
@@ -255,7 +263,7 @@ def _candidates(run: Run) -> list[Any]:
     return [
         Candidate("base", run.base),
         *dense,
-        Candidate(MOE_INIT, run.folder / "assemble", is_moe=True, router=run.folder / "route" / ROUTER),
+        Candidate(MOE_INIT, run.routed_moe, is_moe=True, router=run.folder / "route" / ROUTER),
         Candidate(MOE, run.folder / "posttrain", is_moe=True),
     ]
 

@@ -164,6 +164,8 @@ class RouteSettings(Settings):
     """Share of the seed data kept apart to measure how well the router ranks the assigned expert first."""
     assignment: Literal["balanced", "lowest_loss", "centred", "domain"] = "balanced"
     """Sample to expert: equal buckets of least total loss; lowest loss (paper); lowest but for its mean; by domain."""
+    expert_learning_rate: float | None = Field(None, gt=0)
+    """Let the experts move too in the start `upit`, with this learning rate; null: they stay (paper)."""
     equal_steps: bool = False
     """Repeat the samples of small buckets, so that every expert counts the same in what is trained or averaged."""
     equal_norms: bool = False
@@ -184,6 +186,12 @@ class RouteSettings(Settings):
     """Standard deviation of the random router (and of the assembled MoE before routing)."""
     tokens_per_batch: int = Field(4096, ge=1)
     """Most tokens, padding included, in one batch of scoring and pre-optimisation."""
+
+    @model_validator(mode="after")
+    def _experts_move_in_upit_alone(self) -> "RouteSettings":
+        if self.expert_learning_rate is not None and self.start != "upit":
+            raise ValueError(f"expert_learning_rate is for start=upit; start={self.start} trains no experts")
+        return self
 
 
 class PosttrainSettings(TrainingSettings):

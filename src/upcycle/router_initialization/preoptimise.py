@@ -31,9 +31,9 @@ def preoptimise(
     pad_token_id: int,
     seed: int,
 ) -> tuple[list[Float[Tensor, "E H"]], list[dict[str, float]]]:
-    """Train the routing vectors of all experts in one run over the frozen model (UpIT, section 3).
+    """Train the routing vectors of all experts in one run over the model, which is frozen unless experts may move.
 
-    Each sample runs through its expert alone, the FFN gated by sigmoid(h . r_i), and minimises
+    UpIT, section 3: each sample runs through its expert alone, the FFN gated by sigmoid(h . r_i), and minimises
     `alpha L_lm + (1 - alpha) L_aux` with L_aux = mean softplus(-h . r_i) over tokens and layers. The loss of a
     batch is the mean over its samples, so long samples do not outweigh short ones.
 
@@ -42,8 +42,7 @@ def preoptimise(
     """
     rows = RowExperts()
     order = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    experts = _moving_experts(model, settings)
     groups = token_batches([len(samples[s].input_ids) for s, _ in pairs], settings.tokens_per_batch)
     log = []
     with (
@@ -51,7 +50,10 @@ def preoptimise(
         Progress("route: pre-optimising routing vectors", len(groups) * settings.epochs) as bar,
     ):
         vectors: list[Tensor] = [router.vectors for router in routers]
-        optimizer: Any = torch.optim.AdamW(vectors, lr=settings.learning_rate, weight_decay=0.0)
+        trained: list[dict[str, Any]] = [{"params": vectors, "lr": settings.learning_rate}]
+        if experts:
+            trained.append({"params": experts, "lr": settings.expert_learning_rate})
+        optimizer: Any = torch.optim.AdamW(trained, weight_decay=0.0)
         for _ in range(settings.epochs):
             epoch = []
             for index in torch.randperm(len(groups), generator=order).tolist():
@@ -67,6 +69,16 @@ def preoptimise(
                 bar.advance()
             log.append(_epoch_means(epoch))
     return [vector.detach().cpu() for vector in vectors], log
+
+
+def _moving_experts(model: Any, settings: RouteSettings) -> list[Tensor]:
+    """The experts' weights if they may move; everything else is frozen."""
+    moving = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(settings.expert_learning_rate is not None and ".experts." in name)
+        if parameter.requires_grad:
+            moving.append(parameter)
+    return moving
 
 
 def gated_losses(

@@ -14,7 +14,14 @@ from upcycle.console import say, table, warn
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
 from upcycle.models.families import family_of_moe
-from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device
+from upcycle.models.folders import (
+    compute_dtype,
+    finish_moe_folder,
+    load_model,
+    load_routers,
+    pick_device,
+    read_config,
+)
 from upcycle.models.layouts import router_tensors
 from upcycle.models.ranking import ranking
 from upcycle.models.routers import random_routers
@@ -32,6 +39,8 @@ from upcycle.router_initialization.scoring import expert_losses
 from upcycle.router_initialization.starts import STARTS, Seed, Start
 
 ROUTER = "router.safetensors"
+MOVED = "moe"
+"""Folder of the MoE if its experts moved."""
 DEGENERATE = 1e4
 """Condition number of a router from which on it is called degenerate."""
 
@@ -46,7 +55,7 @@ def route(
     seed: int,
     out_dir: Path,
 ) -> dict[str, Any]:
-    """Write `router.safetensors` (a (num_experts, hidden) matrix per layer) and `report.json`.
+    """Write `router.safetensors` (a (num_experts, hidden) matrix per layer), `report.json`; `moe/` if experts moved.
 
     Args:
         fit, test: seed samples to start the router from, and to measure it on.
@@ -83,6 +92,9 @@ def route(
         )
         report["held_out"]["assigned"] = expected.tolist()
         _show_held_out(report["held_out"], len(names))
+    if settings.expert_learning_rate is not None:
+        model.to(getattr(torch, read_config(moe)["dtype"])).save_pretrained(out_dir / MOVED)
+        finish_moe_folder(out_dir / MOVED, moe)
     write_json(out_dir / "report.json", report)
     return report
 
