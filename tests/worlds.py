@@ -3,9 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from upcycle.artifacts import ExpansionPlan, Expert
 from upcycle.model_upcycling.assemble import assemble
+from upcycle.models.folders import load_model
+from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 from upcycle.recipe import AssembleSettings
+
+IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
 
 
 def plan_of(num_checkpoints: int) -> ExpansionPlan:
@@ -18,3 +24,26 @@ def assembled(base: Path, folders: list[Path], out: Path, router_std: float = 0.
     out.mkdir(exist_ok=True)
     assemble(base, folders, plan_of(len(folders)), AssembleSettings(**settings), None, router_std, 0, out)
     return out
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    """Of a model in fp32, for IDS."""
+    return load_model(folder, torch.float32)(IDS).logits
+
+
+@torch.no_grad()
+def forced_logits(model: Any, experts: list[int], num_experts: int) -> torch.Tensor:
+    """Of a MoE for IDS, with every token of a row sent to the row's expert."""
+    rows = RowExperts()
+    rows.experts = torch.tensor(experts)
+    with swapped_routers(model, lambda _: ForcedRouter(rows, num_experts)):
+        return model(IDS).logits
+
+
+def assert_experts_are(folders: list[Path], moe: Path) -> None:
+    """Forced to expert i, the MoE gives the logits of the i-th dense model."""
+    model = load_model(moe, torch.float32)
+    for expert, folder in enumerate(folders):
+        found = forced_logits(model, [expert, expert], len(folders))
+        torch.testing.assert_close(found, logits(folder), rtol=0, atol=1e-5)

@@ -16,35 +16,18 @@ from upcycle.expert_expansion.expand import expand
 from upcycle.merging.lineage import Child, materialise
 from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model
-from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 from upcycle.models.safetensors_io import ModelReader
 from upcycle.recipe import AssembleSettings, ExpandSettings
-from worlds import assembled
-
-IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(folder: Path) -> torch.Tensor:
-    return load_model(folder, torch.float32)(IDS).logits
+from worlds import assembled, assert_experts_are, forced_logits, logits
 
 
 def test_forced_to_an_expert_gives_its_checkpoint(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
-    model = load_model(assembled(base, checkpoints, tmp_path / "moe"), torch.float32)
-    rows = RowExperts()
-    for expert, checkpoint in enumerate(checkpoints):
-        rows.experts = torch.tensor([expert, expert])
-        with torch.no_grad(), swapped_routers(model, lambda _: ForcedRouter(rows, 3)):
-            found = model(IDS).logits
-        torch.testing.assert_close(found, logits(checkpoint), rtol=0, atol=1e-5)
+    assert_experts_are(checkpoints, assembled(base, checkpoints, tmp_path / "moe"))
 
 
 def test_rows_of_a_batch_may_go_to_different_experts(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     model = load_model(assembled(base, checkpoints, tmp_path / "moe"), torch.float32)
-    rows = RowExperts()
-    rows.experts = torch.tensor([2, 0])
-    with torch.no_grad(), swapped_routers(model, lambda _: ForcedRouter(rows, 3)):
-        found = model(IDS).logits
+    found = forced_logits(model, [2, 0], 3)
     torch.testing.assert_close(found[0], logits(checkpoints[2])[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[1], logits(checkpoints[0])[1], rtol=0, atol=1e-5)
     assert type(model.model.layers[0].mlp.gate).__name__ == "MixtralTopKRouter"  # its own is back

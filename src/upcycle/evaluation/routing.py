@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-DEAD = 0.01
-"""An expert with less than this share of the mean load is called dead."""
+from upcycle.models.routers import DEAD
 
 Shares = Sequence[Sequence[float]]
 """Share of the routed slots per layer and expert: (L, E), rows sum to 1."""

@@ -8,7 +8,7 @@ import numpy as np
 from upcycle.artifacts import Checkpoint, ExpansionPlan, Expert
 from upcycle.console import say, table
 from upcycle.expert_expansion.gram import task_vector_gram
-from upcycle.expert_expansion.plan import Gram, make_plan, similarities
+from upcycle.expert_expansion.plan import Gram, expert_similarities, make_plan
 from upcycle.merging.lineage import Child
 from upcycle.recipe import ExpandSettings
 
@@ -44,16 +44,20 @@ def expand(
     return plan
 
 
+def merged_from(expert: Expert) -> str:
+    """`0.26 E0 + 0.74 E1`; empty for an expert that is not merged."""
+    return " + ".join(f"{w:.2f} E{p}" for p, w in zip(expert.parents, expert.weights, strict=True))
+
+
 def show_plan(plan: ExpansionPlan) -> None:
     """The lineage and how alike the experts are, on the terminal."""
-    similarity = similarities(np.array(plan.gram), plan.similarity)
+    similarity = expert_similarities(plan)
     rows = []
     for i, expert in enumerate(plan.experts):
         others = np.delete(similarity[i], i)
-        lineage = " + ".join(f"{w:.2f} E{p}" for p, w in zip(expert.parents, expert.weights, strict=True))
         parents = "" if expert.similarity is None else f"{expert.similarity:.3f}"
         norm = f"{plan.gram[i][i] ** 0.5:.3g}"
         least, most = ("", "") if np.isnan(others).all() else (f"{f(others):.3f}" for f in (np.nanmin, np.nanmax))
-        rows.append((f"E{i} {expert.name}", lineage, parents, norm, least, most))
+        rows.append((f"E{i} {expert.name}", merged_from(expert), parents, norm, least, most))
     columns = ("expert", "merged from", "their similarity", "norm", "least similar", "most similar")
     table(f"expansion plan (similarity: {plan.similarity}, {plan.merge}, drop rate {plan.drop_rate})", columns, rows)

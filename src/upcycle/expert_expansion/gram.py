@@ -43,7 +43,7 @@ def task_vector_gram(
     config = read_config(base)
     family = family_of(config, str(base))
     readers = [ModelReader(folder) for folder in (base, *sources)]
-    regions = ffn_regions(family.dense_layout, config)
+    regions = ffn_regions(family.layout, config)
     for reader in readers:
         check_shapes(reader, regions)
 

@@ -77,6 +77,11 @@ def similarities(gram: Gram, kind: str) -> Gram:
         return gram / np.sqrt(np.outer(norms, norms))
 
 
+def expert_similarities(plan: ExpansionPlan) -> Gram:
+    """Of every two experts of a plan, as it measures them."""
+    return similarities(np.array(plan.gram), plan.similarity)
+
+
 def choose_checkpoints(similarity: Gram, count: int, select: str) -> list[int]:
     """Which `count` of the checkpoints become experts, in the order of training.
 

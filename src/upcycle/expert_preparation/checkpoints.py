@@ -101,7 +101,7 @@ def check_precision(base: Path, first: Path, checkpoint: Path) -> None:
             taken for what training changed.
     """
     config = read_config(base)
-    name = ffn_tensors(family_of(config, str(base)).dense_layout, config)[0]
+    name = ffn_tensors(family_of(config, str(base)).layout, config)[0]
     dtypes = {folder: ModelReader(folder).spec(name).dtype for folder in (base, first, checkpoint)}
     for other, wrong in (
         (base, dtypes[checkpoint].itemsize < dtypes[base].itemsize),

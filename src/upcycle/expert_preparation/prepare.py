@@ -64,7 +64,7 @@ def _require_space(model: Any, settings: PrepareSettings, out_dir: Path) -> None
 def freeze_all_but_ffn(model: Any, base: Path) -> None:
     """Leave only the FFN weights trainable: the experts then differ in nothing else."""
     config = read_config(base)
-    names = ffn_tensors(family_of(config, str(base)).dense_layout, config)
+    names = ffn_tensors(family_of(config, str(base)).layout, config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
 

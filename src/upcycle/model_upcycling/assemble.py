@@ -6,6 +6,7 @@ few pieces of tensors.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from upcycle.models.families import moe_config
 from upcycle.models.folders import LINEAGE, copy_companions, require_space, write_config
 from upcycle.models.identity import check_identity
 from upcycle.models.layouts import FfnMove, Region, SharedMove, router_tensors
-from upcycle.models.mapping import Mapping, map_model, needed_tensors
+from upcycle.models.mapping import Mapping, map_model, needed_tensors, read_region
 from upcycle.models.routers import random_routers
 from upcycle.models.safetensors_io import DTYPE_NAMES, ModelReader, ModelWriter, pieces
 from upcycle.models.streaming import PIECE, map_tensors
@@ -82,7 +83,7 @@ def assemble(
     copy_companions(base, out_dir, chat_template)
     plan.save(out_dir / LINEAGE)
     millions = mapping.num_parameters() / 1e6
-    say(f"assemble: {mapping.family.moe} with {experts} experts, {millions:.1f}M parameters in {dtype_name}")
+    say(f"assemble: {mapping.family.moe.model_type} with {experts} experts, {millions:.1f}M parameters in {dtype_name}")
     _compare(mapping, sources, settings, dtype, out_dir)
     for limit in limits(config):
         if limit.silent:
@@ -92,7 +93,7 @@ def assemble(
 def _small_tensors(mapping: Mapping, router_std: float, seed: int) -> dict[str, Tensor]:
     """The routers, and what the architecture insists on and that holds nothing."""
     config = mapping.config
-    names = router_tensors(mapping.family.moe_layout, config)
+    names = router_tensors(mapping.family.moe.layout, config)
     routers = random_routers(len(names), mapping.num_experts, config["hidden_size"], router_std, seed)
     return dict(zip(names, routers, strict=True)) | {n: torch.zeros(shape) for n, shape in mapping.zeros.items()}
 
@@ -151,11 +152,7 @@ def _compare(
 
     def dense(region: Region) -> Tensor:
         readers = shared if region.tensor in mapping.shapes else sources.experts[-1:]
-        values = _mean([r.elements(region.tensor, region.element, region.count) for r in readers])
-        return values.to(dtype).view(region.shape)
+        return _mean([read_region(reader, region) for reader in readers]).to(dtype)
 
-    def moe(region: Region) -> Tensor:
-        return made.elements(region.tensor, region.element, region.count).view(region.shape)
-
-    difference = check_identity(mapping, dense, moe, len(sources.experts) - 1)
+    difference = check_identity(mapping, dense, partial(read_region, made), len(sources.experts) - 1)
     say(f"assemble: logits of a cut-down copy with equal experts are the dense model's (difference {difference:.0e})")

@@ -8,7 +8,8 @@ import torch
 
 from upcycle.artifacts import write_json
 from upcycle.data.chat import Sample
-from upcycle.models.folders import finish_moe_folder, load_model, load_routers, read_config, require_space, routers
+from upcycle.models.folders import finish_moe_folder, load_model, load_routers, read_config, require_space
+from upcycle.models.routers import parts
 from upcycle.recipe import PosttrainSettings
 from upcycle.training.fine_tune import fine_tune, training_record
 
@@ -48,9 +49,7 @@ def posttrain(
 
 def freeze(model: Any, what: str) -> None:
     """Leave the routers, the experts, or all the rest (`shared`) of a MoE as they are; `none` trains everything."""
-    gates = {id(getattr(parent, attribute).weight) for parent, attribute in routers(model)}
-    for name, parameter in model.named_parameters():
-        part = "router" if id(parameter) in gates else "experts" if ".experts." in name else "shared"
+    for part, parameter in parts(model):
         parameter.requires_grad_(part != what)
 
 

@@ -1,16 +1,14 @@
 """What a dense model would become, before anything is spent on it."""
 
 from collections.abc import Iterator
-
-from torch import Tensor
+from functools import partial
 
 from upcycle.console import say, table
 from upcycle.models.clients import served_by
 from upcycle.models.families import moe_config
 from upcycle.models.folders import find_model
 from upcycle.models.identity import check_identity
-from upcycle.models.layouts import Region
-from upcycle.models.mapping import Mapping, map_model
+from upcycle.models.mapping import Mapping, map_model, read_region
 from upcycle.models.safetensors_io import DTYPE_NAMES, ModelReader
 
 TRAINING_BYTES = 16
@@ -39,11 +37,7 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str) -> 
 
 def check_source(mapping: Mapping, reader: ModelReader) -> float:
     """The comparison of logits on a cut-down copy, before any MoE is written."""
-
-    def dense(region: Region) -> Tensor:
-        return reader.elements(region.tensor, region.element, region.count).view(region.shape)
-
-    return check_identity(mapping, dense, None, 0)
+    return check_identity(mapping, partial(read_region, reader), None, 0)
 
 
 def _rows(mapping: Mapping, active: int, itemsize: int) -> Iterator[tuple[str, str]]:

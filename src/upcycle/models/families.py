@@ -5,16 +5,15 @@ compares them for every real model; a test does for every row). Where the tensor
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle.errors import UpcycleError
 from upcycle.models.layouts import (
     FUSED,
-    GRANITE_MOE,
-    MIXTRAL,
-    QWEN_MOE,
-    QWEN_MOE_SHARED,
+    GRANITE_LAYOUT,
+    MIXTRAL_LAYOUT,
+    QWEN_LAYOUT,
     SEPARATE,
     SHARED_EXPERT_SIZE,
     Config,
@@ -28,26 +27,38 @@ Rule = Callable[[Config], str | None]
 
 
 @dataclass(frozen=True)
+class Moe:
+    """A MoE architecture."""
+
+    model_type: str
+    architecture: str
+    """Class that loads it."""
+    layout: MoeLayout
+    experts_field: str = "num_experts"
+    """What its config.json calls the number of experts."""
+
+
+@dataclass(frozen=True)
 class Family:
     """How a dense architecture maps onto a MoE one."""
 
     dense: str
     """`model_type` of the dense configuration."""
-    moe: str
-    """`model_type` of the MoE configuration."""
-    architecture: str
-    """Class that loads the MoE."""
-    dense_layout: DenseLayout
-    moe_layout: MoeLayout
+    moe: Moe
     config: Callable[[Config], Config]
     """The MoE's own fields for a dense configuration, beside COPIED and the number of experts."""
-    experts_field: str
-    """What the MoE's config.json calls the number of experts."""
     rules: tuple[Rule, ...] = ()
+    layout: DenseLayout = SEPARATE
 
     def __str__(self) -> str:
-        return f"{self.dense} -> {self.moe}"
+        return f"{self.dense} -> {self.moe.model_type}"
 
+
+MIXTRAL = Moe("mixtral", "MixtralForCausalLM", MIXTRAL_LAYOUT, "num_local_experts")
+QWEN2_MOE = Moe("qwen2_moe", "Qwen2MoeForCausalLM", replace(QWEN_LAYOUT, shared_expert="mlp.shared_expert"))
+QWEN3_MOE = Moe("qwen3_moe", "Qwen3MoeForCausalLM", QWEN_LAYOUT)
+FLEX_OLMO = Moe("flex_olmo", "FlexOlmoForCausalLM", QWEN_LAYOUT)
+GRANITE_MOE = Moe("granitemoe", "GraniteMoeForCausalLM", GRANITE_LAYOUT, "num_local_experts")
 
 COPIED = (
     "vocab_size",
@@ -170,43 +181,23 @@ def _granite_moe_of_llama(dense: Config) -> Config:
 
 
 NO_BIAS = (_only("attention_bias", False, None), _only("mlp_bias", False, None))
-_MIXTRAL = ("mixtral", "MixtralForCausalLM")
-_QWEN2 = ("qwen2_moe", "Qwen2MoeForCausalLM")
-_QWEN3 = ("qwen3_moe", "Qwen3MoeForCausalLM")
-_FLEX = ("flex_olmo", "FlexOlmoForCausalLM")
-_GRANITE = ("granitemoe", "GraniteMoeForCausalLM")
 _LLAMA = (_plain_rope, _only("mlp_bias", False, None), _only("pretraining_tp", 1, None))
+_SMOLLM3 = (*NO_BIAS, _plain_rope, _rope_in_every_layer, _one_kind_of_layer)
 
 FAMILIES = (
-    Family("llama", *_MIXTRAL, SEPARATE, MIXTRAL, _mixtral, "num_local_experts", (*NO_BIAS, *_LLAMA)),
-    Family("llama", *_GRANITE, SEPARATE, GRANITE_MOE, _granite_moe_of_llama, "num_local_experts", _LLAMA),
-    Family("mistral", *_MIXTRAL, SEPARATE, MIXTRAL, _mixtral, "num_local_experts", (_plain_rope,)),
-    Family("ministral3", *_MIXTRAL, SEPARATE, MIXTRAL, _mixtral, "num_local_experts", (_plain_rope,)),
-    Family("ministral", *_MIXTRAL, SEPARATE, MIXTRAL, _mixtral, "num_local_experts", (_plain_rope, _one_kind_of_layer)),
-    Family("ministral", *_QWEN2, SEPARATE, QWEN_MOE_SHARED, _qwen2_moe, "num_experts", (_plain_rope,)),
-    Family("phi3", *_MIXTRAL, FUSED, MIXTRAL, _mixtral, "num_local_experts", (_plain_rope,)),
-    Family(
-        "smollm3",
-        *_MIXTRAL,
-        SEPARATE,
-        MIXTRAL,
-        _mixtral,
-        "num_local_experts",
-        (*NO_BIAS, _plain_rope, _rope_in_every_layer, _one_kind_of_layer),
-    ),
-    Family("qwen2", *_QWEN2, SEPARATE, QWEN_MOE_SHARED, _qwen2_moe, "num_experts", (_plain_rope,)),
-    Family("qwen3", *_QWEN3, SEPARATE, QWEN_MOE, _qwen3_moe, "num_experts", (_plain_rope, _one_kind_of_layer)),
-    Family("olmo2", *_FLEX, SEPARATE, QWEN_MOE, _flex_olmo, "num_experts", (_plain_rope,)),
-    Family("olmo3", *_FLEX, SEPARATE, QWEN_MOE, _flex_olmo, "num_experts", (_full_attention,)),
-    Family(
-        "granite",
-        *_GRANITE,
-        SEPARATE,
-        GRANITE_MOE,
-        _granite_moe,
-        "num_local_experts",
-        (_plain_rope, _only("mlp_bias", False)),
-    ),
+    Family("llama", MIXTRAL, _mixtral, (*NO_BIAS, *_LLAMA)),
+    Family("llama", GRANITE_MOE, _granite_moe_of_llama, _LLAMA),
+    Family("mistral", MIXTRAL, _mixtral, (_plain_rope,)),
+    Family("ministral3", MIXTRAL, _mixtral, (_plain_rope,)),
+    Family("ministral", MIXTRAL, _mixtral, (_plain_rope, _one_kind_of_layer)),
+    Family("ministral", QWEN2_MOE, _qwen2_moe, (_plain_rope,)),
+    Family("phi3", MIXTRAL, _mixtral, (_plain_rope,), FUSED),
+    Family("smollm3", MIXTRAL, _mixtral, _SMOLLM3),
+    Family("qwen2", QWEN2_MOE, _qwen2_moe, (_plain_rope,)),
+    Family("qwen3", QWEN3_MOE, _qwen3_moe, (_plain_rope, _one_kind_of_layer)),
+    Family("olmo2", FLEX_OLMO, _flex_olmo, (_plain_rope,)),
+    Family("olmo3", FLEX_OLMO, _flex_olmo, (_full_attention,)),
+    Family("granite", GRANITE_MOE, _granite_moe, (_plain_rope, _only("mlp_bias", False))),
 )
 
 WRONG = {
@@ -237,23 +228,23 @@ def family_of(dense_config: Config, where: str) -> Family:
     problems = {family: _problem(family, dense_config) for family in rows}
     exact = [family for family, problem in problems.items() if problem is None]
     if not exact:
-        listed = "; ".join(f"as {family.moe}, {problem}" for family, problem in problems.items())
+        listed = "; ".join(f"as {family.moe.model_type}, {problem}" for family, problem in problems.items())
         raise UpcycleError(f"{where}: this {model_type} model cannot become a mixture of experts exactly: {listed}")
     return exact[0]
 
 
-def family_of_moe(moe_config: Config) -> Family:
-    """A row that makes this MoE architecture: where its experts and routers lie does not depend on which.
+def moe_of(moe_config: Config) -> Moe:
+    """The architecture of a MoE configuration.
 
     Raises:
         UpcycleError: not a MoE of a family here.
     """
-    model_type = moe_config.get("model_type")
-    family = next((f for f in FAMILIES if f.moe == model_type), None)
-    if family is None:
-        known = ", ".join(sorted({f.moe for f in FAMILIES}))
-        raise UpcycleError(f"'{model_type}' is not a mixture-of-experts model made here; known: {known}")
-    return family
+    known = {family.moe.model_type: family.moe for family in FAMILIES}
+    model_type = str(moe_config.get("model_type"))
+    if model_type not in known:
+        listed = ", ".join(sorted(known))
+        raise UpcycleError(f"'{model_type}' is not a mixture-of-experts model made here; known: {listed}")
+    return known[model_type]
 
 
 def moe_config(family: Family, dense_config: Config, num_experts: int, num_experts_per_tok: int, dtype: str) -> Config:
@@ -267,10 +258,10 @@ def moe_config(family: Family, dense_config: Config, num_experts: int, num_exper
     copied["rope_parameters"] = _without(copied["rope_parameters"], "llama_4_scaling_beta", "partial_rotary_factor")
     fields = {**copied, **family.config(dense_config)}
     return {
-        "architectures": [family.architecture],
-        "model_type": family.moe,
+        "architectures": [family.moe.architecture],
+        "model_type": family.moe.model_type,
         **fields,
-        family.experts_field: num_experts,
+        family.moe.experts_field: num_experts,
         "num_experts_per_tok": num_experts_per_tok,
         "rope_theta": fields["rope_parameters"].get("rope_theta"),  # older readers, mistral.rs among them, look here
         "output_router_logits": False,

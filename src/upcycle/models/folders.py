@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from upcycle.errors import UpcycleError
-from upcycle.models.families import family_of_moe
+from upcycle.models.families import moe_of
 from upcycle.models.layouts import Config, router_tensors
 
 BUILTIN_BASE = "builtin:tiny"
@@ -175,9 +175,14 @@ def finish_moe_folder(folder: Path, initial: Path) -> None:
 
 def routers(model: Any) -> list[tuple[Any, str]]:
     """(parent module, attribute) of every layer's router, in layer order."""
-    family = family_of_moe(model.config.to_dict())
-    parent, _, attribute = family.moe_layout.module.rpartition(".")
+    moe = moe_of(model.config.to_dict())
+    parent, _, attribute = moe.layout.module.rpartition(".")
     return [(layer.get_submodule(parent), attribute) for layer in model.model.layers]
+
+
+def router_modules(model: Any) -> list[Any]:
+    """The router of every layer, in layer order."""
+    return [getattr(parent, attribute) for parent, attribute in routers(model)]
 
 
 def load_routers(model: Any, path: Path) -> None:
@@ -185,7 +190,7 @@ def load_routers(model: Any, path: Path) -> None:
     from safetensors.torch import load_file
 
     config, tensors = model.config.to_dict(), load_file(path)
-    names = router_tensors(family_of_moe(config).moe_layout, config)
+    names = router_tensors(moe_of(config).layout, config)
     with torch.no_grad():
-        for name, (parent, attribute) in zip(names, routers(model), strict=True):
-            getattr(parent, attribute).weight.copy_(tensors[name])
+        for name, router in zip(names, router_modules(model), strict=True):
+            router.weight.copy_(tensors[name])

@@ -49,17 +49,17 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
         for target, cut_target in zip(targets, cut_targets, strict=True):
             _put(moe_state, cut_target, values if moe is None else _corner(moe(target), cut.shape))
     generator = torch.Generator().manual_seed(0)
-    for name in router_tensors(family.moe_layout, config):
+    for name in router_tensors(family.moe.layout, config):
         moe_state[name] = torch.randn(2, config["hidden_size"], generator=generator)
     ids = torch.randint(config["vocab_size"], (1, LENGTH), generator=generator)
     expected = _logits(config, dense_state, ids, f"{where} (dense)")
-    found = _logits(moe_config(family, config, 2, 2, "float32"), moe_state, ids, f"{where} as {family.moe}")
+    found = _logits(moe_config(family, config, 2, 2, "float32"), moe_state, ids, f"{where} as {family.moe.model_type}")
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise UpcycleError(
-            f"{where}: as {family.moe} with equal experts its logits differ from the dense model's by {difference:.1e} "
-            f"of the largest (expected at most {TOLERANCE:.0e}), so the mapping is not exact for this model; please "
-            "report its config.json"
+            f"{where}: as {family.moe.model_type} with equal experts its logits differ from the dense model's by "
+            f"{difference:.1e} of the largest (expected at most {TOLERANCE:.0e}), so the mapping is not exact for this "
+            "model; please report its config.json"
         )
     return difference
 
@@ -98,7 +98,7 @@ def _shorten_positions(config: Config) -> Config:
 def _layers_of_every_kind(config: Config) -> int:
     kinds = list(zip(*(config[name] for name in ("layer_types", "no_rope_layers") if config.get(name)), strict=True))
     firsts = [kinds.index(kind) + 1 for kind in set(kinds)]
-    return int(min(config["num_hidden_layers"], max(2, *firsts, 2)))
+    return int(min(config["num_hidden_layers"], max([2, *firsts])))
 
 
 def _cut_mapping(mapping: Mapping) -> Mapping:

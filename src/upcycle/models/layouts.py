@@ -5,7 +5,7 @@ Legend: E experts, I intermediate size, H hidden size.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -62,22 +62,21 @@ FUSED = DenseLayout(
     Place("mlp.down_proj.weight"),
     qkv="self_attn.qkv_proj.weight",
 )
-MIXTRAL = MoeLayout(
+MIXTRAL_LAYOUT = MoeLayout(
     Place("block_sparse_moe.experts.{expert}.w1.weight"),
     Place("block_sparse_moe.experts.{expert}.w3.weight"),
     Place("block_sparse_moe.experts.{expert}.w2.weight"),
     router="block_sparse_moe.gate.weight",
     module="mlp.gate",
 )
-QWEN_MOE = MoeLayout(
+QWEN_LAYOUT = MoeLayout(
     Place("mlp.experts.{expert}.gate_proj.weight"),
     Place("mlp.experts.{expert}.up_proj.weight"),
     Place("mlp.experts.{expert}.down_proj.weight"),
     router="mlp.gate.weight",
     module="mlp.gate",
 )
-QWEN_MOE_SHARED = replace(QWEN_MOE, shared_expert="mlp.shared_expert")
-GRANITE_MOE = MoeLayout(
+GRANITE_LAYOUT = MoeLayout(
     Place("block_sparse_moe.input_linear.weight", 0, 2),
     Place("block_sparse_moe.input_linear.weight", 1, 2),
     Place("block_sparse_moe.output_linear.weight"),

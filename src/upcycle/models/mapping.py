@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.models.families import Family, family_of
@@ -13,6 +14,7 @@ from upcycle.models.folders import read_config
 from upcycle.models.layouts import (
     Config,
     FfnMove,
+    Region,
     SharedMove,
     ffn_moves,
     ffn_tensors,
@@ -39,22 +41,22 @@ class Mapping:
 
     @cached_property
     def shared(self) -> list[SharedMove]:
-        return shared_moves(self.family.dense_layout, self.config, self.shapes)
+        return shared_moves(self.family.layout, self.config, self.shapes)
 
     @cached_property
     def ffn(self) -> list[FfnMove]:
-        return ffn_moves(self.family.dense_layout, self.family.moe_layout, self.config, self.num_experts)
+        return ffn_moves(self.family.layout, self.family.moe.layout, self.config, self.num_experts)
 
     @property
     def zeros(self) -> Shapes:
-        return zero_tensors(self.family.moe_layout, self.config)
+        return zero_tensors(self.family.moe.layout, self.config)
 
     @property
     def moe_shapes(self) -> Shapes:
         """Every tensor of the MoE."""
         regions = [move.moe for move in self.shared] + [region for move in self.ffn for region in move.experts]
         routers = dict.fromkeys(
-            router_tensors(self.family.moe_layout, self.config), (self.num_experts, self.config["hidden_size"])
+            router_tensors(self.family.moe.layout, self.config), (self.num_experts, self.config["hidden_size"])
         )
         return {region.tensor: region.full for region in regions} | routers | self.zeros
 
@@ -79,13 +81,18 @@ def map_model(base: Path, reader: ModelReader, num_experts: int) -> Mapping:
     return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts)
 
 
+def read_region(reader: ModelReader, region: Region) -> Tensor:
+    """A region's values, in its shape, as a view of the mapped file: not to be written to."""
+    return reader.elements(region.tensor, region.element, region.count).view(region.shape)
+
+
 def shared_shapes(reader: ModelReader, family: Family, config: Config) -> Shapes:
     """Every tensor that is not an FFN's, with its shape; what some files carry without need is left aside.
 
     Raises:
         UpcycleError: a tensor of an FFN has no place in a MoE.
     """
-    shared = needed_tensors(reader, config) - set(ffn_tensors(family.dense_layout, config))
+    shared = needed_tensors(reader, config) - set(ffn_tensors(family.layout, config))
     strange = sorted(name for name in shared if ".mlp." in name)
     if strange:
         raise UpcycleError(f"{reader.folder}: {strange[0]} has no place in the mixture of experts")

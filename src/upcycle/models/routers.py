@@ -12,7 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from upcycle.models.folders import routers
+from upcycle.models.folders import router_modules, routers
+
+DEAD = 0.01
+"""An expert with less than this share of the mean load is called dead."""
 
 
 class RowExperts:
@@ -60,11 +63,18 @@ class GatedRouter(nn.Module):
         return nn.functional.one_hot(experts, len(self.vectors)).to(flat), gates, experts[:, None]
 
 
+def parts(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of a MoE with the part that it belongs to: `router`, `experts`, or `shared` for all the rest."""
+    gates = {id(router.weight) for router in router_modules(model)}
+    for name, parameter in model.named_parameters():
+        yield "router" if id(parameter) in gates else "experts" if ".experts." in name else "shared", parameter
+
+
 @contextmanager
 def swapped_routers(model: Any, make: Callable[[int], nn.Module]) -> Iterator[list[Any]]:
     """Replace the router of each layer by `make(layer)`; the model's own come back at the end."""
     places = routers(model)
-    originals = [getattr(parent, attribute) for parent, attribute in places]
+    originals = router_modules(model)
     replacements = [make(layer) for layer in range(len(places))]
     try:
         for (parent, attribute), module in zip(places, replacements, strict=True):
@@ -82,7 +92,7 @@ class RouterRecorder:
     """
 
     def __init__(self, model: Any) -> None:
-        self._gates = [getattr(parent, attribute) for parent, attribute in routers(model)]
+        self._gates = router_modules(model)
         self._handles: list[Any] = []
         self.logits: list[Float[Tensor, "T E"]] = []
         self.indices: list[Int[Tensor, "T k"]] = []

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upcycle.artifacts import ExpansionPlan
-from upcycle.expert_expansion.plan import similarities
+from upcycle.expert_expansion.plan import expert_similarities
 
 MAX_LABELLED = 16
 """Experts up to which the cells of the heat map carry their numbers."""
@@ -17,7 +17,7 @@ def similarity_figure(plan: ExpansionPlan, path: Path) -> None:
     """A heat map of the similarity of all experts, and a dendrogram (average linkage) of what is near to what."""
     from matplotlib.figure import Figure
 
-    similarity = similarities(np.array(plan.gram), plan.similarity)
+    similarity = expert_similarities(plan)
     names = [f"E{i} {expert.name}" for i, expert in enumerate(plan.experts)]
     side = max(4.0, 0.42 * len(names))
     figure = Figure(figsize=(2 * side + 2.5, side + 1.2), layout="constrained")
@@ -126,7 +126,7 @@ def _dendrogram(axes: Any, plan: ExpansionPlan, names: list[str]) -> None:
 
 def expert_distances(plan: ExpansionPlan) -> NDArray[np.float64]:
     """(m, m): 1 - cosine, or the L2 distance; a base among the experts, which has no direction, is at 1 from all."""
-    similarity = similarities(np.array(plan.gram), plan.similarity)
+    similarity = expert_similarities(plan)
     if plan.similarity == "cosine":
         distances = 1 - np.nan_to_num(similarity, nan=0.0)
     else:

@@ -1,7 +1,6 @@
 """What an artifact is and where its experts come from: a tree of the lineage, a table and a picture of similarities."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ from rich.tree import Tree
 from upcycle.artifacts import ExpansionPlan, Expert, read_manifest
 from upcycle.console import console, say, table
 from upcycle.errors import UpcycleError
-from upcycle.expert_expansion.expand import PLAN
-from upcycle.expert_expansion.plan import similarities
+from upcycle.expert_expansion.expand import PLAN, merged_from
+from upcycle.expert_expansion.plan import expert_similarities
 from upcycle.models.folders import LINEAGE
 from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
 
@@ -31,7 +30,7 @@ def inspect(path: Path, figure: Path) -> None:
     file = find_plan(path)
     describe(path)
     plan = ExpansionPlan.load(file)
-    similarity = similarities(np.array(plan.gram), plan.similarity)
+    similarity = expert_similarities(plan)
     console.print(lineage_tree(plan))
     names = [f"E{i}" for i in range(len(plan.experts))]
     rows = [
@@ -101,19 +100,16 @@ def lineage_tree(plan: ExpansionPlan) -> Tree:
     branches: list[Tree] = []
     for index, expert in enumerate(plan.experts):
         above = branches[max(expert.parents)] if expert.parents else root
-        branches.append(above.add(expert_line(index, expert, plan.experts)))
+        branches.append(above.add(expert_line(index, expert)))
     return root
 
 
-def expert_line(index: int, expert: Expert, experts: Sequence[Expert]) -> str:
+def expert_line(index: int, expert: Expert) -> str:
     """`E5 child-5 = 0.26 E0 + 0.74 E1 (their similarity 0.65)`."""
-    line = f"E{index} {experts[index].name}"
+    line = f"E{index} {expert.name}"
     if not expert.parents:
         return line
-    merged = " + ".join(
-        f"{weight:.2f} E{parent}" for parent, weight in zip(expert.parents, expert.weights, strict=True)
-    )
-    return f"{line} = {merged} (their similarity {expert.similarity:.3f})"
+    return f"{line} = {merged_from(expert)} (their similarity {expert.similarity:.3f})"
 
 
 def _cell(value: float) -> str:

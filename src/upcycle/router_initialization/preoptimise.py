@@ -15,7 +15,7 @@ from upcycle.data.batches import Batch, collate, token_batches
 from upcycle.data.chat import Sample
 from upcycle.models.forward import answer_losses
 from upcycle.models.ranking import token_mask
-from upcycle.models.routers import GatedRouter, RowExperts, swapped_routers
+from upcycle.models.routers import GatedRouter, RowExperts, parts, swapped_routers
 from upcycle.recipe import RouteSettings
 
 Pair = tuple[int, int]
@@ -73,9 +73,9 @@ def preoptimise(
 
 def _moving_experts(model: Any, settings: RouteSettings) -> list[Tensor]:
     """The experts' weights if they may move; everything else is frozen."""
-    moving = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(settings.expert_learning_rate is not None and ".experts." in name)
+    moving: list[Tensor] = []
+    for part, parameter in parts(model):
+        parameter.requires_grad_(settings.expert_learning_rate is not None and part == "experts")
         if parameter.requires_grad:
             moving.append(parameter)
     return moving

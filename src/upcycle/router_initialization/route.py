@@ -13,7 +13,7 @@ from upcycle.artifacts import write_json
 from upcycle.console import say, table, warn
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
-from upcycle.models.families import family_of_moe
+from upcycle.models.families import moe_of
 from upcycle.models.folders import (
     compute_dtype,
     finish_moe_folder,
@@ -83,7 +83,7 @@ def route(
     start = STARTS[settings.start](Seed(model, fit, pairs, random, settings, pad_token_id, seed))
     report["log"], report["cost"] = start.log, _cost(start, scored, len(names), settings.start)
     report["condition"] = condition_numbers(start.vectors)
-    _save(out_dir / ROUTER, start.vectors, router_tensors(family_of_moe(config).moe_layout, config))
+    _save(out_dir / ROUTER, start.vectors, router_tensors(moe_of(config).layout, config))
     if test:
         load_routers(model, out_dir / ROUTER)
         expected = assign(losses[len(fit) :], test, settings.assignment)
@@ -91,7 +91,7 @@ def route(
             model, test, expected.tolist(), settings.tokens, settings.tokens_per_batch, pad_token_id
         )
         report["held_out"]["assigned"] = expected.tolist()
-        _show_held_out(report["held_out"], len(names))
+        _show_held_out(report["held_out"])
     if settings.expert_learning_rate is not None:
         model.to(getattr(torch, read_config(moe)["dtype"])).save_pretrained(out_dir / MOVED)
         finish_moe_folder(out_dir / MOVED, moe)
@@ -187,9 +187,9 @@ def _show_buckets(report: dict[str, Any]) -> None:
         warn("route: all seed samples went to one expert; route.assignment=balanced, or seed data held out, avoid this")
 
 
-def _show_held_out(report: dict[str, Any], num_experts: int) -> None:
+def _show_held_out(report: dict[str, Any]) -> None:
     say(
         f"route: on {report['samples']} unseen seed samples the router ranks the assigned expert first in "
-        f"{report['accuracy']:.1%} (chance {1 / num_experts:.1%}, always the most frequent one "
+        f"{report['accuracy']:.1%} (chance {report['chance']:.1%}, always the most frequent one "
         f"{report['most_frequent_share']:.1%})"
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -79,10 +79,7 @@ def mean_hidden(seed: Seed) -> Start:
 
 def kmeans(seed: Seed) -> Start:
     """Centroids of the router inputs, given to the experts whose tokens they hold most of (linear assignment)."""
-    kept = _token_sample(seed)
-    for tokens in _stream(seed):
-        kept.add(tokens)
-    sample = kept.take()
+    sample = _sample(seed)
     centroids = torch.stack([_matched_centroids(layer, sample, seed) for layer in sample.hidden])
     return Start(_scaled(_centred(centroids), sample, seed.settings), seed.num_tokens)
 
@@ -93,10 +90,7 @@ def ridge(seed: Seed) -> Start:
     R = (H^T H + lambda I)^-1 H^T (Y - 1/E), lambda being `ridge` times the mean of the diagonal; no bias, one pass,
     every expert with the same weight.
     """
-    counts = torch.zeros(seed.num_experts)
-    for _, expert in seed.pairs:
-        counts[expert] += 1
-    weights = counts.sum() / (seed.num_experts * counts.clamp(min=1))
+    weights = _weights(torch.tensor([expert for _, expert in seed.pairs]), seed.num_experts)
     kept, layers, hidden = _token_sample(seed), len(seed.random), seed.random[0].shape[1]
     gram = torch.zeros(layers, hidden, hidden, dtype=torch.float64, device=seed.model.device)
     cross = gram.new_zeros(layers, hidden, seed.num_experts)
@@ -126,15 +120,11 @@ def contrastive(seed: Seed) -> Start:
     The experts are fixed, so the router inputs are too: they are read once, and the vectors are trained on them for
     `epochs` passes without the model. `alpha` has no meaning here, there is no language-model loss.
     """
-    kept = _token_sample(seed)
-    for tokens in _stream(seed):
-        kept.add(tokens)
-    sample = kept.take()
+    sample = _sample(seed)
     vectors = torch.stack(list(seed.random)).requires_grad_()
     optimizer: Any = torch.optim.AdamW([vectors], lr=seed.settings.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed.seed)
-    counts = torch.bincount(sample.experts, minlength=seed.num_experts).float()
-    weights = counts.sum() / (seed.num_experts * counts.clamp(min=1))
+    weights = _weights(sample.experts, seed.num_experts)
     log = []
     for _ in range(seed.settings.epochs):
         losses = []
@@ -179,6 +169,20 @@ def _stream(seed: Seed) -> Any:
 
 def _token_sample(seed: Seed) -> TokenSample:
     return TokenSample(MAX_SAMPLED_TOKENS, seed.num_tokens, seed.seed)
+
+
+def _sample(seed: Seed) -> Tokens:
+    """The router inputs of one pass, or of so many of its tokens as are kept."""
+    kept = _token_sample(seed)
+    for tokens in _stream(seed):
+        kept.add(tokens)
+    return kept.take()
+
+
+def _weights(experts: Int[Tensor, " n"], num_experts: int) -> Float[Tensor, " E"]:
+    """Weights with which each expert counts the same, however often it occurs; their mean over `experts` is 1."""
+    counts = torch.bincount(experts, minlength=num_experts).float()
+    return counts.sum() / (num_experts * counts.clamp(min=1))
 
 
 def _one_hot(tokens: Tokens, num_experts: int) -> Float[Tensor, "T E"]:

@@ -13,14 +13,13 @@ from transformers import TrainerCallback
 
 from upcycle.console import Progress, warn
 from upcycle.errors import UpcycleError
+from upcycle.models.routers import DEAD
 from upcycle.training.balance import expert_share
 from upcycle.training.checkpoints import step_of, strip_resume_files
 from upcycle.training.loss_free import LossFreeBias
 
 OVERLOADED = 2.0
 """An expert with more than this many times the mean load is called overloaded."""
-DEAD = 0.01
-"""An expert with less than this share of the mean load is called dead."""
 WINDOW = 20
 """Steps over which an expert's load is judged."""
 

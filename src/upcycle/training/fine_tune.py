@@ -140,7 +140,7 @@ def fine_tune(
     trainer = UpcyclingTrainer(
         model=model,
         balance=balance,
-        args=_arguments(settings, out_dir, seed, keep),
+        args=_arguments(settings, out_dir, seed, keep, balance.report_to if balance else "none"),
         train_dataset=Dataset.from_dict(
             {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
         ),
@@ -179,7 +179,7 @@ def _without_runtime(entry: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in sorted(entry.items()) if not any(part in k for part in NOT_REPRODUCED)}
 
 
-def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, keep: int | None) -> SFTConfig:
+def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, keep: int | None, report_to: str) -> SFTConfig:
     accelerator = torch.accelerator.is_available()
     return SFTConfig(
         output_dir=str(out_dir),
@@ -202,7 +202,7 @@ def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, keep: int |
         save_total_limit=keep,
         logging_steps=1,  # a longer window would start anew at a resume, and the log differ
         logging_nan_inf_filter=False,
-        report_to=getattr(settings, "report_to", "none"),
+        report_to=report_to,
         disable_tqdm=True,
         dataloader_pin_memory=accelerator,
     )

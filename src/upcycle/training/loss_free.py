@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upcycle.models.folders import routers
+from upcycle.models.folders import router_modules
 from upcycle.training.balance import expert_share
 
 FILE = "router_bias.safetensors"
@@ -30,7 +30,7 @@ class LossFreeBias:
     """
 
     def __init__(self, model: Any, rate: float) -> None:
-        self._gates = [getattr(parent, attribute) for parent, attribute in routers(model)]
+        self._gates = router_modules(model)
         self._rate = rate
         self._handles: list[Any] = []
         num_experts = self._gates[0].weight.shape[0]
