@@ -18,7 +18,7 @@ import torch
 from upcycle.evaluation.score import score
 from upcycle.models.folders import load_model
 from upcycle.pipeline import MOE, Run, run_stages
-from upcycle.recipe import Recipe, load_recipe
+from upcycle.recipe import Recipe, TrainingSettings, load_recipe
 
 BEST = "best checkpoint (2 epochs)"
 
@@ -26,7 +26,7 @@ BEST = "best checkpoint (2 epochs)"
 def dense_continuation(moe: Run, train: str, folder: Path) -> Run:
     """The last checkpoint, tuned on as a dense model with the settings of the MoE's post-training."""
     recipe, last = moe.recipe, moe.checkpoint_folders[-1]
-    post = recipe.posttrain.model_dump(exclude={"router_aux_loss_coef"})
+    post = recipe.posttrain.model_dump(include=set(TrainingSettings.model_fields))
     values = recipe.model_dump() | {"base": str(last)}
     values["prepare"] = {**post, "checkpoint_every": recipe.posttrain.epochs / 2, "train": train}
     run = Run(Recipe.model_validate(values), folder)
