@@ -106,7 +106,7 @@ def test_a_run_has_pictures_of_its_routing_and_load(moe: Path, tmp_path: Path) -
     (run / "expand" / "plan.json").write_text(find_plan(moe).read_text())
     shares = {"all": [[0.5, 0.5]] * 5, "a": [[0.9, 0.1]] * 5}
     (run / "evaluate" / "scores.json").write_text(json.dumps({"base": {}, "MoE": {"expert_share": shares}}))
-    log = [{"step": i, "max_load": 1.5, "min_load": 0.5, "balance_loss": 1.0} for i in (1, 2)]
+    log = [{"step": i, "load": [[1.5, 0.5], [1.0, 1.0]], "balance_loss": 1.0} for i in (1, 2)]
     (run / "posttrain" / "log.json").write_text(json.dumps({"log": log}))
     inspect(run, tmp_path / "picture.png")
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["picture-load.png", "picture-routing.png", "picture.png"]

@@ -165,7 +165,9 @@ def test_dead_and_overloaded_experts_are_reported(capsys: pytest.CaptureFixture[
         "min_load": 0.0,
         "dead_experts": 4.0,  # three in layer 0; expert 3 of layer 1 only gets padding
         "overloaded_experts": 1.0,
+        **{f"load/expert_{e}": pytest.approx(load) for e, load in enumerate((16 / 6, 4 / 6, 4 / 6, 0.0))},
     }
+    assert monitor.load == [[4.0, 0.0, 0.0, 0.0], [1.333, 1.333, 1.333, 0.0]]
     printed = capsys.readouterr().out
     assert "overloaded over the last 20 steps (load, 1 is balanced): layer 0 expert 0 (4.00)" in printed
     assert "dead over the last 20 steps" in printed

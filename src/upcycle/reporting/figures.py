@@ -77,23 +77,29 @@ def routing_figure(shares: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def load_figure(log: list[dict[str, float]], path: Path) -> None:
-    """Load of the most and the least loaded expert, and the balance loss, over training."""
+def load_figure(log: list[dict[str, Any]], path: Path) -> None:
+    """Over training: the load of each expert (mean over layers), the balance loss, the largest load of each layer."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
+    load = np.array([entry["load"] for entry in log])  # (steps, layers, experts)
     steps = [entry["step"] for entry in log]
-    for key, label in (
-        ("max_load", "most loaded expert"),
-        ("min_load", "least loaded expert"),
-        ("balance_loss", "balance loss"),
-    ):
-        axes.plot(steps, [entry[key] for entry in log], label=label, linewidth=1)
-    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("step")
-    axes.set_ylabel("1: even")
-    axes.legend()
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    lines, layers = figure.subplots(1, 2)
+    for expert, values in enumerate(load.mean(axis=1).T):
+        lines.plot(steps, values, label=f"E{expert}", linewidth=1)
+    lines.plot(steps, [entry["balance_loss"] for entry in log], label="balance loss", color="black", linestyle=":")
+    lines.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    lines.set_xlabel("step")
+    lines.set_ylabel("load, mean over layers (1: even)")
+    if load.shape[2] <= MAX_LABELLED:
+        lines.legend(fontsize=7, ncols=3)
+    edges = (steps[0] - 0.5, steps[-1] + 0.5, load.shape[1] - 0.5, -0.5)
+    image = layers.imshow(
+        load.max(axis=2).T, cmap="magma", vmin=1, aspect="auto", interpolation="nearest", extent=edges
+    )
+    layers.set_xlabel("step")
+    layers.set_ylabel("layer")
+    figure.colorbar(image, ax=layers, label="load of the most loaded expert")
     figure.suptitle("load of the experts while post-training")
     figure.savefig(path, dpi=120)
 

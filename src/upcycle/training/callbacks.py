@@ -107,6 +107,8 @@ class LoadMonitor:
     """
 
     def __init__(self) -> None:
+        self.load: list[list[float]] = []
+        """(layers, experts) as of the last `take`, in thousandths."""
         self._step: list[Float[Tensor, "L E"]] = []
         self._recent: deque[Float[Tensor, "L E"]] = deque(maxlen=WINDOW)
         self._warned: set[tuple[str, int, int]] = set()
@@ -121,6 +123,7 @@ class LoadMonitor:
             return {}
         load = torch.stack(self._step).mean(dim=0) * self._step[0].shape[1]
         self._step.clear()
+        self.load = [[round(value, 3) for value in layer] for layer in load.tolist()]
         self._recent.append(load)
         if len(self._recent) == WINDOW:
             recent = torch.stack(list(self._recent)).mean(dim=0)
@@ -131,6 +134,7 @@ class LoadMonitor:
             "min_load": load.min().item(),
             "dead_experts": float((load < DEAD).sum()),
             "overloaded_experts": float((load > OVERLOADED).sum()),
+            **{f"load/expert_{e}": value for e, value in enumerate(load.mean(dim=0).tolist())},
         }
 
     def _warn(self, what: str, where: Tensor, load: Tensor) -> None:

@@ -70,10 +70,12 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
             yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the routers' load to what the Trainer logs."""
-        if self.load_monitor is not None and "loss" in logs:
-            logs |= self.load_monitor.take()
-        super().log(logs, start_time)
+        """Add the routers' load to what the Trainer logs; that of each layer to its history alone, being no scalar."""
+        if self.load_monitor is None or "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        super().log(logs | self.load_monitor.take(), start_time)
+        self.state.log_history[-1]["load"] = self.load_monitor.load
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card per checkpoint: the run's own says where a model comes from."""
@@ -162,9 +164,7 @@ def fine_tune(
     return [_without_runtime(entry) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def training_record(
-    samples: Sequence[Sample], settings: TrainingSettings, log: list[dict[str, float]]
-) -> dict[str, Any]:
+def training_record(samples: Sequence[Sample], settings: TrainingSettings, log: list[dict[str, Any]]) -> dict[str, Any]:
     """What a training stage saw, and its log."""
     return {
         "rows": len(samples),
@@ -175,7 +175,7 @@ def training_record(
     }
 
 
-def _without_runtime(entry: dict[str, float]) -> dict[str, float]:
+def _without_runtime(entry: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in sorted(entry.items()) if not any(part in k for part in NOT_REPRODUCED)}
 
 
