@@ -1,0 +1,50 @@
+"""Which router start, on a real model and real instruction data?
+
+    python benchmarks/smollm2_router_starts.py --base SMOLLM2_FOLDER --data DATA_FOLDER --out runs/smollm2_starts
+    python benchmarks/smollm2_router_starts.py --base ... --data ... --out ... --size full      # on a GPU
+
+DATA_FOLDER has `instruct/*.jsonl.gz` and `instruct_valid.jsonl.gz`. Four checkpoints are the four experts, top-2, three
+seeds. The size `cpu` compares two starts on 0.2% of the rows, about an hour on two cores; `full` compares six starts with
+checkpoints and with copies of the half-trained model as experts, on all rows. One call does all, and resumes.
+"""
+
+import argparse
+from pathlib import Path
+
+from router_starts import EXPERTS, STARTS
+
+from upcycle.compare import compare
+from upcycle.reporting.figures import comparison_figure
+
+CPU = "data.fraction=0.002"
+FULL = (
+    "data.fraction=1 data.max_length=1024 data.max_validation=1000 prepare.checkpoint_every=0.5 prepare.batch_size=64 "
+    "prepare.micro_batch_size=32 posttrain.batch_size=64 posttrain.micro_batch_size=32 route.min_samples_per_expert=100 "
+    "route.tokens_per_batch=32768 evaluate.tokens_per_batch=32768 evaluate.max_generated=500"
+)
+VARIANTS = {
+    "cpu": [f"{CPU} route.start={start}" for start in ("random", "upit")],
+    "full": [f"{FULL} expand.copies_of={copies} route.start={start}" for copies in EXPERTS for start in STARTS],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="SmolLM2-135M-Instruct")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=VARIANTS, default="cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    rows = ",".join(map(str, sorted((arguments.data / "instruct").glob("*.jsonl.gz"))))
+    common = (
+        f"smollm2-cpu base={arguments.base} data.train=[{rows}] data.validation={arguments.data}/instruct_valid.jsonl.gz "
+        "expand.num_experts=4 evaluate.models=ends"
+    )
+    variants = [f"{common} {variant}" for variant in VARIANTS[arguments.size]]
+    found = compare(variants, arguments.seeds, arguments.out, force=False)
+    comparison_figure(found, arguments.out / "comparison.png")
+
+
+if __name__ == "__main__":
+    main()
