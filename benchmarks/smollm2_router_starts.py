@@ -3,9 +3,9 @@
     python benchmarks/smollm2_router_starts.py --base SMOLLM2_FOLDER --data DATA_FOLDER --out runs/smollm2_starts
     python benchmarks/smollm2_router_starts.py --base ... --data ... --out ... --size full      # on a GPU
 
-DATA_FOLDER has `instruct/*.jsonl.gz` and `instruct_valid.jsonl.gz`. Four checkpoints are the four experts, top-2, three
-seeds. The size `cpu` compares two starts on 0.2% of the rows, about an hour on two cores; `full` compares six starts with
-checkpoints and with copies of the half-trained model as experts, on all rows. One call does all, and resumes.
+DATA_FOLDER has `instruct/*.jsonl.gz` and `instruct_valid.jsonl.gz`. Four checkpoints are the four experts, top-2,
+three seeds. The size `cpu` compares two starts on 0.2% of the rows, about an hour on two cores; `full` compares six
+starts with checkpoints and with copies of the half-trained model as experts, on all rows. Resumable.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from upcycle.reporting.figures import comparison_figure
 
 CPU = "data.fraction=0.002"
 FULL = (
-    "data.fraction=1 data.max_length=1024 data.max_validation=1000 prepare.checkpoint_every=0.5 prepare.batch_size=64 "
-    "prepare.micro_batch_size=32 posttrain.batch_size=64 posttrain.micro_batch_size=32 route.min_samples_per_expert=100 "
+    "data.fraction=1 data.max_length=1024 data.max_validation=1000 route.min_samples_per_expert=100 "
+    "prepare.batch_size=64 prepare.micro_batch_size=32 posttrain.batch_size=64 posttrain.micro_batch_size=32 "
     "route.tokens_per_batch=32768 evaluate.tokens_per_batch=32768 evaluate.max_generated=500"
 )
 VARIANTS = {
@@ -36,11 +36,9 @@ def main() -> None:
     parser.add_argument("--size", choices=VARIANTS, default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    rows = ",".join(map(str, sorted((arguments.data / "instruct").glob("*.jsonl.gz"))))
-    common = (
-        f"smollm2-cpu base={arguments.base} data.train=[{rows}] data.validation={arguments.data}/instruct_valid.jsonl.gz "
-        "expand.num_experts=4 evaluate.models=ends"
-    )
+    train = ",".join(map(str, sorted((arguments.data / "instruct").glob("*.jsonl.gz"))))
+    data = f"data.train=[{train}] data.validation={arguments.data / 'instruct_valid.jsonl.gz'}"
+    common = f"smollm2-cpu base={arguments.base} {data} expand.num_experts=4 evaluate.models=ends"
     variants = [f"{common} {variant}" for variant in VARIANTS[arguments.size]]
     found = compare(variants, arguments.seeds, arguments.out, force=False)
     comparison_figure(found, arguments.out / "comparison.png")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from upcycle.compare import COMPARISON, compare, differences, paired, spread, summary
+from upcycle.compare import COMPARISON, compare, differences, labels, paired, spread, summary
 from upcycle.errors import UpcycleError
 from upcycle.reporting.figures import comparison_figure
 
@@ -48,6 +48,11 @@ def test_variants_share_what_has_the_same_inputs(recipe_file: Path, tmp_path: Pa
     again = compare(texts, 2, tmp_path / "out", force=False)  # resumed: nothing is done again
     assert str(again["summary"]) == str(found["summary"])
     assert "prepare ..." not in capsys.readouterr().out
+
+
+def test_a_label_is_what_the_others_do_not_say() -> None:
+    assert labels(["a x=1 y=2", "a x=1 y=3", "a y=2"]) == ["x=1 y=2", "x=1 y=3", "y=2"]
+    assert labels(["a", "a y=3"]) == ["a", "y=3"]
 
 
 def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def summary(cells: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds of each variant; against the first one, paired by seed."""
     rows = []
     first = next(iter(cells.values()))
-    for text, runs in cells.items():
-        row: dict[str, Any] = {"variant": text, "tokens": sum(runs[0]["tokens"].values())}
+    for (text, runs), label in zip(cells.items(), labels(list(cells)), strict=True):
+        row: dict[str, Any] = {"variant": text, "label": label, "tokens": sum(runs[0]["tokens"].values())}
         for metric in METRICS:
             if metric in runs[0]:
                 values = [run[metric]["all"] for run in runs]
@@ -97,6 +97,13 @@ def summary(cells: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 row[metric] |= paired(values, [run[metric]["all"] for run in first]) if runs is not first else {}
         rows.append(row)
     return rows
+
+
+def labels(texts: Sequence[str]) -> list[str]:
+    """What tells each variant from the others: its words without those that all have."""
+    words = [shlex.split(text) for text in texts]
+    common = set.intersection(*map(set, words))
+    return [" ".join(w for w in own if w not in common) or text for own, text in zip(words, texts, strict=True)]
 
 
 def spread(values: Sequence[float]) -> float:
@@ -125,7 +132,7 @@ def show(found: dict[str, Any]) -> None:
         for row in rows:
             value = row[metric]
             against = (pattern.format(value["difference"]), f"{value['p']:.3f}") if "difference" in value else ("", "")
-            lines.append((row["variant"], pattern.format(value["mean"]), pattern.format(value["std"]), *against))
+            lines.append((row["label"], pattern.format(value["mean"]), pattern.format(value["std"]), *against))
         title = f"{metric.replace('_', ' ')} of the MoE, {seeds} seeds, {rows[0]['tokens']:,} training tokens each"
         table(title, ("variant", "mean", "std", "against the first", "p (paired)"), lines)
     for problem in found["not_comparable"]:

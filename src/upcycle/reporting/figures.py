@@ -34,14 +34,14 @@ def comparison_figure(found: dict[str, Any], path: Path) -> None:
 
     rows = found["summary"]
     metrics = [metric for metric in ("loss", "exact_match") if metric in rows[0]]
-    labels = 0.09 * max(len(row["variant"]) for row in rows)
+    labels = 0.09 * max(len(row["label"]) for row in rows)
     figure = Figure(figsize=(4.5 * len(metrics) + labels, 0.45 * len(rows) + 1.8), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics, strict=True):
         for place, row in enumerate(rows):
             values = [run[metric]["all"] for run in found["variants"][row["variant"]]]
             axes.errorbar(row[metric]["mean"], place, xerr=row[metric]["std"], fmt="D", color="black", capsize=3)
             axes.plot(values, [place] * len(values), "o", alpha=0.5)
-        axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_xlabel(metric.replace("_", " "))
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
