@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "artifacts": {"errors", "console"},
     "merging": {"merging"},
     "data": {"data", *LEAVES},
-    "models": {"models", "data", *LEAVES},
+    "models": {"models", "merging", "data", *LEAVES},
     "training": {"training", "models", "data", *LEAVES},
     **{stage: {stage, "training", "models", "merging", "data", *LEAVES} for stage in STAGES},
     "evaluation": {"evaluation", "models", "data", *LEAVES},
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "pipeline": {*STAGES, "evaluation", "models", "data", *LEAVES},
     "reporting": {"reporting", "expert_expansion", "models", *LEAVES},
     "compare": {"pipeline", *LEAVES},
-    "cli": {"upcycle", "pipeline", "compare", "models", "reporting", *LEAVES},
+    "cli": {"upcycle", "pipeline", "compare", "model_upcycling", "models", "reporting", *LEAVES},
     "__init__": {"pipeline", *LEAVES},
 }
 

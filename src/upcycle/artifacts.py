@@ -19,7 +19,7 @@ from upcycle.errors import UpcycleError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-LIBRARIES = ("upcycle", "torch", "transformers", "trl", "accelerate", "safetensors", "numpy", "scipy")
+LIBRARIES = ("upcycle", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "scipy")
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 NOT_MODEL = ("trainer_state.json", MANIFEST)
 INPUTS = "inputs.json"
@@ -86,6 +86,8 @@ class ExpansionPlan:
     seed: int
     similarity: str
     gram: tuple[tuple[float, ...], ...]
+    adapters: Literal["apart", "product"] | None = None
+    """How LoRA experts are merged; None: experts are whole FFNs."""
 
     @property
     def children(self) -> tuple[Expert, ...]:

@@ -100,8 +100,7 @@ def check(
     dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
 ) -> None:
     """Say what a dense model would become: architecture, parameters, disk and memory; or why it cannot."""
-    if dtype not in (choices := ("source", "float32", "bfloat16", "float16")):
-        raise UpcycleError(f"--dtype is '{dtype}', expected one of {', '.join(choices)}")
+    _check_dtype(dtype)
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
     _quiet_libraries()
@@ -142,6 +141,23 @@ def inspect(
     inspect(path, figure)
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a model folder of one.")],
+    to: Annotated[Path, typer.Option("--to", help="The new folder.")],
+    fold: Annotated[bool, typer.Option("--fold", help="Write a mixture of LoRA experts as a plain MoE.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of a folded MoE: source, float32, bfloat16 or float16.")] = "source",
+    base: Annotated[str | None, typer.Option(help="The dense model of a mixture, if it has moved.")] = None,
+) -> None:
+    """Write the finished model as a folder that stands alone."""
+    _check_dtype(dtype)
+    _quiet_libraries()
+    from upcycle.model_upcycling.export import export
+
+    finished = source / "posttrain"
+    export(finished if finished.is_dir() else source, to, fold, dtype, base)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -176,6 +192,11 @@ def _execute(
         raise OSError(errno.ENOSPC, str(error)) from error  # libraries raise their own kinds on a full disk
     if "evaluate" in stages:
         show_summary(run)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in (choices := ("source", "float32", "bfloat16", "float16")):
+        raise UpcycleError(f"--dtype is '{dtype}', expected one of {', '.join(choices)}")
 
 
 def _disk_full(folder: Path) -> bool:

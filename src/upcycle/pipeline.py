@@ -64,13 +64,16 @@ class Run:
     @cached_property
     def base(self) -> Path:
         """The base's folder, refused here and now if nothing can be made of it."""
+        from upcycle.models.adapters import check_base
         from upcycle.models.families import family_of
         from upcycle.models.folders import find_model, read_config
         from upcycle.models.safetensors_io import ModelReader
 
         folder = find_model(self.recipe.base)
-        family_of(read_config(folder), str(folder))
+        family = family_of(config := read_config(folder), str(folder))
         ModelReader(folder)
+        if self.recipe.prepare.adapters:
+            check_base(family.layout, config, str(folder))
         return folder
 
     @cached_property
@@ -162,7 +165,8 @@ class Run:
 
     def reads_data(self, stage: Stage) -> bool:
         """Whether a change of the data concerns the stage."""
-        return stage.data and not (stage.name == "prepare" and self.recipe.prepare.checkpoints)
+        given = self.recipe.prepare.checkpoints or not self.recipe.prepares
+        return stage.data and not (stage.name == "prepare" and given)
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """The settings that decide what the stage makes."""
@@ -177,46 +181,53 @@ class Run:
                 sections["seed_data"]["num_experts"] = recipe.expand.num_experts
         if stage.name == "assemble":
             sections["init_std"] = recipe.route.init_std
+        if recipe.prepare.adapters:
+            sections["lora"] = {**recipe.lora.model_dump(), "kind": recipe.prepare.train}
         return sections
 
 
 def _prepare(run: Run, out: Path) -> None:
-    from upcycle.expert_preparation.checkpoints import adopt
+    from upcycle.expert_preparation.checkpoints import adopt, write_checkpoints
     from upcycle.expert_preparation.prepare import tune
     from upcycle.models.check import check_source
+    from upcycle.models.folders import base_name
     from upcycle.models.mapping import map_model
     from upcycle.models.safetensors_io import ModelReader
 
     reader = ModelReader(run.base)
     check_source(map_model(run.base, reader, run.recipe.expand.num_experts), reader)  # before hours of training
-    settings = run.recipe.prepare
-    if settings.checkpoints:
-        adopt(run.base, run.given_checkpoints, out)
+    recipe, settings = run.recipe, run.recipe.prepare
+    if not recipe.prepares:
+        say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
+        write_checkpoints(out, [])
+    elif settings.checkpoints:
+        adopt(run.base, run.given_checkpoints, settings.train, out)
     else:
-        train, seed = run.splits.train, run.recipe.seed
-        tune(run.base, run.tokenizer, run.chat_template, train, settings, seed, out)
+        name, train = base_name(recipe.base), run.splits.train
+        tune(run.base, name, run.tokenizer, run.chat_template, train, settings, recipe.lora, recipe.seed, out)
 
 
 def _expand(run: Run, out: Path) -> None:
     from upcycle.expert_expansion.expand import expand
 
-    expand(run.base, run.checkpoints, run.checkpoint_folders, run.recipe.expand, run.recipe.seed, out)
+    recipe, adapters = run.recipe, run.recipe.prepare.adapters
+    expand(run.base, run.checkpoints, run.checkpoint_folders, recipe.expand, adapters, recipe.seed, out)
 
 
 def _assemble(run: Run, out: Path) -> None:
     from upcycle.model_upcycling.assemble import assemble
+    from upcycle.model_upcycling.mixture import assemble_mixture
+    from upcycle.models.folders import base_name
 
     recipe = run.recipe
-    assemble(
-        run.base,
-        run.checkpoint_folders,
-        run.plan,
-        recipe.assemble,
-        run.chat_template,
-        recipe.route.init_std,
-        recipe.seed,
-        out,
-    )
+    rest = (run.chat_template, recipe.route.init_std, recipe.seed, out)
+    if recipe.prepare.adapters:
+        name, bottleneck = base_name(recipe.base), recipe.prepare.train == "bottleneck"
+        assemble_mixture(
+            run.base, name, run.checkpoint_folders, run.plan, recipe.assemble, recipe.lora, bottleneck, *rest
+        )
+    else:
+        assemble(run.base, run.checkpoint_folders, run.plan, recipe.assemble, *rest)
 
 
 def _route(run: Run, out: Path) -> None:
@@ -225,7 +236,7 @@ def _route(run: Run, out: Path) -> None:
     names = [expert.name for expert in run.plan.experts]
     splits, recipe = run.splits, run.recipe
     moe, pad = run.folder / "assemble", run.tokenizer.pad_token_id
-    route(moe, splits.seed_fit, splits.seed_test, names, recipe.route, pad, recipe.seed, out)
+    route(moe, splits.seed_fit, splits.seed_test, names, recipe.route, pad, recipe.seed, out, run.base)
 
 
 def _posttrain(run: Run, out: Path) -> None:
@@ -234,7 +245,8 @@ def _posttrain(run: Run, out: Path) -> None:
 
     router = run.folder / "route" / ROUTER
     settings, seed = run.recipe.posttrain, run.recipe.seed
-    posttrain(run.routed_moe, router, run.tokenizer, run.splits.train, settings, seed, out)
+    four_bit = run.recipe.lora.four_bit
+    posttrain(run.routed_moe, router, run.tokenizer, run.splits.train, settings, seed, out, run.base, four_bit)
 
 
 def _evaluate(run: Run, out: Path) -> None:
@@ -257,14 +269,15 @@ def _candidates(run: Run) -> list[Any]:
     from upcycle.evaluation.evaluate import Candidate
     from upcycle.router_initialization.route import ROUTER
 
-    dense = [Candidate(c.name, f) for c, f in zip(run.checkpoints, run.checkpoint_folders, strict=True)]
+    folders = zip(run.checkpoints, run.checkpoint_folders, strict=True)
+    dense = [Candidate(checkpoint.name, folder, base=run.base) for checkpoint, folder in folders]
     if run.recipe.evaluate.models == "ends":
         dense = dense[-1:]
     return [
         Candidate("base", run.base),
         *dense,
-        Candidate(MOE_INIT, run.routed_moe, is_moe=True, router=run.folder / "route" / ROUTER),
-        Candidate(MOE, run.folder / "posttrain", is_moe=True),
+        Candidate(MOE_INIT, run.routed_moe, is_moe=True, router=run.folder / "route" / ROUTER, base=run.base),
+        Candidate(MOE, run.folder / "posttrain", is_moe=True, base=run.base),
     ]
 
 
@@ -451,7 +464,11 @@ def show_summary(run: Run) -> None:
         record = json.loads(log.read_text()) if log.exists() else {}
         rows.append((stage, f"{seconds:.0f}", *(f"{record[k]:,}" if record else "" for k in ("tokens", "steps"))))
     table("cost per stage", ("stage", "seconds", "training tokens", "steps"), rows)
-    say(f"mixture of experts: {run.folder / 'posttrain'}  (a plain Hugging Face folder)")
+    if run.recipe.prepare.adapters:
+        say(f"mixture of adapters: {run.folder / 'posttrain'}  (compact: needs {run.recipe.base} and upcycle)")
+        say(f"as a plain MoE:     upcycle export {run.folder} --fold --to FOLDER")
+    else:
+        say(f"mixture of experts: {run.folder / 'posttrain'}  (a plain Hugging Face folder)")
     say(f"scores:             {run.folder / 'evaluate' / 'scores.json'}")
     say(f"experts' lineage:   {run.folder / 'expand' / 'plan.json'}")
     say(f"seed data, router:  {run.folder / 'route' / 'report.json'}")

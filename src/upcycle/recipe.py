@@ -76,16 +76,48 @@ class PrepareSettings(TrainingSettings):
     """Stage 1, expert preparation: one instruction-tuning run, or checkpoints that exist already."""
 
     checkpoints: str | list[str] | None = None
-    """Existing checkpoints: a list of model folders or a Trainer folder with checkpoint-*. No training then."""
-    train: Literal["ffn", "full"] = "ffn"
-    """Which parameters are tuned: the FFN blocks alone (then shared weights equal the base's) or all."""
+    """Existing checkpoints (models or adapters): a list, or a Trainer folder with checkpoint-*. No training then."""
+    train: Literal["ffn", "full", "lora", "bottleneck"] = "ffn"
+    """What is tuned and becomes an expert: FFN blocks, alone or with all else; LoRA adapters; bottlenecks (PESC)."""
+    by_domain: bool = False
+    """One training for each domain label of the data; the end of each is a checkpoint (Self-MoE, Branch-Train-MiX)."""
 
     @property
     def num_checkpoints(self) -> int | None:
         """Checkpoints that there will be; None for a Trainer folder, where only looking tells."""
         if isinstance(self.checkpoints, list):
             return len(self.checkpoints)
-        return None if self.checkpoints else math.ceil(self.epochs / self.checkpoint_every - 1e-9)
+        if self.checkpoints or self.by_domain:
+            return None
+        return math.ceil(self.epochs / self.checkpoint_every - 1e-9)
+
+    @property
+    def adapters(self) -> bool:
+        """Whether an expert is an addition to the base's FFN, which all share, and not an FFN of its own."""
+        return self.train in ("lora", "bottleneck")
+
+
+class LoraSettings(Settings):
+    """Adapters as experts, if `prepare.train` says so; PEFT's meanings."""
+
+    rank: int = Field(16, ge=1)
+    """r, of adapters that are trained or start here; a bottleneck's width."""
+    alpha: int = Field(32, ge=1)
+    """An adapter adds alpha / r times B A."""
+    rslora: bool = False
+    """alpha / sqrt(r) instead."""
+    targets: list[Literal["gate_proj", "up_proj", "down_proj"]] = Field(
+        ["gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+    """Which FFN weights are adapted in preparation."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on an adapter's input in preparation; the mixture has none."""
+    four_bit: bool = False
+    """Train on a base in 4 bits (QLoRA): needs a GPU and bitsandbytes."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class ExpandSettings(Settings):
@@ -113,6 +145,8 @@ class ExpandSettings(Settings):
     """How parents become a child (paper: dare); see docs/paper.md for the formula of each."""
     drop_rate: float = Field(0.2, ge=0, le=0.95)
     """Share p of each parent's task vector that dare drops (the rest is multiplied by 1/(1-p)) or ties trims."""
+    adapters: Literal["apart", "product"] = "apart"
+    """Merge an adapter's A and B each for itself (as PEFT), or their product, cut back to its rank by an SVD."""
 
     def num_chosen(self, n: int) -> int:
         """How many of `n` checkpoints become experts.
@@ -144,7 +178,7 @@ class AssembleSettings(Settings):
     num_experts_per_tok: int = Field(2, ge=1)
     """Experts active for a token, k."""
     shared: Literal["last", "mean", "base"] = "last"
-    """Where attention, norms and embeddings come from: last checkpoint, mean of the checkpoints, base."""
+    """Where attention, norms and embeddings come from: last checkpoint, mean of all, base (adapters: always base)."""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Storage dtype of the assembled MoE; `source` keeps the checkpoints'."""
 
@@ -231,6 +265,7 @@ class Recipe(Settings):
     """The dense pre-trained model: a hub name, a folder, or `builtin:tiny`."""
     data: DataSettings
     prepare: PrepareSettings = PrepareSettings()
+    lora: LoraSettings = LoraSettings()
     expand: ExpandSettings = ExpandSettings()
     assemble: AssembleSettings = AssembleSettings()
     route: RouteSettings = RouteSettings()
@@ -239,10 +274,30 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, lt=2**32)
     """Every random draw of the run follows from it."""
 
+    @property
+    def prepares(self) -> bool:
+        """Whether anything is taken from a checkpoint; copies of the base alone need none."""
+        return not (self.expand.copies_of == "base" and (self.prepare.adapters or self.assemble.shared == "base"))
+
     @model_validator(mode="after")
     def _enough_checkpoints(self) -> "Recipe":
-        if (n := self.prepare.num_checkpoints) is not None:
+        if self.prepares and (n := self.prepare.num_checkpoints) is not None:
             self.expand.num_chosen(n)
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> "Recipe":
+        if self.prepare.adapters and self.assemble.shared == "mean":
+            raise ValueError("assemble.shared is mean, but adapters share the base's weights; leave it out")
+        if self.prepare.train == "bottleneck" and self.expand.copies_of != "base":
+            raise ValueError(
+                "prepare.train is bottleneck: such experts start as copies of the base and are trained in the mixture "
+                "alone; set expand.copies_of=base"
+            )
+        if self.lora.four_bit and not self.prepare.adapters:
+            raise ValueError(
+                f"lora.four_bit needs prepare.train=lora; prepare.train={self.prepare.train} trains the FFN"
+            )
         return self
 
     @model_validator(mode="after")

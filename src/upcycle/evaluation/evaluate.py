@@ -28,6 +28,8 @@ class Candidate:
     folder: Path
     is_moe: bool = False
     router: Path | None = None
+    base: Path | None = None
+    """The dense model of adapters."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _score(
     assigned: Assigned | None,
 ) -> dict[str, Any]:
     device = pick_device()
-    model = load_model(candidate.folder, compute_dtype(device), device)
+    model = load_model(candidate.folder, compute_dtype(device), device, candidate.base)
     if candidate.router:
         load_routers(model, candidate.router)
     result = score(model, tokenizer, samples, settings, candidate.name, candidate.is_moe)

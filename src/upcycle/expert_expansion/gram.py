@@ -15,6 +15,7 @@ from torch import Tensor
 from upcycle.errors import UpcycleError
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise
+from upcycle.merging.low_rank import Adapter, inner
 from upcycle.models.families import family_of
 from upcycle.models.folders import read_config
 from upcycle.models.layouts import Region, ffn_regions
@@ -59,6 +60,21 @@ def task_vector_gram(
         return total
 
     return torch.stack(map_tensors(gram_of, regions, "expand: comparing experts")).sum(dim=0).numpy()
+
+
+def adapter_gram(adapters: Sequence[Adapter], known: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """(m, m) inner products of what LoRA adapters add, s B A, over all weights; no product is formed.
+
+    Args:
+        known: the inner products of the first adapters, which are not computed again.
+    """
+    begin = 0 if known is None else len(known)
+    gram = np.zeros((len(adapters), len(adapters)))
+    gram[:begin, :begin] = 0.0 if known is None else known
+    for i in range(begin, len(adapters)):
+        for j in range(i + 1):
+            gram[i, j] = gram[j, i] = inner(adapters[i], adapters[j])
+    return gram
 
 
 def piece_gram(base: Float[Tensor, " N"], experts: Sequence[Float[Tensor, " N"]]) -> Float[Tensor, "m m"]:

@@ -8,7 +8,8 @@ DARE with drop rate p and independent masks, and G the Gram matrix of the expert
 
 The first line is exact for p = 0 and otherwise an expectation whose relative error falls with the number of
 entries (10^5 and more in practice); in the second, dropping adds a norm of its own. Linear and spherical children are
-the case p = 0. TIES is not linear: its children's inner products are measured, by one more pass per child.
+the case p = 0. TIES is not linear: its children's inner products are measured, by one more pass per child. So are those
+of LoRA adapters, whose children are not linear in the products B A and are small.
 """
 
 import math
@@ -27,17 +28,23 @@ from upcycle.recipe import ExpandSettings
 Gram = NDArray[np.float64]
 """Inner products of task vectors: (experts, experts)."""
 Measure = Callable[[Sequence[Expert]], Gram]
-"""The Gram matrix of experts that have a child which is not linear in its parents."""
+"""The Gram matrix of experts, children included."""
 
 
 def make_plan(
-    checkpoints: Sequence[Checkpoint], gram: Gram, settings: ExpandSettings, seed: int, measure: Measure | None = None
+    checkpoints: Sequence[Checkpoint],
+    gram: Gram,
+    settings: ExpandSettings,
+    seed: int,
+    measure: Measure | None = None,
+    adapters: bool = False,
 ) -> ExpansionPlan:
     """Genetic expansion (UpIT, expert expansion): merge the two most dissimilar experts until there are m.
 
     Args:
         gram: of all checkpoints, chosen or not.
-        measure: needed for a merge that is not linear in expectation.
+        measure: needed for children that are not linear in expectation: none given, the formula above holds.
+        adapters: experts are LoRA adapters.
 
     Raises:
         UpcycleError: too few checkpoints for the experts wanted, a checkpoint equal to the base, or no pair of parents
@@ -49,7 +56,7 @@ def make_plan(
     except ValueError as error:
         raise UpcycleError(str(error)) from None
     if settings.copies_of != "none":
-        return _copies(len(checkpoints), gram, settings, seed)
+        return _copies(len(checkpoints), gram, settings, seed, adapters)
     chosen = choose_checkpoints(similarities(gram, settings.similarity), count, settings.select)
     experts = [Expert(checkpoints[i].name, "checkpoint", checkpoint=i) for i in chosen]
     gram = gram[np.ix_(chosen, chosen)]
@@ -63,9 +70,13 @@ def make_plan(
         used.add((child.parents[0], child.parents[1]))
         experts.append(child)
         gram = _extend(gram, experts, settings, measure)
-    return ExpansionPlan(
-        tuple(experts), settings.merge, settings.drop_rate, seed, settings.similarity, tuple(map(tuple, gram.tolist()))
-    )
+    return _plan(experts, gram, settings, seed, adapters)
+
+
+def _plan(experts: Sequence[Expert], gram: Gram, settings: ExpandSettings, seed: int, adapters: bool) -> ExpansionPlan:
+    values = tuple(map(tuple, gram.tolist()))
+    how = settings.adapters if adapters else None
+    return ExpansionPlan(tuple(experts), settings.merge, settings.drop_rate, seed, settings.similarity, values, how)
 
 
 def similarities(gram: Gram, kind: str) -> Gram:
@@ -114,13 +125,12 @@ def add_child(gram: Gram, parents: tuple[int, ...], weights: tuple[float, ...], 
     return np.block([[gram, row[:, None]], [row[None, :], np.array([[norm]])]])
 
 
-def _copies(n: int, gram: Gram, settings: ExpandSettings, seed: int) -> ExpansionPlan:
+def _copies(n: int, gram: Gram, settings: ExpandSettings, seed: int, adapters: bool) -> ExpansionPlan:
     """Vanilla upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055): all experts alike, no children."""
     last, m = settings.copies_of == "last", settings.num_experts
     kind: Literal["checkpoint", "base"] = "checkpoint" if last else "base"
-    experts = tuple(Expert(f"copy-{i}", kind, checkpoint=n - 1 if last else None) for i in range(m))
-    norm = float(gram[-1, -1]) if last else 0.0
-    return ExpansionPlan(experts, settings.merge, settings.drop_rate, seed, settings.similarity, ((norm,) * m,) * m)
+    experts = [Expert(f"copy-{i}", kind, checkpoint=n - 1 if last else None) for i in range(m)]
+    return _plan(experts, np.full((m, m), gram[-1, -1] if last else 0.0), settings, seed, adapters)
 
 
 def _make_child(
@@ -140,11 +150,10 @@ def _make_child(
 
 
 def _extend(gram: Gram, experts: Sequence[Expert], settings: ExpandSettings, measure: Measure | None) -> Gram:
-    kernel, child = KERNELS[settings.merge], experts[-1]
-    if kernel.linear:
-        return add_child(gram, child.parents, child.weights, kernel.scale(settings.drop_rate))
-    assert measure is not None
-    return measure(experts)
+    if measure is not None:
+        return measure(experts)
+    child = experts[-1]
+    return add_child(gram, child.parents, child.weights, KERNELS[settings.merge].scale(settings.drop_rate))
 
 
 def _choose_parents(

@@ -6,6 +6,7 @@ from pathlib import Path
 from upcycle.artifacts import Checkpoint, write_json
 from upcycle.console import say
 from upcycle.errors import UpcycleError
+from upcycle.models.adapters import is_adapter, read_adapter
 from upcycle.models.families import computed_fields, family_of
 from upcycle.models.folders import find_model, read_config
 from upcycle.models.layouts import ffn_tensors
@@ -16,21 +17,26 @@ RESERVED = ("base", "MoE", "MoE before post-training")
 """Names that the table of scores gives to other models."""
 
 
-def adopt(base: Path, given: list[tuple[Path, str]], out_dir: Path) -> list[Checkpoint]:
+def adopt(base: Path, given: list[tuple[Path, str]], train: str, out_dir: Path) -> list[Checkpoint]:
     """Take the user's checkpoints as they are: nothing is trained or copied.
 
     Args:
         given: each folder, in the order of training, with the hash of its model.
+        train: `lora` for adapters, anything else for whole models.
 
     Raises:
         UpcycleError: a checkpoint has another architecture or tokenizer than the base, or weights of a dtype in which
-            the difference to the base would drown.
+            the difference to the base would drown; an adapter is not one of the base's FFN weights.
     """
     folders = [folder for folder, _ in given]
     for folder in folders:
-        check_same_architecture(base, folder)
+        check_kind(folder, train)
         check_same_tokenizer(base, folder)
-        check_precision(base, folders[0], folder)
+        if train == "lora":
+            read_adapter(folder, read_config(base))
+        else:
+            check_same_architecture(base, folder)
+            check_precision(base, folders[0], folder)
     checkpoints = [Checkpoint(_unique_name(f, folders), str(f.resolve()), sha256=sha256) for f, sha256 in given]
     say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
     write_checkpoints(out_dir, checkpoints)
@@ -58,6 +64,14 @@ def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
             "more; to name model folders yourself give a list"
         )
     return folders
+
+
+def check_kind(folder: Path, train: str) -> None:
+    """Raises UpcycleError if the folder holds a model where adapters are expected, or an adapter where models are."""
+    if is_adapter(folder) and train != "lora":
+        raise UpcycleError(f"{folder} is an adapter; set prepare.train=lora to make experts of adapters")
+    if not is_adapter(folder) and train == "lora":
+        raise UpcycleError(f"{folder} is not an adapter (no adapter_config.json), but prepare.train is lora")
 
 
 def check_same_architecture(base: Path, checkpoint: Path) -> None:

@@ -8,8 +8,20 @@ from typing import Any
 import torch
 
 from upcycle.errors import UpcycleError
+from upcycle.models.adapters import is_adapter, read_adapter_config
 from upcycle.models.families import moe_of
 from upcycle.models.layouts import Config, router_tensors
+from upcycle.models.mixture import (
+    BOTTLENECK,
+    LORA,
+    ROUTER_MODULE,
+    MixtureConfig,
+    attach,
+    load_tensors,
+    mixture_of,
+    router_names,
+    save_mixture,
+)
 
 BUILTIN_BASE = "builtin:tiny"
 COMPANIONS = (
@@ -96,18 +108,82 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+def load_model(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    base: Path | None = None,
+    four_bit: bool = False,
+) -> Any:
     """A causal language model from safetensors, in evaluation mode; never unpickles, runs no remote code.
+
+    A folder with a mixture of adapters, or with one LoRA adapter, is loaded on its dense model.
+
+    Args:
+        base: the dense model of adapters; none given: the one that they name.
+        four_bit: quantize a mixture's dense model (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 
     Raises:
         UpcycleError: keys are missing or left over, so the model would be partly random.
     """
+    if not is_adapter(folder):
+        return load_dense(folder, dtype).to(device).eval()
+    config = read_adapter_config(folder)
+    base = base or find_model(str(config.get("base_model_name_or_path")))
+    if config.get("peft_type") in (LORA, BOTTLENECK):
+        model = attach(load_dense(base, dtype, four_bit), MixtureConfig.load(folder))
+        load_tensors(model, folder)
+        return (model if four_bit else model.to(device=device, dtype=dtype)).eval()
+    from peft import PeftModel
+
+    adapted: Any = PeftModel.from_pretrained(load_dense(base, dtype), str(folder))
+    return adapted.merge_and_unload().to(device).eval()
+
+
+def four_bit_config(dtype: torch.dtype) -> Any:
+    """4-bit weights (NF4) that compute in `dtype`.
+
+    Raises:
+        UpcycleError: there is no GPU, or no bitsandbytes.
+    """
+    from importlib.util import find_spec
+
+    missing = "a GPU" if not torch.cuda.is_available() else "the package bitsandbytes"
+    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+        raise UpcycleError(f"lora.four_bit needs {missing}, which is not here; set lora.four_bit=false")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Any:
+    """A model of its own, no adapters, on the CPU (in 4 bits: on the GPU); see `load_model`."""
     from transformers import AutoModelForCausalLM
 
+    quantized = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **quantized
     )
-    return _complete(model, info, str(folder)).to(device).eval()
+    return _complete(model, info, str(folder))
+
+
+def base_name(name: str) -> str:
+    """What an adapter calls its dense model: a hub name as it is, a folder by its whole path."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def save_model(model: Any, folder: Path, initial: Path) -> None:
+    """Write a trained MoE, or a mixture of adapters, so that its folder stands alone like the `initial` one."""
+    if mixture_of(model):
+        save_mixture(model, folder)
+        copy_companions(initial, folder)
+    else:
+        config = json.loads((initial / "config.json").read_text())  # as written: training changes it
+        model.to(getattr(torch, config["dtype"])).save_pretrained(folder)
+        write_config(folder, config)
+        copy_companions(initial, folder)
+    if (initial / LINEAGE).is_file():
+        shutil.copyfile(initial / LINEAGE, folder / LINEAGE)
 
 
 def load_state(config: Config, tensors: dict[str, torch.Tensor], what: str) -> Any:
@@ -161,22 +237,10 @@ def write_config(folder: Path, config: Config) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def finish_moe_folder(folder: Path, initial: Path) -> None:
-    """Undo what training leaves in a saved MoE, so that the folder stands alone and other programs read it.
-
-    Training switches the cache off and drops the top-level rope_theta; the configuration and the tokenizer of the
-    assembled MoE are the ones to serve with.
-    """
-    write_config(folder, json.loads((initial / "config.json").read_text()))
-    copy_companions(initial, folder)
-    if (initial / LINEAGE).is_file():
-        shutil.copyfile(initial / LINEAGE, folder / LINEAGE)
-
-
 def routers(model: Any) -> list[tuple[Any, str]]:
     """(parent module, attribute) of every layer's router, in layer order."""
-    moe = moe_of(model.config.to_dict())
-    parent, _, attribute = moe.layout.module.rpartition(".")
+    module = ROUTER_MODULE if mixture_of(model) else moe_of(model.config.to_dict()).layout.module
+    parent, _, attribute = module.rpartition(".")
     return [(layer.get_submodule(parent), attribute) for layer in model.model.layers]
 
 
@@ -185,12 +249,19 @@ def router_modules(model: Any) -> list[Any]:
     return [getattr(parent, attribute) for parent, attribute in routers(model)]
 
 
+def router_keys(model: Any) -> list[str]:
+    """The name on disk of every layer's routing vectors."""
+    config = model.config.to_dict()
+    if mixture_of(model):
+        return router_names(config["num_hidden_layers"])
+    return router_tensors(moe_of(config).layout, config)
+
+
 def load_routers(model: Any, path: Path) -> None:
     """Put the routing vectors of a router file into the model."""
     from safetensors.torch import load_file
 
-    config, tensors = model.config.to_dict(), load_file(path)
-    names = router_tensors(moe_of(config).layout, config)
+    tensors = load_file(path)
     with torch.no_grad():
-        for name, router in zip(names, router_modules(model), strict=True):
+        for name, router in zip(router_keys(model), router_modules(model), strict=True):
             router.weight.copy_(tensors[name])

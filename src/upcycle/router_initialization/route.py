@@ -13,16 +13,7 @@ from upcycle.artifacts import write_json
 from upcycle.console import say, table, warn
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
-from upcycle.models.families import moe_of
-from upcycle.models.folders import (
-    compute_dtype,
-    finish_moe_folder,
-    load_model,
-    load_routers,
-    pick_device,
-    read_config,
-)
-from upcycle.models.layouts import router_tensors
+from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device, router_keys, save_model
 from upcycle.models.ranking import ranking
 from upcycle.models.routers import random_routers
 from upcycle.recipe import RouteSettings
@@ -54,12 +45,14 @@ def route(
     pad_token_id: int,
     seed: int,
     out_dir: Path,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Write `router.safetensors` (a (num_experts, hidden) matrix per layer), `report.json`; `moe/` if experts moved.
 
     Args:
         fit, test: seed samples to start the router from, and to measure it on.
         names: the experts' names, in order.
+        base: the dense model of a mixture of adapters.
 
     Raises:
         UpcycleError: fewer seed samples than experts, a loss or a routing vector that is not finite.
@@ -70,7 +63,7 @@ def route(
             "route.min_samples_per_expert"
         )
     device = pick_device()
-    model = load_model(moe, compute_dtype(device), device)
+    model = load_model(moe, compute_dtype(device), device, base)
     config = model.config.to_dict()
     random = random_routers(config["num_hidden_layers"], len(names), config["hidden_size"], settings.init_std, seed)
     scored = [*fit, *test]
@@ -83,7 +76,7 @@ def route(
     start = STARTS[settings.start](Seed(model, fit, pairs, random, settings, pad_token_id, seed))
     report["log"], report["cost"] = start.log, _cost(start, scored, len(names), settings.start)
     report["condition"] = condition_numbers(start.vectors)
-    _save(out_dir / ROUTER, start.vectors, router_tensors(moe_of(config).layout, config))
+    _save(out_dir / ROUTER, start.vectors, router_keys(model))
     if test:
         load_routers(model, out_dir / ROUTER)
         expected = assign(losses[len(fit) :], test, settings.assignment)
@@ -93,8 +86,7 @@ def route(
         report["held_out"]["assigned"] = expected.tolist()
         _show_held_out(report["held_out"])
     if settings.expert_learning_rate is not None:
-        model.to(getattr(torch, read_config(moe)["dtype"])).save_pretrained(out_dir / MOVED)
-        finish_moe_folder(out_dir / MOVED, moe)
+        save_model(model, out_dir / MOVED, moe)
     write_json(out_dir / "report.json", report)
     return report
 

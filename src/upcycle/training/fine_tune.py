@@ -17,6 +17,7 @@ from upcycle.console import say
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
 from upcycle.models.folders import load_model
+from upcycle.models.mixture import load_tensors, mixture_of, save_mixture
 from upcycle.models.routers import RouterRecorder
 from upcycle.recipe import PosttrainSettings, TrainingSettings
 from upcycle.training.balance import load_balancing_loss, router_z_loss
@@ -92,6 +93,13 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
             self.bias.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A mixture of adapters is saved in its compact form."""
+        if mixture_of(self.model):
+            save_mixture(self.model, Path(output_dir or self.args.output_dir), "float32")
+        else:
+            super()._save(output_dir, state_dict)
+
     def _stop_at(self, problem: str) -> None:
         last = last_checkpoint(Path(self.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
@@ -105,12 +113,15 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
 
         The stock method does not (transformers 5.23): it would go on from the initial experts.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
+        target = model if model is not None else self.model
         if self.bias:
             self.bias.load(Path(resume_from_checkpoint))
-        target = model if model is not None else self.model
+        if mixture_of(target):
+            load_tensors(target, Path(resume_from_checkpoint))
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(target, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         source = load_model(Path(resume_from_checkpoint), dtype=torch.float32)
         target.load_state_dict(source.state_dict(), strict=True)
 
