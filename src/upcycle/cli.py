@@ -206,12 +206,15 @@ def _disk_full(folder: Path) -> bool:
 def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import warnings
+
     from datasets import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses an older name
 
 
 def _stop(code: int, message: str) -> None:

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 128
-"""Slots that a CPU takes at once: their (BLOCK, I) intermediates stay in its cache."""
+BLOCK = 256
+"""Slots that a CPU takes at once: few enough for its caches, many enough to be worth a call."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Factors:
 
     a_in: Float[Tensor, "E 2r H"]
     """A of gate and, below it, of up."""
-    b_gate: Float[Tensor, "E I r"]
-    b_up: Float[Tensor, "E I r"]
+    b_gate: Float[Tensor, "E r I"]
+    """B of gate, transposed, like all B here: products and gradients then run along rows."""
+    b_up: Float[Tensor, "E r I"]
     a_down: Float[Tensor, "E r I"]
-    b_down: Float[Tensor, "E H r"]
+    b_down: Float[Tensor, "E r H"]
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,27 @@ class Slots:
     def of(cls, experts: Int[Tensor, "T k"], num_experts: int) -> "Slots":
         flat = experts.reshape(-1)
         order = flat.argsort(stable=True)
-        return cls(order, order // experts.shape[1], flat.bincount(minlength=num_experts).cumsum(0))
+        ends = flat.bincount(minlength=num_experts).cumsum(0, dtype=torch.int32)
+        return cls(order, order // experts.shape[1], ends)
+
+    def product(self, values: Float[Tensor, "N i"], matrices: Float[Tensor, "E i o"]) -> Float[Tensor, "N o"]:
+        """Each slot's values times the matrix of its expert."""
+        return torch.nn.functional.grouped_mm(values, matrices, offs=self.ends)
+
+    def outer(self, left: Float[Tensor, "N i"], right: Float[Tensor, "N o"]) -> Float[Tensor, "E i o"]:
+        """left^T right of each expert's slots: the gradient of `product`."""
+        return torch.nn.functional.grouped_mm(left.mT, right, offs=self.ends)
 
     def blocks(self, grouped: bool) -> Iterator["Block"]:
         """All slots at once for grouped products, or runs of one expert that fit a cache."""
         if grouped:
-            yield Block(slice(None), self.tokens, None, self.ends.int())
+            yield Block(slice(None), self.tokens, None, self)
             return
         begin = 0
         for expert, end in enumerate(self.ends.tolist()):
             for first in range(begin, end, BLOCK):
                 rows = slice(first, min(end, first + BLOCK))
-                yield Block(rows, self.tokens[rows], expert, self.ends)
+                yield Block(rows, self.tokens[rows], expert, self)
             begin = end
 
 
@@ -72,13 +82,11 @@ class Block:
     rows: slice
     tokens: Int[Tensor, " n"]
     expert: int | None
-    ends: Int[Tensor, " E"]
+    slots: Slots
 
     def product(self, values: Float[Tensor, "n i"], matrices: Float[Tensor, "E i o"]) -> Float[Tensor, "n o"]:
         """Each slot's values times the matrix of its expert."""
-        if self.expert is None:
-            return torch.nn.functional.grouped_mm(values, matrices, offs=self.ends)
-        return values @ matrices[self.expert]
+        return self.slots.product(values, matrices) if self.expert is None else values @ matrices[self.expert]
 
     def add_product(self, total: Tensor, values: Float[Tensor, "n i"], matrices: Float[Tensor, "E i o"]) -> Tensor:
         """`product` added to `total` (n, o) in place."""
@@ -87,9 +95,9 @@ class Block:
         return total.addmm_(values, matrices[self.expert])
 
     def add_outer(self, total: Float[Tensor, "E i o"], left: Float[Tensor, "n i"], right: Float[Tensor, "n o"]) -> None:
-        """left^T right of each expert's slots added to its matrix: the gradient of `product`."""
+        """left^T right of each expert's slots added to its matrix."""
         if self.expert is None:
-            total.add_(torch.nn.functional.grouped_mm(left.mT, right, offs=self.ends))
+            total.add_(self.slots.outer(left, right))
         else:
             total[self.expert].addmm_(left.T, right)
 
@@ -133,65 +141,66 @@ class _Mix(torch.autograd.Function):
         *low_rank: Tensor,
     ) -> tuple[Tensor, Tensor]:
         slots, f = Slots.of(experts, len(low_rank[0])), Factors(*low_rank)
-        sorted_weights = weights.reshape(-1)[slots.order, None]
-        rank = f.a_down.shape[1]
-        z_in, z_down = x.new_empty(len(slots.order), 2 * rank), x.new_empty(len(slots.order), rank)
-        mixed, low = torch.zeros_like(gate), torch.zeros_like(x)
+        w = weights.reshape(-1)[slots.order, None]
+        z_in = slots.product(x.index_select(0, slots.tokens), f.a_in.mT)
+        z_down = x.new_empty(len(slots.order), f.a_down.shape[1])
+        mixed = torch.zeros_like(gate)
         for block in slots.blocks(grouped):
-            rows, tokens = block.rows, block.tokens
-            z_in[rows] = block.product(x.index_select(0, tokens), f.a_in.mT)
-            g, u = _inputs(block, z_in[rows], gate, up, f)
+            g, u = _inputs(block, z_in, gate, up, f)
             hidden = act(g).mul_(u)
-            z_down[rows] = block.product(hidden, f.a_down.mT)
-            w = sorted_weights[rows]
-            mixed.index_add_(0, tokens, hidden.mul_(w))
-            low.index_add_(0, tokens, block.product(z_down[rows] * w, f.b_down.mT))
-        ctx.save_for_backward(x, gate, up, sorted_weights, z_in, z_down, *vars(slots).values(), *low_rank)
+            z_down[block.rows] = block.product(hidden, f.a_down.mT)
+            mixed.index_add_(0, block.tokens, hidden.mul_(w[block.rows]))
+        low = torch.zeros_like(x).index_add_(0, slots.tokens, slots.product(z_down * w, f.b_down))
+        ctx.save_for_backward(x, gate, up, w, z_in, z_down, *vars(slots).values(), *low_rank)
         ctx.act, ctx.grouped, ctx.shape = act, grouped, weights.shape
         return mixed, low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_mixed, d_low = gradients
-        x, gate, up, sorted_weights, z_in, z_down, order, tokens, ends, *low_rank = ctx.saved_tensors
+        x, gate, up, w, z_in, z_down, order, tokens, ends, *low_rank = ctx.saved_tensors
         slots, f = Slots(order, tokens, ends), Factors(*low_rank)
-        rank = f.a_down.shape[1]
-        d_x, d_gate, d_up = torch.zeros_like(x), torch.zeros_like(gate), torch.zeros_like(up)
-        d_weights = torch.empty_like(sorted_weights)
-        d = Factors(*(torch.zeros_like(matrix) for matrix in low_rank)) if any(ctx.needs_input_grad[7:]) else None
+        adapt = any(ctx.needs_input_grad[7:])
+        d_gate, d_up = torch.zeros_like(gate), torch.zeros_like(up)
+        d_b_gate, d_b_up, d_a_down = (torch.zeros_like(matrix) for matrix in (f.b_gate, f.b_up, f.a_down))
+        d_w, d_z_in = torch.empty_like(w), torch.empty_like(z_in)
+        d_output = d_low.index_select(0, tokens)
+        d_z_down = slots.product(d_output, f.b_down.mT)  # before the weights w
+        rank = z_down.shape[1]
         for block in slots.blocks(ctx.grouped):
-            rows, tokens = block.rows, block.tokens
-            z, zd, w = z_in[rows], z_down[rows], sorted_weights[rows]
-            g, u = _inputs(block, z, gate, up, f)
+            rows = block.rows
+            g, u = _inputs(block, z_in, gate, up, f)
             with torch.enable_grad():
                 activated = ctx.act(g.requires_grad_())
-            hidden = activated.detach() * u
-            d_hidden, d_out = d_mixed.index_select(0, tokens), d_low.index_select(0, tokens)
-            d_zd = block.product(d_out, f.b_down)
-            d_weights[rows] = (d_hidden * hidden).sum(1, keepdim=True) + (d_zd * zd).sum(1, keepdim=True)
-            d_zd.mul_(w)
-            block.add_product(d_hidden.mul_(w), d_zd, f.a_down)
-            d_u = d_hidden * activated.detach()
+            a = activated.detach()
+            hidden = a * u
+            d_hidden = block.add_product(d_mixed.index_select(0, block.tokens), d_z_down[rows], f.a_down)
+            d_w[rows, 0] = torch.linalg.vecdot(d_hidden, hidden)
+            d_u = d_hidden.mul_(w[rows]) * a
             (d_g,) = torch.autograd.grad(activated, g, d_hidden.mul_(u))
-            d_z = torch.cat([block.product(d_g, f.b_gate), block.product(d_u, f.b_up)], dim=1)
-            d_x.index_add_(0, tokens, block.product(d_z, f.a_in))
-            d_gate.index_add_(0, tokens, d_g)
-            d_up.index_add_(0, tokens, d_u)
-            if d is not None:
-                block.add_outer(d.a_in, d_z, x.index_select(0, tokens))
-                block.add_outer(d.b_gate, d_g, z[:, :rank])
-                block.add_outer(d.b_up, d_u, z[:, rank:])
-                block.add_outer(d.a_down, d_zd, hidden)
-                block.add_outer(d.b_down, d_out * w, zd)
-        unsorted = torch.empty_like(d_weights).index_copy_(0, order, d_weights).view(ctx.shape)
-        return d_x, d_gate, d_up, unsorted, None, None, None, *(vars(d).values() if d else [None] * 5)
+            d_gate.index_add_(0, block.tokens, d_g)
+            d_up.index_add_(0, block.tokens, d_u)
+            d_z_in[rows, :rank] = block.product(d_g, f.b_gate.mT)
+            d_z_in[rows, rank:] = block.product(d_u, f.b_up.mT)
+            if adapt:
+                block.add_outer(d_b_gate, z_in[rows, :rank], d_g)
+                block.add_outer(d_b_up, z_in[rows, rank:], d_u)
+                block.add_outer(d_a_down, d_z_down[rows] * w[rows], hidden)
+        d_x = torch.zeros_like(x).index_add_(0, tokens, slots.product(d_z_in, f.a_in))
+        d_weights = torch.empty_like(w).index_copy_(0, order, d_w).view(ctx.shape)
+        if not adapt:
+            return d_x, d_gate, d_up, d_weights, *[None] * 8
+        d_a_in = slots.outer(d_z_in, x.index_select(0, tokens))
+        d_b_down = slots.outer(z_down * w, d_output)
+        return d_x, d_gate, d_up, d_weights, None, None, None, d_a_in, d_b_gate, d_b_up, d_a_down, d_b_down
 
 
-def _inputs(block: Block, z: Float[Tensor, "n 2r"], gate: Tensor, up: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
+def _inputs(block: Block, z_in: Float[Tensor, "N 2r"], gate: Tensor, up: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
     """g and u of the block's slots: (n, I) each."""
+    z = z_in[block.rows]
     rank = z.shape[1] // 2
-    g = block.add_product(gate.index_select(0, block.tokens), z[:, :rank], f.b_gate.mT)
-    u = block.add_product(up.index_select(0, block.tokens), z[:, rank:], f.b_up.mT)
+    g = block.add_product(gate.index_select(0, block.tokens), z[:, :rank], f.b_gate)
+    u = block.add_product(up.index_select(0, block.tokens), z[:, rank:], f.b_up)
     return g, u
 
 
@@ -205,7 +214,6 @@ def slot_products(
 ) -> Float[Tensor, "T H"]:
     """sum_e w_e U_e act(D_e x): what bottleneck experts add."""
     slots = Slots.of(experts, len(down))
-    ends = slots.ends.int()
-    inner = act(torch.nn.functional.grouped_mm(x[slots.tokens], down.to(x.dtype).mT, offs=ends))
-    outer = torch.nn.functional.grouped_mm(inner, up.to(x.dtype).mT, offs=ends)
+    inner = act(slots.product(x[slots.tokens], down.to(x.dtype).mT))
+    outer = slots.product(inner, up.to(x.dtype).mT)
     return torch.zeros_like(x).index_add(0, slots.tokens, outer * weights.reshape(-1)[slots.order, None].to(x.dtype))

@@ -77,7 +77,7 @@ class StackedLora(nn.Module):
     def __init__(self, num_experts: int, rank: int, inputs: int, outputs: int) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.zeros(num_experts, rank, inputs))
-        self.lora_B = nn.Parameter(torch.zeros(num_experts, outputs, rank))
+        self.lora_B = nn.Parameter(torch.zeros(num_experts, rank, outputs))  # transposed, see Factors
 
 
 class LoraExperts(nn.ModuleDict):
@@ -94,8 +94,8 @@ class LoraExperts(nn.ModuleDict):
     def factors(self) -> Factors:
         gate, up, down = (cast(StackedLora, self[name]) for name in FFN)
         scaling = self.scaling[:, None, None]
-        a_in = torch.cat([gate.lora_A, up.lora_A], dim=1)
-        return Factors(a_in, scaling * gate.lora_B, scaling * up.lora_B, down.lora_A, scaling * down.lora_B)
+        a_in = scaling * torch.cat([gate.lora_A, up.lora_A], dim=1)
+        return Factors(a_in, gate.lora_B, up.lora_B, down.lora_A, scaling * down.lora_B)
 
     def forward(self, ffn: Any, hidden: Float[Tensor, "T H"], weights: Tensor, chosen: Tensor) -> Tensor:
         gate, up = ffn.gate_proj(hidden), ffn.up_proj(hidden)
@@ -196,7 +196,8 @@ def _slots(model: Any, config: MixtureConfig) -> Iterator[tuple[str, Tensor]]:
             parent, _, rest = name.partition(".experts.")
             for expert, rank in enumerate(config.expert_ranks):
                 whole = parameter.data[expert]
-                part = whole[:rank] if rest.endswith(("lora_A", "adapter_down")) else whole[:, :rank]
+                part = whole[:, :rank] if rest.endswith("adapter_up") else whole[:rank]
+                part = part.T if rest.endswith("lora_B") else part
                 yield f"{PREFIX}{parent}.experts.{expert}.{rest}.weight", part
         elif name.endswith(f"{ROUTER_MODULE}.weight"):
             yield PREFIX + name, parameter.data
