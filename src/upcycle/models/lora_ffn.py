@@ -1,12 +1,12 @@
 """The FFN block of a mixture of LoRA experts at nearly the price of a dense one.
 
-Expert e is the FFN with weights W + B_e A_e (scaling included in B). For the k experts of a token x with weights w,
+Expert e is the FFN with weights W + s_e B_e A_e. For the k experts of a token x with weights w,
 
-    g_e = W_gate x + B_e A_e x,   u_e = W_up x + B_e A_e x,   h_e = act(g_e) * u_e      (first terms once per token)
-    y = W_down sum_e w_e h_e  +  sum_e w_e B_e A_e h_e                                  (one down projection)
+    g_e = W_gate x + s_e B_e A_e x,   u_e = W_up x + s_e B_e A_e x,   h_e = act(g_e) * u_e    (first terms once a token)
+    y = W_down sum_e w_e h_e  +  sum_e w_e s_e B_e A_e h_e                                  (one down projection)
 
-The products with W stay outside, ordinary linear layers. What is here, from their outputs to the inputs of the last
-line, keeps only W_gate x and W_up x for the backward pass, less than a dense FFN does, and makes the rest again.
+The products with W stay outside, ordinary linear layers. What is here keeps g and u for the backward pass, as much as a
+dense FFN with LoRA does, and makes the rest again.
 
 Legend: T tokens, k experts per token, N = T k slots (a token at one of its experts), E experts, H hidden,
 I intermediate size, r rank.
@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 256
+BLOCK = 192
 """Slots that a CPU takes at once: few enough for its caches, many enough to be worth a call."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Low-rank parts of all experts, scaling included."""
+    """Low-rank parts of all experts."""
 
     a_in: Float[Tensor, "E 2r H"]
     """A of gate and, below it, of up."""
@@ -109,10 +109,11 @@ def mix(
     weights: Float[Tensor, "T k"],
     experts: Int[Tensor, "T k"],
     factors: Factors,
+    scaling: Float[Tensor, " E"],
     act: Callable[[Tensor], Tensor],
     grouped: bool | None = None,
 ) -> tuple[Float[Tensor, "T I"], Float[Tensor, "T H"]]:
-    """(sum_e w_e h_e, sum_e w_e B_e A_e h_e): what the down projection reads, and what is added to its output.
+    """(sum_e w_e h_e, sum_e w_e s_e B_e A_e h_e): what the down projection reads, and what is added to its output.
 
     Args:
         gate, up: W_gate x and W_up x.
@@ -123,7 +124,7 @@ def mix(
     low_rank = [matrix.to(dtype) for matrix in vars(factors).values()]
     with torch.autocast(x.device.type, enabled=False):
         apply: Any = _Mix.apply
-        mixed, low = apply(x.to(dtype), gate, up, weights.to(dtype), experts, act, grouped, *low_rank)
+        mixed, low = apply(x.to(dtype), gate, up, weights.to(dtype), experts, scaling, act, grouped, *low_rank)
     return mixed, low
 
 
@@ -136,42 +137,47 @@ class _Mix(torch.autograd.Function):
         up: Tensor,
         weights: Tensor,
         experts: Tensor,
+        scaling: Tensor,
         act: Callable[[Tensor], Tensor],
         grouped: bool,
         *low_rank: Tensor,
     ) -> tuple[Tensor, Tensor]:
         slots, f = Slots.of(experts, len(low_rank[0])), Factors(*low_rank)
         w = weights.reshape(-1)[slots.order, None]
-        z_in = slots.product(x.index_select(0, slots.tokens), f.a_in.mT)
+        s = scaling.to(x.dtype)[experts.reshape(-1)[slots.order], None]
+        z_in = slots.product(x.index_select(0, slots.tokens), f.a_in.mT).mul_(s)
         z_down = x.new_empty(len(slots.order), f.a_down.shape[1])
-        mixed = torch.zeros_like(gate)
+        g, u = (gate.new_empty(len(slots.order), gate.shape[1]) for _ in range(2))
+        rank, mixed = f.a_down.shape[1], torch.zeros_like(gate)
         for block in slots.blocks(grouped):
-            g, u = _inputs(block, z_in, gate, up, f)
-            hidden = act(g).mul_(u)
-            z_down[block.rows] = block.product(hidden, f.a_down.mT)
-            mixed.index_add_(0, block.tokens, hidden.mul_(w[block.rows]))
-        low = torch.zeros_like(x).index_add_(0, slots.tokens, slots.product(z_down * w, f.b_down))
-        ctx.save_for_backward(x, gate, up, w, z_in, z_down, *vars(slots).values(), *low_rank)
+            rows = block.rows
+            for total, dense, z, b in ((g, gate, z_in[rows, :rank], f.b_gate), (u, up, z_in[rows, rank:], f.b_up)):
+                block.add_product(torch.index_select(dense, 0, block.tokens, out=total[rows]), z, b)
+            hidden = act(g[rows]).mul_(u[rows])
+            z_down[rows] = block.product(hidden, f.a_down.mT)
+            mixed.index_add_(0, block.tokens, hidden.mul_(w[rows]))
+        low = torch.zeros_like(x).index_add_(0, slots.tokens, slots.product(z_down * (w * s), f.b_down))
+        ctx.save_for_backward(x, g, u, w, s, z_in, z_down, *vars(slots).values(), *low_rank)
         ctx.act, ctx.grouped, ctx.shape = act, grouped, weights.shape
         return mixed, low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_mixed, d_low = gradients
-        x, gate, up, w, z_in, z_down, order, tokens, ends, *low_rank = ctx.saved_tensors
+        x, g_all, u_all, w, s, z_in, z_down, order, tokens, ends, *low_rank = ctx.saved_tensors
         slots, f = Slots(order, tokens, ends), Factors(*low_rank)
-        adapt = any(ctx.needs_input_grad[7:])
-        d_gate, d_up = torch.zeros_like(gate), torch.zeros_like(up)
+        adapt = any(ctx.needs_input_grad[8:])
+        d_gate, d_up = (torch.zeros_like(d_mixed) for _ in range(2))
         d_b_gate, d_b_up, d_a_down = (torch.zeros_like(matrix) for matrix in (f.b_gate, f.b_up, f.a_down))
         d_w, d_z_in = torch.empty_like(w), torch.empty_like(z_in)
         d_output = d_low.index_select(0, tokens)
-        d_z_down = slots.product(d_output, f.b_down.mT)  # before the weights w
+        d_z_down = slots.product(d_output, f.b_down.mT).mul_(s)  # before the weights w
         rank = z_down.shape[1]
         for block in slots.blocks(ctx.grouped):
             rows = block.rows
-            g, u = _inputs(block, z_in, gate, up, f)
+            g, u = g_all[rows].requires_grad_(), u_all[rows]
             with torch.enable_grad():
-                activated = ctx.act(g.requires_grad_())
+                activated = ctx.act(g)
             a = activated.detach()
             hidden = a * u
             d_hidden = block.add_product(d_mixed.index_select(0, block.tokens), d_z_down[rows], f.a_down)
@@ -186,22 +192,14 @@ class _Mix(torch.autograd.Function):
                 block.add_outer(d_b_gate, z_in[rows, :rank], d_g)
                 block.add_outer(d_b_up, z_in[rows, rank:], d_u)
                 block.add_outer(d_a_down, d_z_down[rows] * w[rows], hidden)
+        d_z_in.mul_(s)
         d_x = torch.zeros_like(x).index_add_(0, tokens, slots.product(d_z_in, f.a_in))
         d_weights = torch.empty_like(w).index_copy_(0, order, d_w).view(ctx.shape)
         if not adapt:
-            return d_x, d_gate, d_up, d_weights, *[None] * 8
+            return d_x, d_gate, d_up, d_weights, *[None] * 9
         d_a_in = slots.outer(d_z_in, x.index_select(0, tokens))
-        d_b_down = slots.outer(z_down * w, d_output)
-        return d_x, d_gate, d_up, d_weights, None, None, None, d_a_in, d_b_gate, d_b_up, d_a_down, d_b_down
-
-
-def _inputs(block: Block, z_in: Float[Tensor, "N 2r"], gate: Tensor, up: Tensor, f: Factors) -> tuple[Tensor, Tensor]:
-    """g and u of the block's slots: (n, I) each."""
-    z = z_in[block.rows]
-    rank = z.shape[1] // 2
-    g = block.add_product(gate.index_select(0, block.tokens), z[:, :rank], f.b_gate)
-    u = block.add_product(up.index_select(0, block.tokens), z[:, rank:], f.b_up)
-    return g, u
+        d_b_down = slots.outer(z_down * (w * s), d_output)
+        return d_x, d_gate, d_up, d_weights, *[None] * 4, d_a_in, d_b_gate, d_b_up, d_a_down, d_b_down
 
 
 def slot_products(

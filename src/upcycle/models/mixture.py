@@ -93,13 +93,11 @@ class LoraExperts(nn.ModuleDict):
 
     def factors(self) -> Factors:
         gate, up, down = (cast(StackedLora, self[name]) for name in FFN)
-        scaling = self.scaling[:, None, None]
-        a_in = scaling * torch.cat([gate.lora_A, up.lora_A], dim=1)
-        return Factors(a_in, gate.lora_B, up.lora_B, down.lora_A, scaling * down.lora_B)
+        return Factors(torch.cat([gate.lora_A, up.lora_A], dim=1), gate.lora_B, up.lora_B, down.lora_A, down.lora_B)
 
     def forward(self, ffn: Any, hidden: Float[Tensor, "T H"], weights: Tensor, chosen: Tensor) -> Tensor:
         gate, up = ffn.gate_proj(hidden), ffn.up_proj(hidden)
-        mixed, low = mix(hidden, gate, up, weights, chosen, self.factors(), ffn.act_fn)
+        mixed, low = mix(hidden, gate, up, weights, chosen, self.factors(), self.scaling, ffn.act_fn)
         output: Tensor = ffn.down_proj(mixed)
         return output + low
 
