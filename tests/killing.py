@@ -56,6 +56,7 @@ def arm(stage: str) -> None:
     from upcycle.expert_expansion import expand
     from upcycle.expert_preparation import prepare
     from upcycle.model_upcycling import posttrain
+    from upcycle.models import folders
     from upcycle.models.safetensors_io import ModelWriter
     from upcycle.training.fine_tune import UpcyclingTrainer
 
@@ -64,7 +65,7 @@ def arm(stage: str) -> None:
     elif stage == "prepare tail":
         prepare._finish = _after(1, prepare._finish)  # the first of two checkpoints is finished
     elif stage == "posttrain tail":
-        posttrain.finish_moe_folder = _kill  # the weights are written, the folder is not finished
+        folders.copy_companions = _kill  # the weights are written, the folder is not finished
     elif stage == "posttrain rmtree":
         posttrain.shutil.rmtree = _after_some_files
     elif stage == "assemble seal":

@@ -7,9 +7,10 @@ import torch
 
 from upcycle.artifacts import ExpansionPlan, Expert
 from upcycle.model_upcycling.assemble import assemble
+from upcycle.model_upcycling.mixture import assemble_mixture
 from upcycle.models.folders import load_model
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
-from upcycle.recipe import AssembleSettings
+from upcycle.recipe import AssembleSettings, LoraSettings
 
 IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
 
@@ -18,6 +19,31 @@ def plan_of(num_checkpoints: int) -> ExpansionPlan:
     """Every checkpoint an expert, no children."""
     experts = tuple(Expert(f"c{i}", "checkpoint", checkpoint=i) for i in range(num_checkpoints))
     return ExpansionPlan(experts, "dare", 0.2, 0, "cosine", ((0.0,) * num_checkpoints,) * num_checkpoints)
+
+
+def make_adapter(base: Path, folder: Path, seed: int, rank: int = 4, **config: Any) -> Path:
+    """A LoRA adapter of the FFN weights, saved by PEFT, whose B is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.pop("target_modules", ["gate_proj", "up_proj", "down_proj"])
+    torch.manual_seed(seed)
+    settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets, **config)
+    model = get_peft_model(load_model(base, torch.float32), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def mixture(base: Path, folders: list[Path], out: Path, router_std: float = 0.5, **settings: Any) -> Path:
+    """A mixture with an expert for each adapter."""
+    out.mkdir(exist_ok=True)
+    plan = plan_of(len(folders))
+    chosen = AssembleSettings(**settings)
+    assemble_mixture(base, str(base), folders, plan, chosen, LoraSettings(), False, None, router_std, 0, out)
+    return out
 
 
 def assembled(base: Path, folders: list[Path], out: Path, router_std: float = 0.02, **settings: Any) -> Path:

@@ -11,14 +11,15 @@ from transformers import TrainerCallback
 from upcycle.data.chat import Sample, load_tokenizer
 from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
-from upcycle.expert_preparation.prepare import tune
+from upcycle.expert_preparation.prepare import _trainable, tune
+from upcycle.model_upcycling.posttrain import freeze
 from upcycle.models.folders import load_model
-from upcycle.recipe import PosttrainSettings, PrepareSettings, Recipe, TrainingSettings
+from upcycle.recipe import LoraSettings, PosttrainSettings, PrepareSettings, Recipe, TrainingSettings
 from upcycle.training import fine_tune as module
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint
 from upcycle.training.fine_tune import fine_tune
-from worlds import assembled
+from worlds import assembled, make_adapter, mixture
 
 SETTINGS = TrainingSettings(epochs=1, checkpoint_every=0.25, learning_rate=1e-3, batch_size=8, micro_batch_size=4)
 
@@ -59,17 +60,26 @@ def test_steps_are_the_nearest_to_equal_distances() -> None:
         checkpoint_steps(4, 1.0, 0.1)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "moe with a balancing bias"])
+@pytest.mark.parametrize("kind", ["dense", "lora", "moe", "moe with a balancing bias", "mixture of adapters"])
 def test_an_interrupted_training_ends_in_the_same_weights(
     kind: str, base: Path, moe: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stock Trainer would go on from the initial experts and router of a MoE."""
     balance = PosttrainSettings(balance_bias_rate=0.01 if "bias" in kind else 0.0)
-    folder, balance = (base, None) if kind == "dense" else (moe, balance)
+    folder, balance = (base, None) if kind in ("dense", "lora") else (moe, balance)
+    if "adapters" in kind:
+        folder = mixture(
+            base, [make_adapter(base, tmp_path / str(seed), seed) for seed in (1, 2)], tmp_path / "mixture"
+        )
     tokenizer = load_tokenizer(base, None)
 
     def train(out: Path):
-        model = load_model(folder, torch.float32).train()
+        if kind == "lora":
+            model = _trainable(base, PrepareSettings(train="lora"), LoraSettings(rank=4, dropout=0.1), 0)
+        else:
+            model = load_model(folder, torch.float32).train()
+        if "adapters" in kind:
+            freeze(model, "none")
         log = fine_tune(model, tokenizer, samples, SETTINGS, out, 3, "test", balance=balance)
         return weights(model), log
 
@@ -94,7 +104,7 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
 
 def test_ffn_only_tuning_leaves_everything_else_as_the_base(base: Path, samples: list[Sample], tmp_path: Path) -> None:
     settings = PrepareSettings(**SETTINGS.model_dump(), train="ffn")
-    made = tune(base, load_tokenizer(base, None), None, samples, settings, 0, tmp_path)
+    made = tune(base, "base", load_tokenizer(base, None), None, samples, settings, LoraSettings(), 0, tmp_path)
     assert [c.epoch for c in made] == [0.25, 0.5, 0.75, 1.0]
     before = load_model(base, torch.float32).state_dict()
     after = load_model(tmp_path / made[-1].path, torch.float32).state_dict()

@@ -58,7 +58,7 @@ def tune(
         folder.mkdir(exist_ok=True)
         record = folder / "log.json"
         if not record.exists():  # else only the folders are left to be finished
-            model = _trainable(base, settings, lora)
+            model = _trainable(base, settings, lora, seed)
             _require_space(model, settings, out_dir)
             title = f"prepare: instruction tuning {name}".strip()
             keep = 1 if settings.by_domain else None
@@ -90,7 +90,7 @@ def _trainings(train: list[Sample], settings: PrepareSettings) -> list[tuple[str
     return [(f"domain-{re.sub(r'[^A-Za-z0-9_-]+', '_', d)}", [s for s in train if s.domain == d]) for d in domains]
 
 
-def _trainable(base: Path, settings: PrepareSettings, lora: LoraSettings) -> Any:
+def _trainable(base: Path, settings: PrepareSettings, lora: LoraSettings, seed: int) -> Any:
     """The model with what is tuned: all of it, its FFNs, or adapters on them."""
     if settings.train != "lora":
         model = load_model(base, dtype=torch.float32).train()
@@ -101,6 +101,7 @@ def _trainable(base: Path, settings: PrepareSettings, lora: LoraSettings) -> Any
 
     dtype = compute_dtype(pick_device())  # frozen: not worth fp32 where bf16 is quick
     model = load_dense(base, dtype, lora.four_bit)
+    torch.manual_seed(seed)  # of A
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,

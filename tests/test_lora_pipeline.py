@@ -1,0 +1,150 @@
+"""The whole path with adapters as experts: UpIT's LoRA setting and the methods that it is compared with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from upcycle.artifacts import read_manifest
+from upcycle.errors import UpcycleError
+from upcycle.model_upcycling.export import export
+from upcycle.models.folders import load_model
+from upcycle.pipeline import Run, run_stages
+from upcycle.recipe import Recipe, load_recipe, parse_recipe
+from worlds import IDS, logits, make_adapter
+
+PLAIN = """
+import sys, torch
+sys.modules["upcycle"] = None
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
+assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert model.config.model_type == "mixtral"
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def shrunk(name: str, tiny: dict[str, Any], **changes: Any) -> Recipe:
+    """A shipped recipe with the sizes of the tiny one."""
+    values = load_recipe(name).model_dump() | {key: tiny[key] for key in ("base", "data")}
+    for section in ("prepare", "posttrain", "route", "evaluate"):
+        values[section] |= tiny[section]
+    values["lora"] |= {"rank": 4}
+    values["evaluate"] |= {"exact_match": False, "models": "ends"}
+    for section, settings in changes.items():
+        values[section] |= settings
+    return parse_recipe(values, name)
+
+
+@pytest.mark.parametrize("name", ["upit-lora", "lora-moe", "self-moe", "pesc"])
+def test_each_method_runs_and_learns(name: str, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    experts = {"self-moe": 2}.get(name, 4)
+    recipe = shrunk(name, tiny_recipe, expand={"num_experts": experts}, posttrain={"learning_rate": 3e-3})
+    run = Run(recipe, tmp_path / "run")
+    run_stages(run)
+    log = json.loads((run.folder / "posttrain" / "log.json").read_text())["log"]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert len(log[0]["load"]) == 2
+    assert len(log[0]["load"][0]) == experts
+    kinds = {e.kind for e in run.plan.experts}
+    assert kinds == {"upit-lora": {"checkpoint", "child"}, "self-moe": {"checkpoint"}}.get(name, {"base"})
+    scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
+    assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
+    if name == "self-moe":
+        assert [e.name for e in run.plan.experts] == ["domain-copy", "domain-reverse"]
+        both = json.loads((run.folder / "prepare" / "log.json").read_text())
+        assert both["rows"] == len(run.splits.train)
+    if name in ("lora-moe", "pesc"):
+        assert run.checkpoints == []
+    if name == "pesc":
+        with pytest.raises(UpcycleError, match="are not linear"):
+            export(run.folder / "posttrain", tmp_path / "plain", True, "source")
+        return
+    export(run.folder / "posttrain", tmp_path / "plain", True, "source")
+    torch.testing.assert_close(logits(tmp_path / "plain"), logits(run.folder / "posttrain"), rtol=0, atol=1e-5)
+
+
+def test_what_is_exported_needs_nothing_of_ours(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    run = Run(shrunk("upit-lora", tiny_recipe, expand={"num_experts": 3}), tmp_path / "run")
+    run_stages(run)
+    export(run.folder / "posttrain", tmp_path / "plain", True, "source")
+    ids, out = tmp_path / "ids.pt", tmp_path / "logits.pt"
+    torch.save(IDS, ids)
+    subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path / "plain"), str(ids), str(out)], check=True)
+    torch.testing.assert_close(torch.load(out), logits(run.folder / "posttrain"), rtol=0, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    stages = ("prepare", "expand", "assemble")
+    contents = []
+    for name in ("one", "two"):
+        run = Run(shrunk("upit-lora", tiny_recipe, lora={"rank": 4, "dropout": 0.1}), tmp_path / name)
+        run_stages(run, stages)
+        contents.append([read_manifest(run.folder / stage).content for stage in stages])
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("how", ["apart", "product"])
+def test_the_users_own_adapters_become_experts(
+    how: str, tiny_recipe: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    ranks = (4, 4) if how == "apart" else (4, 6)
+    folders = [make_adapter(base, tmp_path / f"mine-{i}", i, rank) for i, rank in enumerate(ranks)]
+    given = {"checkpoints": [str(f) for f in folders]}
+    recipe = shrunk("upit-lora", tiny_recipe, prepare=given, expand={"num_experts": 4, "adapters": how})
+    run = Run(recipe, tmp_path / "run")
+    run_stages(run, ("prepare", "expand", "assemble"))
+    assert [e.name for e in run.plan.experts] == ["mine-0", "mine-1", "child-2", "child-3"]
+    assert run.plan.adapters == how
+    config = load_model(run.folder / "assemble", torch.float32).mixture
+    assert config.expert_ranks == (4, ranks[1], max(ranks), max(ranks))
+    assert config.expert_scaling == (2.0, 2.0, 1.0, 1.0)
+
+
+def test_adapters_and_models_are_not_confused(
+    tiny_recipe: dict[str, Any], base: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    adapters = [str(make_adapter(base, tmp_path / str(i), i, rank)) for i, rank in enumerate((4, 6))]
+
+    def run(name: str, given: list[str], train: str, stages: tuple[str, ...] = ("prepare",)) -> None:
+        recipe = shrunk("upit-lora", tiny_recipe, prepare={"checkpoints": given, "train": train})
+        run_stages(Run(recipe, tmp_path / name), stages)
+
+    with pytest.raises(UpcycleError, match=r"is an adapter; set prepare.train=lora"):
+        run("a", adapters, "ffn")
+    with pytest.raises(UpcycleError, match=r"is not an adapter \(no adapter_config.json\), but prepare.train is lora"):
+        run("b", [str(c) for c in checkpoints], "lora")
+    with pytest.raises(UpcycleError, match=r"rank 6 at .* but 4 in .*; set expand.adapters=product"):
+        run("c", adapters, "lora", ("prepare", "expand"))
+
+
+def test_domains_are_needed_for_a_training_by_domain(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]
+    rows.write_text(
+        "\n".join(json.dumps({"messages": [{**chat[0], "content": f"say {i}"}, chat[1]]}) for i in range(60))
+    )
+    data = {"data": {**tiny_recipe["data"], "train": str(rows)}}
+    recipe = shrunk("self-moe", tiny_recipe | data, expand={"num_experts": 2})
+    with pytest.raises(UpcycleError, match=r"prepare.by_domain: the \d+ training rows have one domain"):
+        run_stages(Run(recipe, tmp_path / "run"), ("prepare",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prepare": {"train": "bottleneck"}}, "set expand.copies_of=base"),
+        ({"prepare": {"train": "lora"}, "assemble": {"shared": "mean"}}, "adapters share the base's weights"),
+        ({"lora": {"four_bit": True}}, "lora.four_bit needs prepare.train=lora"),
+        ({"lora": {"targets": []}}, "lora.targets"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    changes: dict[str, Any], message: str, tiny_recipe: dict[str, Any]
+) -> None:
+    with pytest.raises(UpcycleError, match=message):
+        parse_recipe({**tiny_recipe, **changes}, "test")
