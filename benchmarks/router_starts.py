@@ -5,13 +5,22 @@
 On the embedded model, with half of its rows: the recipe `quickstart` with each start, with checkpoints or copies of the
 half-trained model as experts, once with seed data held out and balanced buckets, once with those of the training set
 and lowest loss (the paper's). The two choices train on other rows (held-out seed data are not trained on), so they are
-two comparisons. Resumable; `--only held_out` and `--only train` may run side by side with OMP_NUM_THREADS=1.
+two comparisons. Resumable; `--only held_out` and `--only train` may run side by side with OMP_NUM_THREADS=1. When both
+are there, prints one table of them: loss after post-training and before it, how often the router ranks the assigned
+expert of unseen seed samples first, and paired tests over all pairs of a seed and a column.
 """
 
 import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from upcycle.compare import compare
+from upcycle.compare import COMPARISON, compare, paired, spread
+from upcycle.console import say, table
+from upcycle.pipeline import MOE, MOE_INIT
 from upcycle.reporting.figures import comparison_figure
 
 STARTS = ("random", "mean_hidden", "kmeans", "ridge", "upit", "contrastive")
@@ -21,6 +30,51 @@ SEED_DATA = {
     "train": "route.seed_from=train route.assignment=lowest_loss",
 }
 COMMON = "quickstart data.fraction=0.5 evaluate.models=ends"
+
+
+def read(cell: Path, *keys: str | Path) -> Any:
+    file, *inner = keys
+    value = json.loads((cell / file).read_text())
+    for key in inner:
+        value = value[key]
+    return value
+
+
+MEASURES: dict[str, Callable[[Path], float]] = {
+    "loss after post-training": lambda cell: read(cell, "evaluate/scores.json", MOE, "loss", "all"),
+    "loss before post-training": lambda cell: read(cell, "evaluate/scores.json", MOE_INIT, "loss", "all"),
+    "ranks the assigned expert first": lambda cell: read(cell, "route/report.json", "held_out", "accuracy"),
+}
+
+
+def folder(out: Path, name: str, copies: str, start: str, seed: int) -> Path:
+    """Of a cell, as `compare` numbers the variants."""
+    return out / name / f"{EXPERTS.index(copies) * len(STARTS) + STARTS.index(start)}-seed{seed}"
+
+
+def show_all(out: Path, seeds: int) -> None:
+    """Each measure by start and column, and each start against `random` over all columns, paired by seed."""
+    columns = list(itertools.product(SEED_DATA, EXPERTS))
+    for title, measure in MEASURES.items():
+        found = {
+            (name, copies, start): [measure(folder(out, name, copies, start, seed)) for seed in range(seeds)]
+            for name, copies in columns
+            for start in STARTS
+        }
+        rows = []
+        for start in STARTS:
+            cells = [found[*column, start] for column in columns]
+            flat, reference = ([v for c in columns for v in found[*c, which]] for which in (start, "random"))
+            test = paired(flat, reference) if start != "random" else {}
+            against = [f"{test['difference']:+.3f}", f"{test['p']:.3f}"] if test else ["", ""]
+            rows.append((start, *(f"{statistics.fmean(v):.3f} +- {spread(v):.3f}" for v in cells), *against))
+        heads = [f"{'copies' if copies == 'last' else 'checkpoints'}, {name}" for name, copies in columns]
+        table(title, ("start", *heads, "against random", "p"), rows)
+        both = [[v for n in SEED_DATA for start in STARTS for v in found[n, copies, start]] for copies in EXPERTS]
+        test = paired(*both)
+        say(f"{title}: checkpoints against copies {test['difference']:+.4f} (p {test['p']:.2f}, {len(both[0])} pairs)")
+        within = [paired(found[*c, s], found[*c, "random"])["p"] for c in columns for s in STARTS if s != "random"]
+        say(f"{title}: smallest p of the {len(within)} tests against random within a column: {min(within):.3f}")
 
 
 def main() -> None:
@@ -38,6 +92,8 @@ def main() -> None:
             ]
             found = compare(variants, arguments.seeds, arguments.out / name, force=False)
             comparison_figure(found, arguments.out / f"{name}.png")
+    if all((arguments.out / name / COMPARISON).exists() for name in SEED_DATA):
+        show_all(arguments.out, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -186,8 +186,8 @@ class AssembleSettings(Settings):
 class RouteSettings(Settings):
     """Stage 3, router initialization."""
 
-    start: Literal["upit", "contrastive", "ridge", "kmeans", "mean_hidden", "random"] = "upit"
-    """How the router starts: the paper's pre-optimisation, or another row of docs/paper.md's table of starts."""
+    start: Literal["upit", "contrastive", "ridge", "kmeans", "mean_hidden", "random"] = "contrastive"
+    """How the router starts, a row of docs/paper.md's table of starts (paper: upit, its pre-optimisation)."""
     seed_from: Literal["held_out", "train"] = "held_out"
     """Seed data: held out of all training (default, see docs/paper.md) or from the training set (paper)."""
     seed_fraction: float = Field(0.01, gt=0, lt=1)

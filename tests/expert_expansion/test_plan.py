@@ -168,7 +168,7 @@ def test_the_base_may_be_an_expert(similarity: str) -> None:
 
 def test_children_that_are_not_linear_are_measured(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     settings = ExpandSettings(num_experts=5, merge="ties", drop_rate=0.6)
-    plan = expand(base, points(3), checkpoints, settings, 7, tmp_path)
+    plan = expand(base, points(3), checkpoints, settings, False, 7, tmp_path)
     children = [Child(e.parents, e.weights) for e in plan.children]
     flat = [[], [], [], [], []]
     readers = [ModelReader(folder) for folder in (base, *checkpoints)]

@@ -53,7 +53,7 @@ def test_a_checkpoint_that_does_not_belong_to_the_base_is_named(
 ) -> None:
     odd = tmp_path / "odd"
     shutil.copytree(checkpoints[1], odd)
-    adopt(base, [(checkpoints[0], ""), (odd, "")], tmp_path)
+    adopt(base, [(checkpoints[0], ""), (odd, "")], "ffn", tmp_path)
     change(odd)
     with pytest.raises(UpcycleError, match=message):
-        adopt(base, [(checkpoints[0], ""), (odd, "")], tmp_path)
+        adopt(base, [(checkpoints[0], ""), (odd, "")], "ffn", tmp_path)

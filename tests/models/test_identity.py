@@ -150,7 +150,7 @@ def test_children_in_the_moe_are_those_of_the_lineage(
     """With the base as an expert, and two children, whatever the kernel."""
     settings = ExpandSettings(num_experts=6, merge=merge, keep_base=True)
     named = [Checkpoint(f.name, str(f)) for f in checkpoints]
-    plan = expand(base, named, checkpoints, settings, 5, tmp_path)
+    plan = expand(base, named, checkpoints, settings, False, 5, tmp_path)
     assemble(base, checkpoints, plan, AssembleSettings(), None, 0.02, 0, tmp_path)
     made, readers = ModelReader(tmp_path), [ModelReader(f) for f in (base, *checkpoints)]
     for dense, name in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):

@@ -26,7 +26,7 @@ def moe(base: Path, checkpoints: list[Path], tmp_path: Path) -> Path:
     out = tmp_path / "moe"
     out.mkdir()
     settings = ExpandSettings(num_experts=6, keep_base=True)
-    plan = expand(base, [Checkpoint(f.name, str(f)) for f in checkpoints], checkpoints, settings, 0, out)
+    plan = expand(base, [Checkpoint(f.name, str(f)) for f in checkpoints], checkpoints, settings, False, 0, out)
     assemble(base, checkpoints, plan, AssembleSettings(), None, 0.02, 0, out)
     (out / "plan.json").unlink()
     return out
@@ -62,7 +62,7 @@ def test_distances_are_a_metric_that_a_dendrogram_can_use(
     kind: str, base: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     settings = ExpandSettings(num_experts=6, keep_base=True, similarity=kind)
-    plan = expand(base, [Checkpoint(f.name, str(f)) for f in checkpoints], checkpoints, settings, 0, tmp_path)
+    plan = expand(base, [Checkpoint(f.name, str(f)) for f in checkpoints], checkpoints, settings, False, 0, tmp_path)
     distances = expert_distances(plan)
     assert np.isfinite(distances).all()
     assert (distances >= 0).all()
