@@ -14,8 +14,8 @@ from upcycle.errors import UpcycleError
 from upcycle.model_upcycling.export import export
 from upcycle.models.folders import load_model
 from upcycle.pipeline import Run, run_stages
-from upcycle.recipe import Recipe, load_recipe, parse_recipe
-from worlds import IDS, logits, make_adapter
+from upcycle.recipe import parse_recipe
+from worlds import IDS, logits, make_adapter, shrunk
 
 PLAIN = """
 import sys, torch
@@ -26,18 +26,6 @@ assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatc
 assert model.config.model_type == "mixtral"
 torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
 """
-
-
-def shrunk(name: str, tiny: dict[str, Any], **changes: Any) -> Recipe:
-    """A shipped recipe with the sizes of the tiny one."""
-    values = load_recipe(name).model_dump() | {key: tiny[key] for key in ("base", "data")}
-    for section in ("prepare", "posttrain", "route", "evaluate"):
-        values[section] |= tiny[section]
-    values["lora"] |= {"rank": 4}
-    values["evaluate"] |= {"exact_match": False, "models": "ends"}
-    for section, settings in changes.items():
-        values[section] |= settings
-    return parse_recipe(values, name)
 
 
 @pytest.mark.parametrize("name", ["upit-lora", "lora-moe", "self-moe", "pesc"])

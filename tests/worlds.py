@@ -10,7 +10,7 @@ from upcycle.model_upcycling.assemble import assemble
 from upcycle.model_upcycling.mixture import assemble_mixture
 from upcycle.models.folders import load_model
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
-from upcycle.recipe import AssembleSettings, LoraSettings
+from upcycle.recipe import AssembleSettings, LoraSettings, Recipe, load_recipe, parse_recipe
 
 IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
 
@@ -19,6 +19,18 @@ def plan_of(num_checkpoints: int) -> ExpansionPlan:
     """Every checkpoint an expert, no children."""
     experts = tuple(Expert(f"c{i}", "checkpoint", checkpoint=i) for i in range(num_checkpoints))
     return ExpansionPlan(experts, "dare", 0.2, 0, "cosine", ((0.0,) * num_checkpoints,) * num_checkpoints)
+
+
+def shrunk(name: str, tiny: dict[str, Any], **changes: Any) -> Recipe:
+    """A shipped recipe with the sizes of the tiny one."""
+    values = load_recipe(name).model_dump() | {key: tiny[key] for key in ("base", "data")}
+    for section in ("prepare", "posttrain", "route", "evaluate"):
+        values[section] |= tiny[section]
+    values["lora"] |= {"rank": 4}
+    values["evaluate"] |= {"exact_match": False, "models": "ends"}
+    for section, settings in changes.items():
+        values[section] |= settings
+    return parse_recipe(values, name)
 
 
 def make_adapter(base: Path, folder: Path, seed: int, rank: int = 4, **config: Any) -> Path:

@@ -88,6 +88,10 @@ class ExpansionPlan:
     gram: tuple[tuple[float, ...], ...]
     adapters: Literal["apart", "product"] | None = None
     """How LoRA experts are merged; None: experts are whole FFNs."""
+    perturb: str = "none"
+    """How copies are made different (`merging.perturb`), at assembly; `gram` is from before."""
+    perturb_rate: float = 0.0
+    noise_std: float = 0.0
 
     @property
     def children(self) -> tuple[Expert, ...]:

@@ -123,10 +123,16 @@ class LoraSettings(Settings):
 class ExpandSettings(Settings):
     """Stage 2, expert expansion: from the n checkpoints to any number of experts."""
 
-    num_experts: int = Field(8, ge=2)
-    """Experts per MoE layer, m."""
+    num_experts: int = Field(8, ge=1)
+    """Experts per MoE layer, m; 1 is a dense model in the same machinery."""
     copies_of: Literal["none", "last", "base"] = "none"
     """Instead of different experts, m copies of the last checkpoint or of the base (vanilla upcycling)."""
+    perturb: Literal["none", "noise", "drop"] = "none"
+    """How copies are made different: noise on weights, or channels drawn anew (Drop-Upcycling)."""
+    perturb_rate: float = Field(0.5, gt=0, le=1)
+    """Share of the weights that get noise, or of the channels that are drawn anew."""
+    noise_std: float = Field(0.02, gt=0)
+    """Standard deviation of the noise."""
     num_checkpoints: int | None = Field(None, ge=1)
     """How many checkpoints become experts, n; none given: all, or as many as there are experts."""
     select: Literal["uniform", "last", "farthest"] = "uniform"
@@ -286,6 +292,16 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _copies_alone_are_perturbed(self) -> "Recipe":
+        expand = self.expand
+        if expand.perturb != "none" and (expand.copies_of == "none" or self.prepare.adapters):
+            raise ValueError(
+                f"expand.perturb is {expand.perturb}, which makes copies of an FFN different; set "
+                "expand.copies_of=last or base (adapters differ already)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_fit(self) -> "Recipe":
         if self.prepare.adapters and self.assemble.shared == "mean":
             raise ValueError("assemble.shared is mean, but adapters share the base's weights; leave it out")
@@ -305,7 +321,7 @@ class Recipe(Settings):
         k, m = self.assemble.num_experts_per_tok, self.expand.num_experts
         if k > m:
             raise ValueError(f"assemble.num_experts_per_tok is {k}, more than expand.num_experts, {m}")
-        if k == 1 and self.posttrain.freeze != "router":
+        if k == 1 and m > 1 and self.posttrain.freeze != "router":
             raise ValueError(
                 "assemble.num_experts_per_tok is 1: weights are renormalised over the chosen experts, so that of one "
                 "is always 1 and the language-model loss gives the router no gradient; take 2 or more, or keep the "

@@ -26,7 +26,9 @@ def routing_metrics(shares: dict[str, Shares]) -> dict[str, dict[str, list[float
 
 
 def entropy(shares: Sequence[float]) -> float:
-    """-sum_i s_i log s_i over log E: 1 when all experts get the same, 0 when one gets all."""
+    """-sum_i s_i log s_i over log E: 1 when all experts get the same (or there is one), 0 when one gets all."""
+    if len(shares) == 1:
+        return 1.0
     return -sum(s * math.log(s) for s in shares if s > 0) / math.log(len(shares))
 
 

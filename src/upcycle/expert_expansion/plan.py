@@ -75,8 +75,18 @@ def make_plan(
 
 def _plan(experts: Sequence[Expert], gram: Gram, settings: ExpandSettings, seed: int, adapters: bool) -> ExpansionPlan:
     values = tuple(map(tuple, gram.tolist()))
-    how = settings.adapters if adapters else None
-    return ExpansionPlan(tuple(experts), settings.merge, settings.drop_rate, seed, settings.similarity, values, how)
+    return ExpansionPlan(
+        tuple(experts),
+        settings.merge,
+        settings.drop_rate,
+        seed,
+        settings.similarity,
+        values,
+        adapters=settings.adapters if adapters else None,
+        perturb=settings.perturb,
+        perturb_rate=settings.perturb_rate,
+        noise_std=settings.noise_std,
+    )
 
 
 def similarities(gram: Gram, kind: str) -> Gram:

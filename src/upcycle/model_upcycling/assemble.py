@@ -18,11 +18,12 @@ from upcycle.console import say, warn
 from upcycle.errors import UpcycleError
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise
+from upcycle.merging.perturb import perturbed
 from upcycle.models.clients import CLIENTS, limits
 from upcycle.models.families import moe_config
 from upcycle.models.folders import LINEAGE, copy_companions, require_space, write_config
 from upcycle.models.identity import check_identity
-from upcycle.models.layouts import FfnMove, Region, SharedMove, router_tensors
+from upcycle.models.layouts import DenseLayout, FfnMove, Region, SharedMove, router_tensors
 from upcycle.models.mapping import Mapping, map_model, needed_tensors, read_region
 from upcycle.models.routers import random_routers
 from upcycle.models.safetensors_io import DTYPE_NAMES, ModelReader, ModelWriter, pieces
@@ -70,10 +71,11 @@ def assemble(
     dtype = _storage_dtype(sources.experts[0], mapping, settings)
     hint = "lower expand.num_experts or set assemble.dtype=bfloat16"
     require_space(out_dir, mapping.num_parameters() * dtype.itemsize, "the MoE", hint)
+    layout = mapping.family.layout
     with ModelWriter(out_dir, mapping.specs(dtype)) as writer:
         shared_from = sources.shared(settings.shared)
         map_tensors(lambda move: _write_shared(writer, move, shared_from), mapping.shared, "assemble: shared weights")
-        map_tensors(lambda move: _write_experts(writer, move, sources, plan), mapping.ffn, "assemble: experts")
+        map_tensors(lambda move: _write_experts(writer, move, sources, plan, layout), mapping.ffn, "assemble: experts")
         for name, tensor in _small_tensors(mapping, router_std, seed).items():
             writer.write(name, tensor)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -84,7 +86,7 @@ def assemble(
     plan.save(out_dir / LINEAGE)
     millions = mapping.num_parameters() / 1e6
     say(f"assemble: {mapping.family.moe.model_type} with {experts} experts, {millions:.1f}M parameters in {dtype_name}")
-    _compare(mapping, sources, settings, dtype, out_dir)
+    _compare(mapping, sources, plan, settings, dtype, out_dir)
     for limit in limits(config):
         if limit.silent:
             warn(f"{CLIENTS[limit.client]} loads this {limit.moe} but {limit.what}: its output will be another")
@@ -104,7 +106,13 @@ def _open(base: Path, folders: Sequence[Path], plan: ExpansionPlan) -> _Sources:
     return _Sources(first, checkpoints, experts)
 
 
-def _write_experts(writer: ModelWriter, move: FfnMove, sources: _Sources, plan: ExpansionPlan) -> None:
+def _write_experts(
+    writer: ModelWriter, move: FfnMove, sources: _Sources, plan: ExpansionPlan, layout: DenseLayout
+) -> None:
+    if plan.perturb != "none":
+        for number, target in enumerate(move.experts):
+            writer.write(target.tensor, _expert(sources, plan, layout, number, move.dense), target.element)
+        return
     source, children = move.dense, [Child(e.parents, e.weights) for e in plan.children]
     for begin, count in pieces(source.count, source.count if KERNELS[plan.merge].whole_tensor else PIECE):
         start = source.element + begin
@@ -112,6 +120,24 @@ def _write_experts(writer: ModelWriter, move: FfnMove, sources: _Sources, plan: 
         made = materialise(theta, experts, children, plan.merge, plan.drop_rate, plan.seed, source.tensor, start)
         for target, values in zip(move.experts, chain(experts, made), strict=True):
             writer.write(target.tensor, values, target.element + begin)
+
+
+def _expert(sources: _Sources, plan: ExpansionPlan, layout: DenseLayout, number: int, region: Region) -> Tensor:
+    """A weight of an expert that is a checkpoint, the base or a perturbed copy of one."""
+    weight = read_region(sources.experts[number], region)
+    if plan.perturb == "none":
+        return weight
+    channels = 1 if region.tensor.endswith(layout.down.tensor) else 0
+    return perturbed(
+        weight,
+        channels,
+        plan.perturb,
+        plan.perturb_rate,
+        plan.noise_std,
+        plan.seed,
+        number,
+        f"{region.tensor}.{region.row}",
+    )
 
 
 def _write_shared(writer: ModelWriter, move: SharedMove, readers: Sequence[ModelReader]) -> None:
@@ -145,14 +171,20 @@ def _storage_dtype(reader: ModelReader, mapping: Mapping, settings: AssembleSett
 
 
 def _compare(
-    mapping: Mapping, sources: _Sources, settings: AssembleSettings, dtype: torch.dtype, out_dir: Path
+    mapping: Mapping,
+    sources: _Sources,
+    plan: ExpansionPlan,
+    settings: AssembleSettings,
+    dtype: torch.dtype,
+    out_dir: Path,
 ) -> None:
     """Logits of what was written, every expert being the last that exists as a dense model, against that model's."""
-    made, shared = ModelReader(out_dir), sources.shared(settings.shared)
+    made, shared, last = ModelReader(out_dir), sources.shared(settings.shared), len(sources.experts) - 1
 
     def dense(region: Region) -> Tensor:
-        readers = shared if region.tensor in mapping.shapes else sources.experts[-1:]
-        return _mean([read_region(reader, region) for reader in readers]).to(dtype)
+        if region.tensor in mapping.shapes:
+            return _mean([read_region(reader, region) for reader in shared]).to(dtype)
+        return _expert(sources, plan, mapping.family.layout, last, region).to(dtype)
 
-    difference = check_identity(mapping, dense, partial(read_region, made), len(sources.experts) - 1)
+    difference = check_identity(mapping, dense, partial(read_region, made), last)
     say(f"assemble: logits of a cut-down copy with equal experts are the dense model's (difference {difference:.0e})")

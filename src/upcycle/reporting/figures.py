@@ -92,13 +92,14 @@ def load_figure(log: list[dict[str, Any]], path: Path) -> None:
     lines.set_xlabel("step")
     lines.set_ylabel("load, mean over layers (1: even)")
     if load.shape[2] <= MAX_LABELLED:
-        lines.legend(fontsize=7, ncols=3)
+        lines.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     edges = (steps[0] - 0.5, steps[-1] + 0.5, load.shape[1] - 0.5, -0.5)
     image = layers.imshow(
         load.max(axis=2).T, cmap="magma", vmin=1, aspect="auto", interpolation="nearest", extent=edges
     )
     layers.set_xlabel("step")
     layers.set_ylabel("layer")
+    layers.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=layers, label="load of the most loaded expert")
     figure.suptitle("load of the experts while post-training")
     figure.savefig(path, dpi=120)

@@ -66,6 +66,12 @@ def route(
     model = load_model(moe, compute_dtype(device), device, base)
     config = model.config.to_dict()
     random = random_routers(config["num_hidden_layers"], len(names), config["hidden_size"], settings.init_std, seed)
+    if len(names) == 1:
+        say("route: one expert: there is nothing to route")
+        _save(out_dir / ROUTER, random, router_keys(model))
+        alone: dict[str, Any] = {"start": "random", "assignment": settings.assignment, "buckets": [], "samples": [], "log": []}
+        write_json(out_dir / "report.json", alone)
+        return alone
     scored = [*fit, *test]
     losses = expert_losses(model, scored, len(names), settings.tokens_per_batch, pad_token_id).double().numpy()
     experts = assign(losses[: len(fit)], fit, settings.assignment)

@@ -1,0 +1,84 @@
+"""Every upcycling method is a recipe: each runs end to end, and starts from what its paper says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.merging.perturb import add_noise, perturbed, redraw
+from upcycle.models.folders import load_model
+from upcycle.models.safetensors_io import ModelReader
+from upcycle.pipeline import Run, run_stages
+from upcycle.recipe import parse_recipe
+from worlds import logits, shrunk
+
+EXPERTS = {"sft": 1, "btx": 2}
+
+
+@pytest.mark.parametrize("name", ["sft", "vanilla", "vanilla-sft", "noise", "drop", "btx", "upit", "upit-paper"])
+def test_each_method_runs_and_learns(name: str, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    count = EXPERTS.get(name, 4)
+    assemble = {"num_experts_per_tok": min(2, count)}
+    recipe = shrunk(name, tiny_recipe, expand={"num_experts": count}, assemble=assemble)
+    run = Run(recipe, tmp_path / "run")
+    run_stages(run)
+    scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
+    assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
+    assert load_model(run.folder / "posttrain", torch.float32).config.num_local_experts == count
+    assert run.recipe.prepares == (name in ("vanilla-sft", "btx", "upit", "upit-paper"))
+    if name in ("sft", "vanilla"):
+        torch.testing.assert_close(logits(run.folder / "assemble"), logits(run.base), rtol=0, atol=1e-5)
+    if name == "btx":
+        assert [e.name for e in run.plan.experts] == ["domain-copy", "domain-reverse"]
+
+
+def experts_of(run: Run, weight: str) -> list[torch.Tensor]:
+    reader = ModelReader(run.folder / "assemble")
+    names = [f"model.layers.1.block_sparse_moe.experts.{e}.{weight}.weight" for e in range(3)]
+    return [reader.tensor(name) for name in names]
+
+
+def test_drop_draws_the_same_channels_of_all_three_weights_anew(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    run = Run(shrunk("drop", tiny_recipe, expand={"num_experts": 3, "perturb_rate": 0.25}), tmp_path / "run")
+    run_stages(run, ("prepare", "expand", "assemble"))
+    dense = ModelReader(run.base)
+    changed = []
+    for weight, source, across in (("w1", "gate_proj", 1), ("w3", "up_proj", 1), ("w2", "down_proj", 0)):
+        old = dense.tensor(f"model.layers.1.mlp.{source}.weight")
+        differs = [(new != old) for new in experts_of(run, weight)]
+        assert all(torch.equal(d.all(dim=across), d.any(dim=across)) for d in differs)  # whole channels
+        changed.append([d.any(dim=across).nonzero()[:, 0].tolist() for d in differs])
+    assert changed[0] == changed[1] == changed[2]
+    assert all(len(channels) == 12 for channels in changed[0])  # a quarter of 48
+    assert changed[0][0] != changed[0][1] != changed[0][2]
+
+
+def test_noise_falls_on_a_share_of_the_weights(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    run = Run(shrunk("noise", tiny_recipe, expand={"num_experts": 3}), tmp_path / "run")
+    run_stages(run, ("prepare", "expand", "assemble"))
+    old = ModelReader(run.base).tensor("model.layers.1.mlp.up_proj.weight")
+    noise = [new - old for new in experts_of(run, "w3")]
+    assert all(0.45 < (n != 0).float().mean() < 0.55 for n in noise)
+    assert all(n[n != 0].std().item() == pytest.approx(0.02, rel=0.1) for n in noise)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_what_is_drawn_has_the_mean_and_deviation_of_what_it_replaces() -> None:
+    weight = 3 + 0.5 * torch.randn(2000, 30, generator=torch.Generator().manual_seed(0))
+    weight[:100] = 0
+    new = redraw(weight, 0, torch.arange(100, 1100), torch.Generator().manual_seed(1))
+    assert torch.equal(new[:100], weight[:100])
+    assert torch.equal(new[1100:], weight[1100:])
+    assert new[100:1100].mean().item() == pytest.approx(3, abs=0.02)
+    assert new[100:1100].std().item() == pytest.approx(0.5, abs=0.02)
+    again = perturbed(weight, 0, "drop", 0.5, 0, 7, 1, "model.layers.0.mlp.up_proj.weight.0")
+    assert torch.equal(again, perturbed(weight, 0, "drop", 0.5, 0, 7, 1, "model.layers.0.mlp.up_proj.weight.0"))
+    assert torch.equal(add_noise(weight, 0.0, 1.0, torch.Generator()), weight)
+
+
+def test_only_copies_are_perturbed(tiny_recipe: dict[str, Any]) -> None:
+    with pytest.raises(UpcycleError, match=r"expand.perturb is drop, .*set expand.copies_of=last or base"):
+        parse_recipe({**tiny_recipe, "expand": {"perturb": "drop"}}, "test")
