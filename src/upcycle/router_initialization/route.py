@@ -69,9 +69,9 @@ def route(
     if len(names) == 1:
         say("route: one expert: there is nothing to route")
         _save(out_dir / ROUTER, random, router_keys(model))
-        alone: dict[str, Any] = {"start": "random", "assignment": settings.assignment, "buckets": [], "samples": [], "log": []}
-        write_json(out_dir / "report.json", alone)
-        return alone
+        empty: dict[str, Any] = {"start": "random", "assignment": settings.assignment, "buckets": [], "samples": []}
+        write_json(out_dir / "report.json", empty)
+        return empty
     scored = [*fit, *test]
     losses = expert_losses(model, scored, len(names), settings.tokens_per_batch, pad_token_id).double().numpy()
     experts = assign(losses[: len(fit)], fit, settings.assignment)
