@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "models", "data", *LEAVES},
     "assets": {"data"},
     "pipeline": {*STAGES, "evaluation", "models", "data", *LEAVES},
-    "reporting": {"reporting", "expert_expansion", "models", *LEAVES},
+    "reporting": {"reporting", "evaluation", "expert_expansion", "models", *LEAVES},
     "compare": {"pipeline", *LEAVES},
-    "cli": {"upcycle", "pipeline", "compare", "model_upcycling", "models", "reporting", *LEAVES},
+    "benchmarking": {"pipeline", "evaluation", "models", "reporting", *LEAVES},
+    "cli": {"upcycle", "pipeline", "compare", "benchmarking", "model_upcycling", "models", "reporting", *LEAVES},
     "__init__": {"pipeline", *LEAVES},
 }
 

@@ -76,22 +76,30 @@ def _read(name: str) -> Iterator[Row]:
 
 
 def _read_file(path: Path) -> Iterator[Row]:
+    return (to_row(value, where) for value, where in read_jsonl(path))
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
+    """The decoded lines of a JSONL file, plain or .gz, each with its place; empty lines are passed over.
+
+    Raises:
+        UpcycleError: a line that is not JSON, or a file that is not UTF-8.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _parse(line, f"{path}:{number}")
+                    yield _decode(line, f"{path}:{number}"), f"{path}:{number}"
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise UpcycleError(f"{path} cannot be read as UTF-8 JSONL: {error}") from None
 
 
-def _parse(line: str, where: str) -> Row:
+def _decode(line: str, where: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise UpcycleError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
-    return to_row(value, where)
 
 
 def to_row(value: Any, where: str) -> Row:

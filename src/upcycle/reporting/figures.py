@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upcycle.artifacts import ExpansionPlan
+from upcycle.evaluation.benchmark import main_figure
 from upcycle.expert_expansion.plan import expert_similarities
 
 MAX_LABELLED = 16
@@ -74,6 +75,32 @@ def routing_figure(shares: dict[str, Any], path: Path) -> None:
         axes.set_xticks(range(table.shape[2]), [f"E{e}" for e in range(table.shape[2])])
     figure.colorbar(image, ax=figure.axes, shrink=0.8, label="share of routed tokens")
     figure.suptitle(f"which expert gets which domain (even: {1 / table.shape[2]:.0%})")
+    figure.savefig(path, dpi=120)
+
+
+def benchmark_figure(found: dict[str, Any], path: Path) -> None:
+    """Score of each model on each benchmark, a heat map; the best model of a benchmark is framed (UpIT, figure 2).
+
+    Args:
+        found: model to benchmark to scores.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    models, tasks = list(found), list(next(iter(found.values())))
+    values = np.array([[main_figure(found[model][task])[0] for task in tasks] for model in models])
+    figure = Figure(figsize=(0.9 * len(tasks) + 4, 0.4 * len(models) + 2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=max(values.max(), 1e-9), aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        colour = "black" if value > 0.6 * values.max() else "white"
+        axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8, color=colour)
+    for column, row in enumerate(values.argmax(axis=0)):
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
+    axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
+    axes.set_yticks(range(len(models)), models)
+    figure.colorbar(image, ax=axes, label="accuracy or exact match")
+    figure.suptitle("which model is best at which benchmark")
     figure.savefig(path, dpi=120)
 
 

@@ -1,0 +1,73 @@
+"""What `upcycle benchmark` scores: the models of a run, or any model folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.pipeline import MOE, Run
+from upcycle.recipe import load_recipe
+
+
+def run_benchmark(
+    paths: Sequence[str],
+    tasks: Sequence[str],
+    task_folder: Path | None,
+    experts: bool,
+    out: Path,
+    limit: int | None,
+    chat_template: bool,
+) -> dict[str, Any]:
+    """Score runs and model folders; write `benchmark.json` and `benchmark.png` into `out`.
+
+    Args:
+        tasks: names of task files in `task_folder`, or without one of lm-eval's own tasks.
+        experts: also each expert of a run's MoE before post-training, alone.
+
+    Raises:
+        UpcycleError: nothing to score, no task, or what `benchmark` refuses.
+    """
+    from upcycle.evaluation.benchmark import benchmark
+    from upcycle.evaluation.tasks import read_tasks
+    from upcycle.reporting.figures import benchmark_figure
+
+    if not tasks and task_folder is None:
+        raise UpcycleError("no task: give --tasks with names that lm-eval knows, or --task-folder with *.jsonl files")
+    chosen: dict[str, Any] = read_tasks(task_folder, tasks) if task_folder else {name: name for name in tasks}
+    found = benchmark(contenders(paths, experts), chosen, out, limit, chat_template)
+    benchmark_figure(found, out / "benchmark.png")
+    return found
+
+
+def contenders(paths: Sequence[str], experts: bool) -> list[Any]:
+    """Of a run: base, checkpoints, the experts alone if wanted, the MoE; of any other path: the model there."""
+    from upcycle.evaluation.benchmark import Contender
+    from upcycle.models.folders import find_model
+
+    found: list[Any] = []
+    for path in paths:
+        if (Path(path) / "recipe.yaml").is_file():
+            prefix = f"{Path(path).name}: " if len(paths) > 1 else ""
+            found += _of_run(Run(load_recipe(str(Path(path) / "recipe.yaml")), Path(path)), prefix, experts)
+        else:
+            found.append(Contender(Path(path).name, find_model(path)))
+    names = [contender.name for contender in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UpcycleError(f"two models are called {twice[0]}; rename a folder, so that the table can tell them apart")
+    return found
+
+
+def _of_run(run: Run, prefix: str, experts: bool) -> list[Any]:
+    from upcycle.evaluation.benchmark import Contender
+
+    moe = run.folder / "posttrain"
+    if not (moe / "manifest.json").is_file():
+        raise UpcycleError(f"{run.folder} is not finished: it has no posttrain/manifest.json; go on with `upcycle run`")
+    dense = zip(run.checkpoints, run.checkpoint_folders, strict=True)
+    alone = enumerate(run.plan.experts) if experts else ()
+    return [
+        Contender(f"{prefix}base", run.base),
+        *(Contender(f"{prefix}{checkpoint.name}", folder, base=run.base) for checkpoint, folder in dense),
+        *(Contender(f"{prefix}E{i} {e.name} alone", run.routed_moe, i, run.base) for i, e in alone),
+        Contender(f"{prefix}{MOE}", moe, base=run.base),
+    ]

@@ -1,0 +1,177 @@
+"""Benchmarks through lm-evaluation-harness, for any model: a folder, or an expert of a MoE alone.
+
+The only place that imports lm_eval. A score is kept by the hash of the model and of the task, so that nothing is scored
+twice and an interrupted benchmark goes on where it stopped.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.artifacts import digest, hash_model, library_versions, write_json
+from upcycle.console import say, table
+from upcycle.errors import UpcycleError
+from upcycle.models.folders import compute_dtype, load_model, pick_device
+from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
+
+MAIN = ("acc_norm,none", "acc,none", "exact_match,answer", "exact_match,none")
+"""The figure of a task that a table shows: the first of these that it has."""
+MAX_ANSWER = 128
+"""Tokens of an answer that is generated, if the model can take twice as many."""
+STDERR_RESAMPLES = 100
+"""Not 0, with which lm-eval leaves out the standard error of a mean too."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to be scored."""
+
+    name: str
+    folder: Path
+    expert: int | None = None
+    """This expert of a MoE alone: every token is routed to it."""
+    base: Path | None = None
+    """The dense model of adapters."""
+
+
+def benchmark(
+    contenders: Sequence[Contender],
+    tasks: Mapping[str, dict[str, Any] | str],
+    out_dir: Path,
+    limit: int | None = None,
+    chat_template: bool = True,
+    batch_size: int = 16,
+) -> dict[str, dict[str, Any]]:
+    """Score every model on every task; write `scores.json` and print a table with standard errors.
+
+    Args:
+        tasks: name to a configuration of ours, or to a name that lm-eval knows.
+        limit: only so many rows of each task.
+        chat_template: ask as a chat; without, as plain text.
+
+    Returns:
+        Model name to task name to {metric: value, metric's standard error, rows}.
+
+    Raises:
+        UpcycleError: a model without a chat template that is to be asked as a chat.
+    """
+    how = {"limit": limit, "chat_template": chat_template, "versions": library_versions()}
+    found: dict[str, dict[str, Any]] = {}
+    for contender in contenders:
+        scores = found[contender.name] = {}
+        model = digest([hash_model(contender.folder), contender.expert])
+        missing = {}
+        for name, task in tasks.items():
+            place = out_dir / "cache" / f"{digest([model, name, _content(task), how])}.json"
+            if place.exists():
+                scores[name] = json.loads(place.read_text())
+            else:
+                missing[name] = place
+        if missing:
+            with _loaded(contender) as (network, tokenizer):
+                _check_template(contender, tokenizer, chat_template)
+                for name, place in missing.items():
+                    say(f"benchmark: {contender.name} on {name} ...")
+                    scores[name] = _score(network, tokenizer, tasks[name], limit, chat_template, batch_size)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(place, scores[name])
+    ordered = {model: {name: scores[name] for name in tasks} for model, scores in found.items()}
+    write_json(out_dir / "benchmark.json", ordered)
+    show(ordered)
+    return ordered
+
+
+@contextmanager
+def _loaded(contender: Contender) -> Iterator[tuple[Any, Any]]:
+    """The model, forced to an expert if asked, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    device = pick_device()
+    model = load_model(contender.folder, compute_dtype(device), device, contender.base)
+    tokenizer = AutoTokenizer.from_pretrained(contender.folder)
+    if contender.expert is None:
+        yield model, tokenizer
+        return
+    rows = RowExperts()
+    rows.experts = torch.tensor([contender.expert], device=device)
+    with swapped_routers(model, lambda _: ForcedRouter(rows, num_experts(model))):
+        yield model, tokenizer
+
+
+def num_experts(model: Any) -> int:
+    """Of a MoE or a mixture of adapters."""
+    from upcycle.models.folders import router_modules
+
+    return int(router_modules(model)[0].weight.shape[0])
+
+
+def _score(network: Any, tokenizer: Any, task: Any, limit: int | None, chat: bool, batch_size: int) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    length = network.config.max_position_embeddings
+    lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, max_length=length)
+    own = isinstance(task, dict)
+    if own and task["output_type"] == "generate_until":
+        task = {
+            **task,
+            "generation_kwargs": {**task["generation_kwargs"], "max_gen_toks": min(MAX_ANSWER, length // 2)},
+        }
+    result: Any = simple_evaluate(
+        model=lm,
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=not own),
+        limit=limit,
+        bootstrap_iters=STDERR_RESAMPLES,
+        apply_chat_template=chat,
+        log_samples=False,
+    )
+    (name, scores), *_ = result["results"].items()
+    figures = {key: value for key, value in scores.items() if isinstance(value, (int, float)) and "," in key}
+    return {**figures, "rows": result["n-samples"][name]["effective"]}
+
+
+def _check_template(contender: Contender, tokenizer: Any, chat: bool) -> None:
+    if chat and not tokenizer.chat_template:
+        raise UpcycleError(
+            f"{contender.folder} has no chat template; ask it as plain text with --no-chat-template, or give the model "
+            "folder a chat_template.jinja"
+        )
+
+
+def _content(task: dict[str, Any] | str) -> Any:
+    if isinstance(task, str):
+        return task
+    return {**task, "custom_dataset": task["custom_dataset"]()["test"].to_list()}
+
+
+def main_figure(scores: Mapping[str, Any]) -> tuple[float, float]:
+    """The figure that a table shows, and its standard error."""
+    key = next((key for key in MAIN if key in scores), None)
+    if key is None:
+        key = next(key for key in scores if "stderr" not in key and key != "rows")
+    metric, _, kind = key.partition(",")
+    return scores[key], scores.get(f"{metric}_stderr,{kind}", float("nan"))
+
+
+def show(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Model by task, with standard errors; the best of each task is marked."""
+    tasks = list(next(iter(found.values())))
+    best = {task: max(main_figure(scores[task])[0] for scores in found.values()) for task in tasks}
+    rows = []
+    for model, scores in found.items():
+        figures = [main_figure(scores[task]) for task in tasks]
+        cells = [
+            f"{value:.1%} +- {error:.1%}" + "*" * (value == best[task])
+            for task, (value, error) in zip(tasks, figures, strict=True)
+        ]
+        rows.append((model, f"{sum(value for value, _ in figures) / len(figures):.1%}", *cells))
+    table("benchmarks (mean; accuracy or exact match +- standard error, * best)", ("model", "mean", *tasks), rows)

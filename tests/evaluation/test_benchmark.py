@@ -1,0 +1,134 @@
+"""Benchmarks: rows that are refused, scores against their definition, experts alone, the cache."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from upcycle.benchmarking import contenders, run_benchmark
+from upcycle.data.chat import load_tokenizer
+from upcycle.errors import UpcycleError
+from upcycle.evaluation import benchmark as module
+from upcycle.evaluation.benchmark import Contender, benchmark, main_figure
+from upcycle.evaluation.tasks import check_row, read_rows, read_tasks
+from upcycle.models.folders import load_model
+from worlds import assembled
+
+CHOICES = [
+    {"question": f"spell {w}", "choices": ["abc", "fedcba", "x"], "answer": i % 3} for i, w in enumerate("abcdef")
+]
+ANSWERS = [{"prompt": f"copy {w}", "answer": [w, w * 2]} for w in "abcd"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tasks")
+    with gzip.open(out / "choose.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, CHOICES)))
+    (out / "say.jsonl").write_text("\n".join(map(json.dumps, ANSWERS)))
+    return out
+
+
+def loglikelihoods(model: Any, tokenizer: Any, row: dict[str, Any]) -> list[float]:
+    chat = [{"role": "user", "content": f"Question: {row['question']}\nAnswer:"}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    found = []
+    for choice in row["choices"]:
+        context = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(f"{prompt}{choice}", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        found.append(sum(logits[i - 1, ids[i]].item() for i in range(len(context), len(ids))))
+    return found
+
+
+def test_accuracy_is_that_of_the_likeliest_choice(base: Path, folder: Path, tmp_path: Path) -> None:
+    found = benchmark([Contender("base", base)], read_tasks(folder, ["choose"]), tmp_path)["base"]["choose"]
+    model, tokenizer = load_model(base, torch.float32), load_tokenizer(base, None)
+    hits = [max(range(3), key=loglikelihoods(model, tokenizer, row).__getitem__) == row["answer"] for row in CHOICES]
+    assert found["acc,none"] == pytest.approx(sum(hits) / len(hits))
+    assert found["rows"] == 6
+    p = found["acc,none"]
+    assert found["acc_stderr,none"] == pytest.approx((p * (1 - p) / 5) ** 0.5)
+
+
+def test_an_expert_alone_scores_like_its_checkpoint(
+    base: Path, checkpoints: list[Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = assembled(base, checkpoints, tmp_path / "moe")
+    for checkpoint in checkpoints:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (checkpoint / name).write_bytes((base / name).read_bytes())
+    models = [Contender(f"c{i}", c) for i, c in enumerate(checkpoints)]
+    models += [Contender(f"E{i}", moe, expert=i) for i in range(3)]
+    tasks = read_tasks(folder)
+    found = benchmark(models, tasks, tmp_path / "out")
+    assert all(found[f"c{i}"] == found[f"E{i}"] for i in range(3))
+    monkeypatch.setattr(module, "load_model", None)  # would fail if called: all is kept
+    assert benchmark(models, tasks, tmp_path / "out") == found
+    assert json.loads((tmp_path / "out" / "benchmark.json").read_text()) == found
+
+
+def test_any_of_several_answers_counts(base: Path, folder: Path, tmp_path: Path) -> None:
+    scores = benchmark([Contender("base", base)], read_tasks(folder, ["say"]), tmp_path, limit=2)["base"]["say"]
+    assert scores["rows"] == 2
+    assert main_figure(scores)[0] == scores["exact_match,answer"]
+
+
+def test_a_folder_of_a_model_is_scored_and_drawn(base: Path, folder: Path, tmp_path: Path) -> None:
+    run_benchmark([str(base)], ["choose"], folder, False, tmp_path, 2, chat_template=False)
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UpcycleError, match="has no task chose; it has choose, say"):
+        run_benchmark([str(base)], ["chose"], folder, False, tmp_path, 2, chat_template=False)
+    with pytest.raises(UpcycleError, match="no task: give --tasks"):
+        run_benchmark([str(base)], [], None, False, tmp_path, 2, chat_template=False)
+    with pytest.raises(UpcycleError, match="two models are called"):
+        contenders([str(base), str(base)], experts=False)
+
+
+def test_a_model_without_a_template_is_named(checkpoints: list[Path], folder: Path, tmp_path: Path, base: Path) -> None:
+    bare = Path(shutil.copytree(base, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(UpcycleError, match="bare has no chat template; ask it as plain text with --no-chat-template"):
+        benchmark([Contender("bare", bare)], read_tasks(folder, ["choose"]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question": "q", "choices": ["a", "b"], "answer": 2},
+            "`answer` is 2, expected the index of one of 2 `choices`",
+        ),
+        ({"choices": ["a", "b"], "answer": 0}, "`question` is None, expected str"),
+        ({"prompt": "p", "answer": 3}, "`answer` is 3, expected a string or a list of strings"),
+        ({"prompt": "p"}, "`answer` is None, expected a string"),
+        ({"text": "p"}, "`prompt` is None, expected str"),
+        ([1], "holds list, expected an object"),
+    ],
+)
+def test_rows_that_cannot_be_asked_are_named(row: Any, message: str) -> None:
+    with pytest.raises(UpcycleError, match=f"file, line 7.*{message}"):
+        check_row(row, "file, line 7")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    for text, message in (("", "is empty"), ("{", "x.jsonl:1: not JSON")):
+        (tmp_path / "x.jsonl").write_text(text)
+        with pytest.raises(UpcycleError, match=message):
+            read_rows(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(CHOICES[0])}\n{json.dumps(ANSWERS[0])}")
+    with pytest.raises(UpcycleError, match="mixes rows with and without `choices`"):
+        read_rows(tmp_path / "x.jsonl")
+
+
+def test_a_gap_in_the_question_stands_for_the_choice(tmp_path: Path) -> None:
+    row = {"question": "I took the _ because it rained.", "choices": ["umbrella", "sun"], "answer": 0}
+    (tmp_path / "gap.jsonl").write_text(json.dumps(row))
+    (document,) = read_tasks(tmp_path)["gap"]["custom_dataset"]()["test"]
+    assert document["text"] == "I took the"
+    assert document["choices"] == ["umbrella because it rained.", "sun because it rained."]
