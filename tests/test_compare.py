@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from upcycle.compare import COMPARISON, compare, differences, labels, paired, spread, summary
+from upcycle.compare import COMPARISON, axis_values, compare, differences, labels, paired, spread, summary, sweep
 from upcycle.errors import UpcycleError
-from upcycle.reporting.figures import comparison_figure
+from upcycle.reporting.figures import comparison_figure, sweep_figure
 
 
 @pytest.fixture
@@ -48,6 +48,27 @@ def test_variants_share_what_has_the_same_inputs(recipe_file: Path, tmp_path: Pa
     again = compare(texts, 2, tmp_path / "out", force=False)  # resumed: nothing is done again
     assert str(again["summary"]) == str(found["summary"])
     assert "prepare ..." not in capsys.readouterr().out
+
+
+def test_a_sweep_runs_the_whole_grid(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
+    axes = ["expand.num_experts=2,3", "posttrain.freeze=none,router"]
+    found = sweep(str(recipe_file), axes, 1, tmp_path / "out")
+    assert [row["settings"] for row in found["summary"]] == [
+        {"expand.num_experts": m, "posttrain.freeze": freeze} for m in ("2", "3") for freeze in ("none", "router")
+    ]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "sweep, 1 seeds" in printed
+    assert printed.count("route: taken from") == 2  # freezing concerns post-training alone
+    sweep_figure(found, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert str(sweep(str(recipe_file), axes, 1, tmp_path / "out")["summary"]) == str(found["summary"])
+    assert "prepare ..." not in capsys.readouterr().out
+
+
+def test_an_axis_is_parted_at_its_commas() -> None:
+    assert axis_values("data.train=[a,b],[c]") == ["data.train=[a,b]", "data.train=[c]"]
+    with pytest.raises(UpcycleError, match=r"'seed' is not of the form section.field=value,value"):
+        axis_values("seed")
 
 
 def test_a_label_is_what_the_others_do_not_say() -> None:

@@ -131,6 +131,25 @@ def compare(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeArgument,
+    axes: Annotated[
+        list[str],
+        typer.Argument(metavar="SECTION.FIELD=VALUE,VALUE...", help="Settings with the values to go through."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and sweep.json; resumed if there.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds 0, 1, ...")] = 3,
+) -> None:
+    """Run every combination of settings with several seeds: score against data size, experts, anything."""
+    _quiet_libraries()
+    from upcycle.compare import SWEEP, sweep
+    from upcycle.reporting.figures import sweep_figure
+
+    sweep_figure(sweep(recipe, axes, seeds, out), out / "sweep.png")
+    print(f"written: {out / SWEEP}, {out / 'sweep.png'}")
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run, one of its stage folders, a MoE made here, or a plan.json.")],
     figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),

@@ -1,7 +1,9 @@
 """Recipes side by side: the same data, the same number of training tokens, several seeds, a paired test."""
 
+import itertools
 import json
 import math
+import re
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from upcycle.errors import UpcycleError
 from upcycle.pipeline import MOE, Run, run_stages
 from upcycle.recipe import load_recipe
 
-COMPARISON = "comparison.json"
+COMPARISON, SWEEP = "comparison.json", "sweep.json"
 METRICS = {"loss": "{:.4f}", "exact_match": "{:.1%}"}
 
 
@@ -38,16 +40,7 @@ def compare(texts: Sequence[str], seeds: int, out: Path, force: bool) -> dict[st
     Raises:
         UpcycleError: the variants saw other data or another number of training tokens, and `force` is not given.
     """
-    variants = [Variant(text) for text in texts]
-    cells: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
-    folders: list[Path] = []
-    for seed in range(seeds):
-        for number, variant in enumerate(variants):
-            run = variant.run(seed, out, number)
-            say(f"compare: {variant.text}, seed {seed}: {run.folder}")
-            run_stages(run, donors=folders)
-            folders.append(run.folder)
-            cells[variant.text].append(measure(run))
+    cells = run_cells(texts, seeds, out)
     problems = differences(cells)
     if problems and not force:
         raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little (--force makes it all the same)")
@@ -55,6 +48,50 @@ def compare(texts: Sequence[str], seeds: int, out: Path, force: bool) -> dict[st
     write_json(out / COMPARISON, found)
     show(found)
     return found
+
+
+def run_cells(texts: Sequence[str], seeds: int, out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Each variant's measures, a row per seed; a run folder per cell."""
+    cells: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
+    folders: list[Path] = []
+    for seed in range(seeds):
+        for number, text in enumerate(texts):
+            run = Variant(text).run(seed, out, number)
+            say(f"{text}, seed {seed}: {run.folder}")
+            run_stages(run, donors=folders)
+            folders.append(run.folder)
+            cells[text].append(measure(run))
+    return cells
+
+
+def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path) -> dict[str, Any]:
+    """Every combination of settings such as `expand.num_experts=4,8,16`, with every seed; write `sweep.json`.
+
+    Unlike `compare` it changes what a run sees, so other numbers of training tokens are shown, not refused. Resumable.
+
+    Raises:
+        UpcycleError: an axis without values.
+    """
+    grid = [axis_values(axis) for axis in axes]
+    points = list(itertools.product(*grid))
+    texts = [" ".join([shlex.quote(recipe), *map(shlex.quote, point)]) for point in points]
+    cells = run_cells(texts, seeds, out)
+    rows = summary(cells)
+    for row, point in zip(rows, points, strict=True):
+        row["settings"] = dict(setting.split("=", 1) for setting in point)
+    found = {"axes": [axis.partition("=")[0] for axis in axes], "variants": cells, "summary": rows}
+    write_json(out / SWEEP, found)
+    show_sweep(found, seeds)
+    return found
+
+
+def axis_values(axis: str) -> list[str]:
+    """`a.b=1,2` to [`a.b=1`, `a.b=2`]; commas within brackets part nothing."""
+    name, equals, values = axis.partition("=")
+    parts = [value for value in re.split(r",(?![^\[]*\])", values) if value]
+    if not equals or not parts:
+        raise UpcycleError(f"'{axis}' is not of the form section.field=value,value,...")
+    return [f"{name}={value}" for value in parts]
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -119,6 +156,21 @@ def paired(values: Sequence[float], reference: Sequence[float]) -> dict[str, flo
     from scipy.stats import ttest_rel
 
     return {"difference": statistics.fmean(gaps), "p": float(ttest_rel(values, reference).pvalue)}
+
+
+def show_sweep(found: dict[str, Any], seeds: int) -> None:
+    """Settings, training tokens and scores of every point of a grid."""
+    metrics = [metric for metric in METRICS if metric in found["summary"][0]]
+    rows = [
+        (
+            *row["settings"].values(),
+            f"{row['tokens']:,}",
+            *(f"{METRICS[m].format(row[m]['mean'])} +- {METRICS[m].format(row[m]['std'])}" for m in metrics),
+        )
+        for row in found["summary"]
+    ]
+    heads = (*found["axes"], "training tokens", *(metric.replace("_", " ") for metric in metrics))
+    table(f"sweep, {seeds} seeds: mean and standard deviation of the MoE", heads, rows)
 
 
 def show(found: dict[str, Any]) -> None:

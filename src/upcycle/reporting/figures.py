@@ -50,6 +50,39 @@ def comparison_figure(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def sweep_figure(found: dict[str, Any], path: Path) -> None:
+    """Scores along the first axis, a line for each combination of the others (UpIT, figures 3 and 4)."""
+    from matplotlib.figure import Figure
+
+    first, *others = found["axes"]
+    metrics = [metric for metric in ("loss", "exact_match") if metric in found["summary"][0]]
+    figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in found["summary"]:
+        lines.setdefault(", ".join(f"{name}={row['settings'][name]}" for name in others), []).append(row)
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        for label, rows in lines.items():
+            names = [row["settings"][first] for row in rows]
+            places = [float(name) for name in names] if all(map(_is_number, names)) else list(range(len(names)))
+            means, spreads = ([row[metric][key] for row in rows] for key in ("mean", "std"))
+            axes.errorbar(places, means, yerr=np.nan_to_num(spreads), fmt="o-", capsize=3, label=label or None)
+        axes.set_xticks(places, names)
+        axes.set_xlabel(first)
+        axes.set_ylabel(metric.replace("_", " "))
+        axes.grid(alpha=0.3)
+    if others:
+        figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def routing_figure(shares: dict[str, Any], path: Path) -> None:
     """Share of tokens per expert by domain, a heat map for each layer (UpIT, figure 5).
 
