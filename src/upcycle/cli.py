@@ -186,14 +186,22 @@ def export(
     fold: Annotated[bool, typer.Option("--fold", help="Write a mixture of LoRA experts as a plain MoE.")] = False,
     dtype: Annotated[str, typer.Option(help="Of a folded MoE: source, float32, bfloat16 or float16.")] = "source",
     base: Annotated[str | None, typer.Option(help="The dense model of a mixture, if it has moved.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub, after asking.")] = None,
 ) -> None:
-    """Write the finished model as a folder that stands alone."""
+    """Write the finished model as a folder that stands alone, with its model card; upload it if wanted."""
     _check_dtype(dtype)
     _quiet_libraries()
     from upcycle.model_upcycling.export import export
+    from upcycle.reporting.card import write_card
 
     finished = source / "posttrain"
     export(finished if finished.is_dir() else source, to, fold, dtype, base)
+    if (source / "recipe.yaml").is_file():
+        run = Run(load_recipe(str(source / "recipe.yaml")), source)
+        write_card(to, source, run.recipe, run.base)
+        print(f"model card: {to / 'README.md'}")
+    if push:
+        _push(to, push)
 
 
 @app.callback(invoke_without_command=True)
@@ -235,6 +243,23 @@ def _execute(
 def _check_dtype(dtype: str) -> None:
     if dtype not in (choices := ("source", "float32", "bfloat16", "float16")):
         raise UpcycleError(f"--dtype is '{dtype}', expected one of {', '.join(choices)}")
+
+
+def _push(folder: Path, name: str) -> None:
+    """Upload a folder as a private model, once the user has said yes."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not typer.confirm(f"upload {folder} ({size / 1e9:.2f} GB) to the hub as {name} (private if it is new)?"):
+        print(f"not uploaded; the folder is {folder}")
+        return
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UpcycleError(f"{name} could not be uploaded: {error}; log in with `hf auth login`") from None
+    print(f"uploaded: https://huggingface.co/{name}")
 
 
 def _disk_full(folder: Path) -> bool:

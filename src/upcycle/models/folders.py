@@ -37,7 +37,7 @@ COMPANIONS = (
 )
 LINEAGE = "upcycle_plan.json"
 """The expansion plan that a MoE carries with it."""
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 
 
 def find_model(name: str) -> Path:
