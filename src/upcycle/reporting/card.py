@@ -70,7 +70,7 @@ def card_text(folder: Path, run: Path, recipe: Recipe, licence: str | None) -> s
 
 # {folder.name}
 
-{kind}, made of `{recipe.base}` with [UpIT](https://arxiv.org/abs/2410.01610): {_source(recipe)}
+{kind}, made of `{recipe.base}`: {_source(recipe)}
 
 ## Lineage of the experts
 
@@ -113,8 +113,12 @@ def _source(recipe: Recipe) -> str:
     if recipe.expand.copies_of != "none":
         return f"all experts begin as copies of the {recipe.expand.copies_of} model."
     if recipe.prepare.checkpoints:
-        return "the checkpoints of one fine-tuning run became its experts."
-    return f"the checkpoints of one instruction-tuning run ({recipe.prepare.train}) became its experts."
+        return "the checkpoints of one fine-tuning run became its experts (UpIT, arXiv 2410.01610)."
+    if recipe.prepare.by_domain:
+        return f"a training ({recipe.prepare.train}) for each domain of the data gave its experts."
+    return (
+        f"checkpoints of one instruction tuning ({recipe.prepare.train}) became its experts (UpIT, arXiv 2410.01610)."
+    )
 
 
 def _scores(run: Path) -> str:
