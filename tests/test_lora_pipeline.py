@@ -76,11 +76,11 @@ def test_the_same_seed_gives_the_same_bytes(tiny_recipe: dict[str, Any], tmp_pat
     assert contents[0] == contents[1]
 
 
-@pytest.mark.parametrize("how", ["apart", "product"])
+@pytest.mark.parametrize("how", ["average", "apart", "product"])
 def test_the_users_own_adapters_become_experts(
     how: str, tiny_recipe: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
-    ranks = (4, 4) if how == "apart" else (4, 6)
+    ranks = (4, 6) if how == "product" else (4, 4)
     folders = [make_adapter(base, tmp_path / f"mine-{i}", i, rank) for i, rank in enumerate(ranks)]
     given = {"checkpoints": [str(f) for f in folders]}
     recipe = shrunk("upit-lora", tiny_recipe, prepare=given, expand={"num_experts": 4, "adapters": how})

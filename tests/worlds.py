@@ -1,5 +1,6 @@
 """Assembled worlds that several tests share."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def make_adapter(base: Path, folder: Path, seed: int, rank: int = 4, **config: A
 def mixture(base: Path, folders: list[Path], out: Path, router_std: float = 0.5, **settings: Any) -> Path:
     """A mixture with an expert for each adapter."""
     out.mkdir(exist_ok=True)
-    plan = plan_of(len(folders))
+    plan = replace(plan_of(len(folders)), adapters="average")
     chosen = AssembleSettings(**settings)
     assemble_mixture(base, str(base), folders, plan, chosen, LoraSettings(), False, None, router_std, 0, out)
     return out

@@ -86,7 +86,7 @@ class ExpansionPlan:
     seed: int
     similarity: str
     gram: tuple[tuple[float, ...], ...]
-    adapters: Literal["apart", "product"] | None = None
+    adapters: Literal["average", "apart", "product"] | None = None
     """How LoRA experts are merged; None: experts are whole FFNs."""
     perturb: str = "none"
     """How copies are made different (`merging.perturb`), at assembly; `gram` is from before."""

@@ -151,8 +151,8 @@ class ExpandSettings(Settings):
     """How parents become a child (paper: dare); see docs/paper.md for the formula of each."""
     drop_rate: float = Field(0.2, ge=0, le=0.95)
     """Share p of each parent's task vector that dare drops (the rest is multiplied by 1/(1-p)) or ties trims."""
-    adapters: Literal["apart", "product"] = "apart"
-    """Merge an adapter's A and B each for itself (as PEFT), or their product, cut back to its rank by an SVD."""
+    adapters: Literal["average", "apart", "product"] = "average"
+    """Merge adapters' A and B each for itself (average; apart: as PEFT), or their product, cut to rank by an SVD."""
 
     def num_chosen(self, n: int) -> int:
         """How many of `n` checkpoints become experts.

@@ -58,6 +58,13 @@ def test_dare_drops_entries_of_a_and_b_each_with_its_own_mask() -> None:
         torch.testing.assert_close(getattr(child, side), expected)
 
 
+@pytest.mark.parametrize(("how", "growth"), [("average", 1.0), ("product", 1.0), ("apart", 2.0)])
+def test_equal_parents_give_an_equal_child_unless_merged_as_peft_does(how: str, growth: float) -> None:
+    parent = {"w": update(4, 1)}
+    child = merge_adapters([parent, parent], (0.5, 0.5), "linear", 0.0, how, KEYS)["w"]
+    torch.testing.assert_close(child.product(), growth * parent["w"].product(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_product_that_fits_its_rank_is_merged_exactly() -> None:
     one, two = update(2, 1), update(4, 2)
     shared = LowRank(two.a[:2], two.b[:, :2], 0.5)  # its column and row spaces lie within those of `two`

@@ -128,7 +128,7 @@ def test_an_incomplete_or_foreign_folder_is_refused(made: Path, tmp_path: Path) 
 
 
 def test_fresh_bottlenecks_and_adapters_leave_the_base_as_it_is(base: Path, tmp_path: Path) -> None:
-    copies = replace(plan_of(3), experts=tuple(Expert(f"copy-{i}", "base") for i in range(3)))
+    copies = replace(plan_of(3), adapters="average", experts=tuple(Expert(f"copy-{i}", "base") for i in range(3)))
     for bottleneck in (False, True):
         out = tmp_path / str(bottleneck)
         out.mkdir()

@@ -61,7 +61,7 @@ def _models(base: Path, folders: Sequence[Path], settings: ExpandSettings, seed:
 def _adapters(base: Path, folders: Sequence[Path], settings: ExpandSettings, seed: int) -> tuple[Gram, Measure]:
     config = read_config(base)
     adapters = [read_adapter(folder, config) for folder in folders]
-    if settings.adapters == "apart" and len(adapters) + settings.keep_base < settings.num_experts:
+    if settings.adapters != "product" and len(adapters) + settings.keep_base < settings.num_experts:
         check_equal_ranks(folders, adapters)
     known: list[Adapter] = []
     gram = np.zeros((0, 0))

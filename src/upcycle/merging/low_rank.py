@@ -4,7 +4,7 @@ Legend: r rank, i inputs, o outputs of the weight. An adapter is a mapping from 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +70,10 @@ def merge_adapters(
 
     Args:
         merge: a kernel of `KERNELS`.
-        how: `apart` merges A and B each for itself, as PEFT's add_weighted_adapter does (needs equal ranks);
-            `product` merges the products B A and cuts the result back to the parents' largest rank by an SVD.
+        how: a key of `MERGES`.
         keys: one per parent; the name of a tensor completes it to the key of a mask.
     """
-    merged = _merge_apart if how == "apart" else _merge_product
+    merged = MERGES[how]
     names = sorted({name for parent in parents for name in parent})
     child = {}
     for name in names:
@@ -84,25 +83,49 @@ def merge_adapters(
     return child
 
 
-def _merge_apart(
+def apart(
     updates: Sequence[LowRank], weights: Sequence[float], merge: str, drop_rate: float, keys: Sequence[Key]
 ) -> LowRank:
-    """A = combine(sqrt(w_j s_j) A_j), B = combine(sqrt(w_j s_j) B_j): PEFT's dare_linear where `merge` is dare."""
-    roots = [math.sqrt(weight * update.scaling) for update, weight in zip(updates, weights, strict=True)]
+    """A = combine(sqrt(w_j s_j) A_j), B = combine(sqrt(w_j s_j) B_j): PEFT's dare_linear where `merge` is dare.
+
+    Two equal parents give a child (sqrt(w_1) + sqrt(w_2))^2, up to 2, times as large.
+    """
+    return _each(
+        [math.sqrt(w * u.scaling) for u, w in zip(updates, weights, strict=True)], updates, merge, drop_rate, keys
+    )
+
+
+def average(
+    updates: Sequence[LowRank], weights: Sequence[float], merge: str, drop_rate: float, keys: Sequence[Key]
+) -> LowRank:
+    """A = combine(w_j sqrt(s_j) A_j), B = combine(w_j sqrt(s_j) B_j): equal parents give an equal child."""
+    return _each(
+        [w * math.sqrt(u.scaling) for u, w in zip(updates, weights, strict=True)], updates, merge, drop_rate, keys
+    )
+
+
+def _each(
+    weights: Sequence[float], updates: Sequence[LowRank], merge: str, drop_rate: float, keys: Sequence[Key]
+) -> LowRank:
+    """A and B, each combined for itself; needs equal ranks."""
     a, b = (
-        _combined([getattr(u, side) for u in updates], roots, merge, drop_rate, [(*key, side) for key in keys])
+        _combined([getattr(u, side) for u in updates], weights, merge, drop_rate, [(*key, side) for key in keys])
         for side in ("a", "b")
     )
     return LowRank(a, b)
 
 
-def _merge_product(
+def product(
     updates: Sequence[LowRank], weights: Sequence[float], merge: str, drop_rate: float, keys: Sequence[Key]
 ) -> LowRank:
     """combine(w_j s_j B_j A_j), cut back to the largest rank of the parents."""
     whole = _combined([update.product() for update in updates], weights, merge, drop_rate, keys)
     start = torch.cat([update.b.float() for update in updates], dim=1)
     return truncated(whole, start, max(update.rank for update in updates))
+
+
+MERGES: dict[str, Callable[..., LowRank]] = {"average": average, "apart": apart, "product": product}
+"""`expand.adapters`: how a child's factors come from its parents'."""
 
 
 def _combined(

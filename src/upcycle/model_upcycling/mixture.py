@@ -74,8 +74,8 @@ def lora_experts(plan: ExpansionPlan, adapters: Sequence[Adapter], lora: LoraSet
     """Every expert of the plan as an adapter; one that is the base itself is a fresh one."""
     sources = [_source(number, expert, adapters, lora, config, plan.seed) for number, expert in enumerate(plan.sources)]
     children = [Child(e.parents, e.weights) for e in plan.children]
-    how = plan.adapters or "apart"
-    return [*sources, *materialise_adapters(sources, children, plan.merge, plan.drop_rate, how, plan.seed)]
+    assert plan.adapters is not None
+    return [*sources, *materialise_adapters(sources, children, plan.merge, plan.drop_rate, plan.adapters, plan.seed)]
 
 
 def _source(
