@@ -27,7 +27,17 @@ MAY_IMPORT = {
     "reporting": {"reporting", "evaluation", "expert_expansion", "models", *LEAVES},
     "compare": {"pipeline", *LEAVES},
     "benchmarking": {"pipeline", "evaluation", "models", "reporting", *LEAVES},
-    "cli": {"upcycle", "pipeline", "compare", "benchmarking", "model_upcycling", "models", "reporting", *LEAVES},
+    "cli": {
+        "upcycle",
+        "pipeline",
+        "compare",
+        "benchmarking",
+        "evaluation",
+        "model_upcycling",
+        "models",
+        "reporting",
+        *LEAVES,
+    },
     "__init__": {"pipeline", *LEAVES},
 }
 

@@ -180,6 +180,27 @@ def benchmark(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file; default: report.html in the run.")] = None,
+) -> None:
+    """Write one HTML file that stands alone: lineage, scores, what each expert reads, cost, how to make it again."""
+    if not (folder / "recipe.yaml").is_file():
+        raise UpcycleError(f"{folder} is not a run: it has no recipe.yaml")
+    _quiet_libraries()
+    from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
+    from upcycle.models.folders import compute_dtype, load_model, pick_device
+    from upcycle.reporting.report import write_report
+
+    run, device = Run(load_recipe(str(folder / "recipe.yaml")), folder), pick_device()
+    if not (folder / "evaluate" / "scores.json").is_file():
+        raise UpcycleError(f"{folder} is not finished: it has no evaluate/scores.json; go on with `upcycle run`")
+    model = load_model(folder / "posttrain", compute_dtype(device), device, run.base)
+    samples = one_of_each_domain(run.splits.validation, at_most=12, longest=400)
+    write_report(folder, run.recipe, routed_tokens(model, run.tokenizer, samples), out or folder / "report.html")
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a model folder of one.")],
     to: Annotated[Path, typer.Option("--to", help="The new folder.")],

@@ -1,0 +1,196 @@
+"""`upcycle report`: one HTML file that stands alone and says what a run made, whether it helped, and what it cost."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from upcycle.artifacts import ExpansionPlan, read_manifest
+from upcycle.console import say
+from upcycle.errors import UpcycleError
+from upcycle.recipe import Recipe, dump_recipe
+from upcycle.reporting.charts import bar_chart, line_chart
+from upcycle.reporting.inspect import expert_line
+
+STAGES = ("prepare", "expand", "assemble", "route", "posttrain", "evaluate")
+SECTIONS = (
+    ("lineage", "Lineage"),
+    ("scores", "Scores"),
+    ("experts", "Experts"),
+    ("training", "Training"),
+    ("cost", "Cost"),
+    ("reproduce", "Reproduce"),
+)
+
+
+def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Write the report of a finished run.
+
+    Args:
+        samples: texts with their routing, as `evaluation.tokens.routed_tokens` gives them.
+
+    Raises:
+        UpcycleError: the run is not finished.
+    """
+    if not (run / "evaluate" / "scores.json").is_file():
+        raise UpcycleError(f"{run} is not finished: it has no evaluate/scores.json; go on with `upcycle run`")
+    page = _template().render(
+        title=f"{run.name}: {recipe.expand.num_experts} experts from {recipe.base}",
+        sections=SECTIONS,
+        recipe=dump_recipe(recipe),
+        base=recipe.base,
+        top_k=recipe.assemble.num_experts_per_tok,
+        **_lineage(run),
+        **_scores(run),
+        **_experts(run, samples),
+        **_training(run),
+        **_cost(run),
+    )
+    out.write_text(page)
+    say(f"report: {out}")
+
+
+def _template() -> Any:
+    import jinja2
+
+    text = (Path(__file__).parent / "report.html.j2").read_text()
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
+
+
+def _safe(markup: str) -> Any:
+    import markupsafe
+
+    return markupsafe.Markup(markup)  # our own markup, whose texts are escaped
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _lineage(run: Path) -> dict[str, Any]:
+    plan = ExpansionPlan.load(run / "expand" / "plan.json")
+    return {"plan": plan, "tree": _safe(_tree(plan)), "experts": [f"E{i} {e.name}" for i, e in enumerate(plan.experts)]}
+
+
+def _tree(plan: ExpansionPlan) -> str:
+    """Nested lists: each expert under the younger of its parents, as `upcycle inspect` prints it."""
+    import html
+
+    below: dict[int, list[int]] = {}
+    for index, expert in enumerate(plan.experts):
+        below.setdefault(max(expert.parents, default=-1), []).append(index)
+
+    def items(parent: int) -> str:
+        if parent not in below:
+            return ""
+        inner = (f"<li>{html.escape(expert_line(i, plan.experts[i]))}{items(i)}</li>" for i in below[parent])
+        return f"<ul>{''.join(inner)}</ul>"
+
+    return items(-1)
+
+
+def _scores(run: Path) -> dict[str, Any]:
+    """The lead sentence, a chart per figure, a table per figure by domain."""
+    scores = _read(run / "evaluate" / "scores.json")
+    losses = [(name, entry["loss"]["all"], 0.0) for name, entry in scores.items() if name != "base"]
+    best = min(range(len(losses)), key=lambda i: losses[i][1])
+    title = "Held-out loss (lower is better; the base is left out of the picture)"
+    charts = [{"title": title, "svg": _safe(bar_chart(losses, "{:.3f}", best))}]
+    tables = [_by_domain("Held-out loss", scores, "loss", "{:.3f}", min)]
+    note = "Loss: mean over rows of the mean token loss of the answer."
+    if all("exact_match" in entry for entry in scores.values()):
+        rows = next(iter(scores.values()))["exact_match_rows"]
+        bars = [
+            (name, e["exact_match"]["all"], standard_error(e["exact_match"]["all"], rows)) for name, e in scores.items()
+        ]
+        best = max(range(len(bars)), key=lambda i: bars[i][1])
+        charts.append({"title": "Exact match", "svg": _safe(bar_chart(bars, "{:.1%}", best))})
+        tables.append(_by_domain("Exact match", scores, "exact_match", "{:.1%}", max))
+        note += f" Exact match: greedy answers to {rows} rows, ± one standard error."
+    return {"lead": _lead(scores), "charts": charts, "score_tables": tables, "score_note": note}
+
+
+def standard_error(share: float, rows: int) -> float:
+    """Of a share of that many rows."""
+    return math.sqrt(share * (1 - share) / rows) if rows else 0.0
+
+
+def _lead(scores: Mapping[str, Any]) -> str:
+    """Did it help, in one sentence; what the sentence cannot say is that the MoE has seen more tokens."""
+    moe = scores["MoE"]["loss"]["all"]
+    dense = {
+        name: e["loss"]["all"] for name, e in scores.items() if name not in ("base", "MoE", "MoE before post-training")
+    }
+    start = f"The mixture of experts has a held-out loss of {moe:.3f}"
+    if not dense:
+        return f"{start}; the base had {scores['base']['loss']['all']:.3f}."
+    name = min(dense, key=dense.__getitem__)
+    verdict = "below" if moe < dense[name] else "not below"
+    return (
+        f"{start}, {verdict} that of its best checkpoint ({name}, {dense[name]:.3f}), which has seen fewer training "
+        "tokens; for a fair comparison see `upcycle compare`."
+    )
+
+
+def _by_domain(title: str, scores: Mapping[str, Any], metric: str, pattern: str, choose: Any) -> dict[str, Any]:
+    domains = list(next(iter(scores.values()))[metric])
+    best = choose(entry[metric]["all"] for entry in scores.values())
+    rows = [
+        {"best": e[metric]["all"] == best, "cells": [name, *(pattern.format(e[metric][d]) for d in domains)]}
+        for name, e in scores.items()
+    ]
+    return {"title": title, "heads": ["model", *domains], "rows": rows}
+
+
+def _experts(run: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    shares = _read(run / "evaluate" / "scores.json")["MoE"]["expert_share"]
+    plan = ExpansionPlan.load(run / "expand" / "plan.json")
+    names = [f"E{i} {expert.name}" for i, expert in enumerate(plan.experts)]
+    rounded = {d: [[round(s, 4) for s in layer] for layer in layers] for d, layers in shares.items()}
+    text = json.dumps({"experts": names, "shares": rounded, "samples": list(samples)})
+    # within a script element only `<` could end it
+    return {"layers": len(next(iter(shares.values()))), "data": _safe(text.replace("<", "\\u003c"))}
+
+
+def _training(run: Path) -> dict[str, Any]:
+    curves = []
+    for stage, title in (("prepare", "Dense model: loss"), ("posttrain", "Mixture of experts: loss")):
+        log = run / stage / "log.json"
+        if log.is_file():
+            losses = [entry["loss"] for entry in _read(log)["log"]]
+            curves.append({"title": title, "svg": _safe(line_chart([("training loss", losses)], "step"))})
+    log = _read(run / "posttrain" / "log.json")["log"]
+    balance = [
+        (name.replace("_", " "), [entry[name] for entry in log]) for name in ("max_load", "min_load", "balance_loss")
+    ]
+    curves.append({"title": "Load of the experts (1: even)", "svg": _safe(line_chart(balance, "step"))})
+    report = _read(run / "route" / "report.json")
+    domains = sorted({domain for bucket in report["buckets"] for domain in bucket["domains"]})
+    rows = [
+        [
+            f"E{b['expert']} {b['name']}",
+            b["samples"],
+            *(b["domains"].get(d, 0) for d in domains),
+            f"{b['mean_loss']:.3f}",
+        ]
+        for b in report["buckets"]
+    ]
+    return {"curves": curves, "buckets": {"heads": ["expert", "samples", *domains, "loss on all"], "rows": rows}}
+
+
+def _cost(run: Path) -> dict[str, Any]:
+    times = _read(run / "times.json")
+    rows, hashes, versions = [], [], ""
+    for stage in STAGES:
+        manifest = read_manifest(run / stage)
+        if manifest is None:
+            continue
+        log = run / stage / "log.json"
+        record = _read(log) if log.is_file() else {}
+        written = sum(entry["bytes"] for entry in manifest.files.values()) / 1e6
+        figures = [f"{record[key]:,}" if key in record else "" for key in ("tokens", "steps")]
+        rows.append([stage, f"{times.get(stage, 0):.0f}", *figures, f"{written:.0f}"])
+        hashes.append(f"{stage:10} {manifest.content}")
+        versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return {"costs": rows, "hashes": "\n".join(hashes), "versions": f"Made with {versions}."}
