@@ -41,7 +41,7 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("route.start=ridge route.expert_learning_rate=1e-4", r"start=ridge trains no experts"),
         ("assemble.num_experts_per_tok=1", r"gives the router no gradient; take 2 or more, or keep"),
         ("prepare.checkpoint_every=2", r"1 checkpoint of 1 \(prepare.checkpoints, .* expected 2 or more"),
-        ("expand.num_experts=1", r"expand\.num_experts: .*greater than or equal to 2 \(found 1\)"),
+        ("expand.num_experts=0", r"expand\.num_experts: .*greater than or equal to 1 \(found 0\)"),
         ("expand.drop_rate=0.99", r"expand\.drop_rate: .*less than or equal to 0\.95 \(found 0\.99\)"),
         ("route.start=kmeanz", r"route\.start: .*'mean_hidden' or 'random' \(found 'kmeanz'\)"),
         ("assemble.num_experts_per_tok=9", r"assemble\.num_experts_per_tok is 9, more than expand\.num_experts, 8"),

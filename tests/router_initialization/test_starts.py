@@ -181,7 +181,9 @@ def test_a_router_that_cannot_tell_two_experts_apart_is_named(capsys: pytest.Cap
 
 
 def test_experts_may_move_with_the_router(moe: Path, samples: list[Sample], tmp_path: Path) -> None:
-    settings = RouteSettings(epochs=2, tokens_per_batch=256, expert_learning_rate=1e-3, assignment="lowest_loss")
+    settings = RouteSettings(
+        start="upit", epochs=2, tokens_per_batch=256, expert_learning_rate=1e-3, assignment="lowest_loss"
+    )
     route(moe, samples, [], ["c1", "c2", "c3"], settings, 0, 0, tmp_path)
     before, after = load_model(moe, torch.float32), load_model(tmp_path / "moe", torch.float32)
     moved = {
