@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import killing
-from conftest import make_dense
+from conftest import make_dense, write_rows
 from upcycle.artifacts import read_manifest
 from upcycle.errors import UpcycleError
 from upcycle.models.folders import load_model
@@ -298,3 +298,18 @@ def test_the_whole_path_for_other_layouts(
     assert len(routing["MoE"]["by_domain"]["copy"]["entropy"]) == 2
     router = load_file(run.folder / "route" / "router.safetensors")
     assert router.keys() <= set(initial.names())
+
+
+def test_a_domain_without_a_seed_sample_is_named(
+    tiny_recipe: dict[str, Any], checkpoints: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 120).read_text().splitlines()
+    rare = {**json.loads(rows[0]), "domain": "rare"}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(rare), *rows[1:]]))
+    given = {"checkpoints": [str(c) for c in checkpoints]}
+    run = make(tiny_recipe, tmp_path / "run", data={"train": str(tmp_path / "rows.jsonl")}, prepare=given)
+    run_stages(run, ("prepare", "expand", "assemble", "route"))
+    seen = {sample.domain for sample in run.splits.seed_fit}
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("no seed sample is of rare" in said) == ("rare" not in seen)
+    assert "rare" not in seen

@@ -31,7 +31,7 @@ from upcycle.artifacts import (
     write_json,
     write_text,
 )
-from upcycle.console import say, table
+from upcycle.console import say, table, warn
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe, differences, dump_recipe, load_recipe
 
@@ -235,6 +235,12 @@ def _route(run: Run, out: Path) -> None:
 
     names = [expert.name for expert in run.plan.experts]
     splits, recipe = run.splits, run.recipe
+    unseen = sorted({sample.domain for sample in splits.train} - {sample.domain for sample in splits.seed_fit})
+    if unseen:
+        warn(
+            f"route: no seed sample is of {', '.join(unseen)}: no routing vector learns from such rows; raise "
+            "route.seed_fraction or route.min_samples_per_expert"
+        )
     moe, pad = run.folder / "assemble", run.tokenizer.pad_token_id
     route(moe, splits.seed_fit, splits.seed_test, names, recipe.route, pad, recipe.seed, out, run.base)
 

@@ -8,12 +8,13 @@ import torch
 
 from upcycle.data.chat import Sample, load_tokenizer
 from upcycle.data.splits import load_splits
+from upcycle.errors import UpcycleError
 from upcycle.models.folders import load_model
 from upcycle.models.routers import random_routers
 from upcycle.recipe import Recipe, RouteSettings
 from upcycle.router_initialization import starts
 from upcycle.router_initialization.features import Tokens, TokenSample, router_inputs
-from upcycle.router_initialization.route import condition_numbers, route
+from upcycle.router_initialization.route import _save, condition_numbers, route
 from upcycle.router_initialization.starts import STARTS, Seed
 from worlds import assembled
 
@@ -178,6 +179,15 @@ def test_a_router_that_cannot_tell_two_experts_apart_is_named(capsys: pytest.Cap
     assert "the routers of 1 layers (first: [1]) hardly tell some experts apart" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_routing_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    vectors = [torch.ones(3, 4), torch.full((3, 4), float("nan"))]
+    with pytest.raises(
+        UpcycleError, match=r"route: b is not finite after pre-optimisation; lower route\.learning_rate"
+    ):
+        _save(tmp_path / "router.safetensors", vectors, ["a", "b"])
+    assert not (tmp_path / "router.safetensors").exists()
 
 
 def test_experts_may_move_with_the_router(moe: Path, samples: list[Sample], tmp_path: Path) -> None:
