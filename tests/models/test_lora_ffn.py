@@ -1,5 +1,7 @@
 """The mixture's FFN block against its definition, forward and backward, in both ways to compute it."""
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from upcycle.models.lora_ffn import BLOCK, Factors, mix, slot_products
+from upcycle.models.lora_ffn import BLOCK, Factors, lora_ffn, slot_products
 
 T, H, WIDE, E, R = 500, 16, 24, 5, 8
 
@@ -37,9 +39,10 @@ def definition(x: Tensor, dense: Any, f: Factors, weights: Tensor, chosen: Tenso
 
 
 def ours(x: Tensor, dense: Any, f: Factors, weights: Tensor, chosen: Tensor, scaling: Tensor, grouped: bool) -> Tensor:
-    gate, up, down = dense
-    mixed, low = mix(x, x @ gate.T, x @ up.T, weights, chosen, f, scaling, silu, grouped)
-    return mixed @ down.T + low
+    projections = [partial(torch.nn.functional.linear, weight=weight) for weight in dense]
+    names = ("gate_proj", "up_proj", "down_proj")
+    ffn = SimpleNamespace(**dict(zip(names, projections, strict=True)), act_fn=silu)
+    return lora_ffn(x, ffn, weights, chosen, f, scaling, grouped)
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -183,9 +183,7 @@ def test_a_router_that_cannot_tell_two_experts_apart_is_named(capsys: pytest.Cap
 
 def test_routing_vectors_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     vectors = [torch.ones(3, 4), torch.full((3, 4), float("nan"))]
-    with pytest.raises(
-        UpcycleError, match=r"b is not finite after pre-optimisation; lower route\.learning_rate"
-    ):
+    with pytest.raises(UpcycleError, match=r"b is not finite after pre-optimisation; lower route\.learning_rate"):
         _save(tmp_path / "router.safetensors", vectors, ["a", "b"])
     assert not (tmp_path / "router.safetensors").exists()
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from upcycle.errors import UpcycleError
 from upcycle.merging.low_rank import LowRank
 from upcycle.models.adapters import CONFIG, FFN, PREFIX, WEIGHTS, read_adapter_config, read_tensors
-from upcycle.models.lora_ffn import Factors, mix, slot_products
+from upcycle.models.lora_ffn import Factors, lora_ffn, slot_products
 
 MULTIPLE = 8
 """Ranks are padded with zeros to a multiple of it, which stay zero in training: grouped products want it so."""
@@ -96,10 +96,7 @@ class LoraExperts(nn.ModuleDict):
         return Factors(torch.cat([gate.lora_A, up.lora_A], dim=1), gate.lora_B, up.lora_B, down.lora_A, down.lora_B)
 
     def forward(self, ffn: Any, hidden: Float[Tensor, "T H"], weights: Tensor, chosen: Tensor) -> Tensor:
-        gate, up = ffn.gate_proj(hidden), ffn.up_proj(hidden)
-        mixed, low = mix(hidden, gate, up, weights, chosen, self.factors(), self.scaling, ffn.act_fn)
-        output: Tensor = ffn.down_proj(mixed)
-        return output + low
+        return lora_ffn(hidden, ffn, weights, chosen, self.factors(), self.scaling)
 
 
 class BottleneckExperts(nn.Module):
