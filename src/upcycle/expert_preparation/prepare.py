@@ -87,7 +87,9 @@ def _trainings(train: list[Sample], settings: PrepareSettings) -> list[tuple[str
             f"prepare.by_domain: the {len(train)} training rows have one domain, '{domains[0]}'; give rows a field "
             "`domain`, or set prepare.by_domain=false"
         )
-    return [(f"domain-{re.sub(r'[^A-Za-z0-9_-]+', '_', d)}", [s for s in train if s.domain == d]) for d in domains]
+    folders = [f"domain-{re.sub(r'[^A-Za-z0-9_-]+', '_', domain)}" for domain in domains]
+    unique = [name if folders.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(folders)]
+    return [(name, [s for s in train if s.domain == d]) for name, d in zip(unique, domains, strict=True)]
 
 
 def _trainable(base: Path, settings: PrepareSettings, lora: LoraSettings, seed: int) -> Any:
