@@ -50,7 +50,7 @@ from pathlib import Path
 from upcycle.artifacts import Checkpoint
 from upcycle.expert_expansion.expand import expand
 from upcycle.model_upcycling.assemble import assemble
-from upcycle.recipe import AssembleSettings, ExpandSettings
+from upcycle.settings import AssembleSettings, ExpandSettings
 base, out, *folders = map(Path, sys.argv[1:])
 checkpoints = [Checkpoint(f.name, str(f)) for f in folders]
 plan = expand(base, checkpoints, folders, ExpandSettings(num_experts=%d, drop_rate=%g), 0, out)

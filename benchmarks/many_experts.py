@@ -19,7 +19,7 @@ from upcycle.console import table
 from upcycle.expert_expansion.gram import task_vector_gram
 from upcycle.expert_expansion.plan import make_plan
 from upcycle.model_upcycling.assemble import assemble
-from upcycle.recipe import AssembleSettings, ExpandSettings
+from upcycle.settings import AssembleSettings, ExpandSettings
 
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
 

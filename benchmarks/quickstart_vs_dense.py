@@ -18,7 +18,8 @@ import torch
 from upcycle.evaluation.score import score
 from upcycle.models.folders import load_model
 from upcycle.pipeline import MOE, Run, run_stages
-from upcycle.recipe import Recipe, TrainingSettings, load_recipe
+from upcycle.recipe import Recipe, load_recipe
+from upcycle.settings import TrainingSettings
 
 BEST = "best checkpoint (2 epochs)"
 

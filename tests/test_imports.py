@@ -9,12 +9,13 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "upcycle"
 STAGES = ("expert_preparation", "expert_expansion", "model_upcycling", "router_initialization")
-LEAVES = {"errors", "recipe", "artifacts", "console"}
+LEAVES = {"errors", "settings", "recipe", "artifacts", "console"}
 STANDARD = {"hashlib", "functools", "collections", "dataclasses", "math"}
 MAY_IMPORT = {
     "errors": set(),
     "console": set(),
-    "recipe": {"errors"},
+    "settings": set(),
+    "recipe": {"errors", "settings"},
     "artifacts": {"errors", "console"},
     "merging": {"merging"},
     "data": {"data", *LEAVES},

@@ -11,7 +11,8 @@ from upcycle.model_upcycling.assemble import assemble
 from upcycle.model_upcycling.mixture import assemble_mixture
 from upcycle.models.folders import load_model
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
-from upcycle.recipe import AssembleSettings, LoraSettings, Recipe, load_recipe, parse_recipe
+from upcycle.recipe import Recipe, load_recipe, parse_recipe
+from upcycle.settings import AssembleSettings, LoraSettings
 
 IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,8 @@ from upcycle.data.splits import load_splits
 from upcycle.evaluation.evaluate import best_checkpoint
 from upcycle.evaluation.score import exact_matches, held_out, score, short_answers
 from upcycle.models.folders import load_model
-from upcycle.recipe import EvaluateSettings, Recipe
+from upcycle.recipe import Recipe
+from upcycle.settings import EvaluateSettings
 
 SETTINGS = EvaluateSettings(max_answer_tokens=9, tokens_per_batch=150)
 

@@ -15,7 +15,7 @@ from upcycle.expert_expansion.gram import piece_gram, task_vector_gram
 from upcycle.expert_expansion.plan import add_child, choose_checkpoints, make_plan, similarities
 from upcycle.merging.lineage import Child, materialise
 from upcycle.models.safetensors_io import ModelReader
-from upcycle.recipe import ExpandSettings
+from upcycle.settings import ExpandSettings
 
 
 def points(n: int) -> list[Checkpoint]:

@@ -17,7 +17,7 @@ from upcycle.merging.lineage import Child, materialise
 from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.folders import load_model
 from upcycle.models.safetensors_io import ModelReader
-from upcycle.recipe import AssembleSettings, ExpandSettings
+from upcycle.settings import AssembleSettings, ExpandSettings
 from worlds import assembled, assert_experts_are, forced_logits, logits
 
 

@@ -16,7 +16,7 @@ from upcycle.models.adapters import CONFIG, WEIGHTS, is_adapter
 from upcycle.models.folders import four_bit_config, load_model
 from upcycle.models.mixture import MixtureConfig, save_mixture
 from upcycle.models.safetensors_io import ModelReader
-from upcycle.recipe import AssembleSettings, LoraSettings
+from upcycle.settings import AssembleSettings, LoraSettings
 from worlds import IDS, forced_logits, logits, make_adapter, mixture, plan_of
 
 

@@ -16,9 +16,9 @@ from upcycle.model_upcycling.assemble import assemble
 from upcycle.models.check import check
 from upcycle.models.folders import load_model
 from upcycle.models.safetensors_io import ModelReader
-from upcycle.recipe import AssembleSettings, ExpandSettings
 from upcycle.reporting.figures import expert_distances
 from upcycle.reporting.inspect import find_plan, inspect, lineage_tree
+from upcycle.settings import AssembleSettings, ExpandSettings
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
 from upcycle.models.folders import load_model, load_routers
 from upcycle.models.routers import GatedRouter, RowExperts, random_routers, swapped_routers
-from upcycle.recipe import Recipe, RouteSettings
+from upcycle.recipe import Recipe
 from upcycle.router_initialization.preoptimise import auxiliary_loss, gated_losses, preoptimise
 from upcycle.router_initialization.route import route
 from upcycle.router_initialization.scoring import expert_losses
+from upcycle.settings import RouteSettings
 from worlds import assembled
 
 NAMES = ["c1", "c2", "c3"]

@@ -11,11 +11,12 @@ from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
 from upcycle.models.folders import load_model
 from upcycle.models.routers import random_routers
-from upcycle.recipe import Recipe, RouteSettings
+from upcycle.recipe import Recipe
 from upcycle.router_initialization import starts
 from upcycle.router_initialization.features import Tokens, TokenSample, router_inputs
 from upcycle.router_initialization.route import _save, condition_numbers, route
 from upcycle.router_initialization.starts import STARTS, Seed
+from upcycle.settings import RouteSettings
 from worlds import assembled
 
 L, E, H = 2, 3, 6

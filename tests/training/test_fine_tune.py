@@ -14,7 +14,8 @@ from upcycle.errors import UpcycleError
 from upcycle.expert_preparation.prepare import _trainable, tune
 from upcycle.model_upcycling.posttrain import freeze
 from upcycle.models.folders import load_model
-from upcycle.recipe import LoraSettings, PosttrainSettings, PrepareSettings, Recipe, TrainingSettings
+from upcycle.recipe import Recipe
+from upcycle.settings import LoraSettings, PosttrainSettings, PrepareSettings, TrainingSettings
 from upcycle.training import fine_tune as module
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint

@@ -14,7 +14,7 @@ from upcycle.evaluation.routing import regressions, routing_metrics, specialisat
 from upcycle.evaluation.score import ALL, score
 from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device
 from upcycle.models.ranking import ranking
-from upcycle.recipe import EvaluateSettings
+from upcycle.settings import EvaluateSettings
 
 SCORES = "scores.json"
 ROUTING = "routing.json"

@@ -17,7 +17,7 @@ from upcycle.data.batches import make_batches, token_batches
 from upcycle.data.chat import Sample
 from upcycle.models.forward import answer_losses
 from upcycle.models.routers import RouterRecorder
-from upcycle.recipe import EvaluateSettings
+from upcycle.settings import EvaluateSettings
 
 ALL = "all"
 """The entry over all domains."""

@@ -15,7 +15,7 @@ from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, materialise_adapters
 from upcycle.models.adapters import read_adapter
 from upcycle.models.folders import read_config
-from upcycle.recipe import ExpandSettings
+from upcycle.settings import ExpandSettings
 
 PLAN = "plan.json"
 

@@ -23,7 +23,7 @@ from upcycle.artifacts import Checkpoint, ExpansionPlan, Expert
 from upcycle.errors import UpcycleError
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.linear import slerp_weights
-from upcycle.recipe import ExpandSettings
+from upcycle.settings import ExpandSettings
 
 Gram = NDArray[np.float64]
 """Inner products of task vectors: (experts, experts)."""

@@ -24,7 +24,7 @@ from upcycle.models.folders import (
     write_config,
 )
 from upcycle.models.layouts import ffn_tensors
-from upcycle.recipe import LoraSettings, PrepareSettings
+from upcycle.settings import LoraSettings, PrepareSettings
 from upcycle.training.checkpoints import step_of, strip_resume_files
 from upcycle.training.fine_tune import fine_tune, training_record
 

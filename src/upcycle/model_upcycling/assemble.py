@@ -28,7 +28,7 @@ from upcycle.models.mapping import Mapping, map_model, needed_tensors, read_regi
 from upcycle.models.routers import random_routers
 from upcycle.models.safetensors_io import DTYPE_NAMES, ModelReader, ModelWriter, pieces
 from upcycle.models.streaming import PIECE, map_tensors
-from upcycle.recipe import AssembleSettings
+from upcycle.settings import AssembleSettings
 
 
 @dataclass(frozen=True)

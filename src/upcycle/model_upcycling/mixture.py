@@ -23,7 +23,7 @@ from upcycle.models.mixture import (
     write_mixture,
 )
 from upcycle.models.routers import random_routers
-from upcycle.recipe import AssembleSettings, LoraSettings
+from upcycle.settings import AssembleSettings, LoraSettings
 
 
 def assemble_mixture(

@@ -12,7 +12,7 @@ from upcycle.models.adapters import is_adapter
 from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device, require_space, save_model
 from upcycle.models.mixture import mixture_of
 from upcycle.models.routers import parts
-from upcycle.recipe import PosttrainSettings
+from upcycle.settings import PosttrainSettings
 from upcycle.training.fine_tune import fine_tune, training_record
 
 TRAINER = "trainer"

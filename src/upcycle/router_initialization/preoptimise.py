@@ -16,7 +16,7 @@ from upcycle.data.chat import Sample
 from upcycle.models.forward import answer_losses
 from upcycle.models.ranking import token_mask
 from upcycle.models.routers import GatedRouter, RowExperts, parts, swapped_routers
-from upcycle.recipe import RouteSettings
+from upcycle.settings import RouteSettings
 
 Pair = tuple[int, int]
 """(sample, expert)"""

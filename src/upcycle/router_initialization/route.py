@@ -16,7 +16,6 @@ from upcycle.errors import UpcycleError
 from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device, router_keys, save_model
 from upcycle.models.ranking import ranking
 from upcycle.models.routers import random_routers
-from upcycle.recipe import RouteSettings
 from upcycle.router_initialization.assignment import (
     Experts,
     Losses,
@@ -28,6 +27,7 @@ from upcycle.router_initialization.assignment import (
 )
 from upcycle.router_initialization.scoring import expert_losses
 from upcycle.router_initialization.starts import STARTS, Seed, Start
+from upcycle.settings import RouteSettings
 
 ROUTER = "router.safetensors"
 MOVED = "moe"

@@ -17,9 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from upcycle.data.chat import Sample
-from upcycle.recipe import RouteSettings
 from upcycle.router_initialization.features import Pair, Tokens, TokenSample, router_inputs
 from upcycle.router_initialization.preoptimise import preoptimise
+from upcycle.settings import RouteSettings
 
 MAX_SAMPLED_TOKENS = 16384
 """Tokens whose router inputs are kept (the hidden states of all layers); sums run over all tokens."""

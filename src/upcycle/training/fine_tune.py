@@ -19,7 +19,7 @@ from upcycle.errors import UpcycleError
 from upcycle.models.folders import load_model
 from upcycle.models.mixture import load_tensors, mixture_of, save_mixture
 from upcycle.models.routers import RouterRecorder
-from upcycle.recipe import PosttrainSettings, TrainingSettings
+from upcycle.settings import PosttrainSettings, TrainingSettings
 from upcycle.training.balance import load_balancing_loss, router_z_loss
 from upcycle.training.callbacks import CheckpointSchedule, LoadMonitor, ShowProgress, StepBias, StripOlder
 from upcycle.training.checkpoints import last_checkpoint
