@@ -71,6 +71,8 @@ def test_it_says_what_the_run_says(page: Path) -> None:
         assert len(sample["experts"]) == 2
         assert all(len(layer) == len(sample["tokens"]) for layer in sample["experts"])
     assert data["shares"]["all"][0] == pytest.approx(scores["MoE"]["expert_share"]["all"][0], abs=1e-4)
+    assert "vllm serve FOLDER" in text
+    assert "--fold" not in text
     for stage in ("prepare", "posttrain"):
         assert json.loads((run / stage / "manifest.json").read_text())["versions"]["torch"] in text
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from upcycle.artifacts import ExpansionPlan, read_manifest
 from upcycle.console import say
 from upcycle.errors import UpcycleError
+from upcycle.models.clients import CLIENTS, limits
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.charts import bar_chart, line_chart
 from upcycle.reporting.inspect import expert_line
@@ -20,6 +22,7 @@ SECTIONS = (
     ("experts", "Experts"),
     ("training", "Training"),
     ("cost", "Cost"),
+    ("use", "Use"),
     ("reproduce", "Reproduce"),
 )
 
@@ -46,6 +49,7 @@ def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]]
         **_experts(run, samples),
         **_training(run),
         **_cost(run),
+        **_use(run),
     )
     out.write_text(page)
     say(f"report: {out}")
@@ -177,6 +181,24 @@ def _training(run: Path) -> dict[str, Any]:
         for b in report["buckets"]
     ]
     return {"curves": curves, "buckets": {"heads": ["expert", "samples", *domains, "loss on all"], "rows": rows}}
+
+
+def _use(run: Path) -> dict[str, Any]:
+    """The commands that serve the result and talk to it, and which of the programs compute something else."""
+    config = run / "posttrain" / "config.json"
+    compact = not config.is_file()
+    lines = [
+        f"upcycle export {shlex.quote(str(run))} {'--fold ' * compact}--to FOLDER",
+        "vllm serve FOLDER                       # or",
+        "transformers serve FOLDER               # then, in another terminal:",
+        "transformers chat FOLDER",
+        "python convert_hf_to_gguf.py FOLDER --outfile moe.gguf && llama-cli -m moe.gguf -cnv     # llama.cpp",
+    ]
+    found = [] if compact else limits(_read(config))
+    return {
+        "use": "\n".join(lines),
+        "warnings": [f"{CLIENTS[limit.client]} and this {limit.moe}: {limit.what}." for limit in found],
+    }
 
 
 def _cost(run: Path) -> dict[str, Any]:
