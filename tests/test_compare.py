@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from upcycle.compare import COMPARISON, axis_values, compare, differences, labels, paired, spread, summary, sweep
+from upcycle.compare import COMPARISON, axis_values, compare, differences, labels, paired, show, spread, summary, sweep
 from upcycle.errors import UpcycleError
 from upcycle.reporting.figures import comparison_figure, sweep_figure
 
@@ -63,6 +63,12 @@ def test_a_sweep_runs_the_whole_grid(recipe_file: Path, tmp_path: Path, capsys: 
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert str(sweep(str(recipe_file), axes, 1, tmp_path / "out")["summary"]) == str(found["summary"])
     assert "prepare ..." not in capsys.readouterr().out
+
+
+def test_long_variants_do_not_push_the_figures_out(capsys: Any) -> None:
+    cells = {f"recipe {'very.long.setting=1 ' * 12}{i}": [cell(0, 1.2345)] for i in range(2)}
+    show({"variants": cells, "summary": summary(cells), "not_comparable": []})
+    assert capsys.readouterr().out.count("1.2345") == 2
 
 
 def test_an_axis_is_parted_at_its_commas() -> None:

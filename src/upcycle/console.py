@@ -98,11 +98,20 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
             bar.advance()
 
 
+WORDY = 40
+"""Characters from which on a first column is wrapped before figures are."""
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table under its title: first column left, the others right."""
+    """Print a table under its title: first column left, the others right.
+
+    Where it is too wide, figures are wrapped, or first the words of a first column of long ones.
+    """
+    rows = list(rows)
+    wordy = any(len(row[0]) > WORDY for row in rows)
     grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=(i == 0) != wordy)
     for row in rows:
         grid.add_row(*row)
     console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
