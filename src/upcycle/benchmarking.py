@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.pipeline import MOE, Run
-from upcycle.recipe import load_recipe
+from upcycle.pipeline import MOE, Run, open_run
 
 
 def run_benchmark(
@@ -48,7 +47,7 @@ def contenders(paths: Sequence[str], experts: bool) -> list[Any]:
     for path in paths:
         if (Path(path) / "recipe.yaml").is_file():
             prefix = f"{Path(path).name}: " if len(paths) > 1 else ""
-            found += _of_run(Run(load_recipe(str(Path(path) / "recipe.yaml")), Path(path)), prefix, experts)
+            found += _of_run(open_run(Path(path)), prefix, experts)
         else:
             found.append(Contender(Path(path).name, find_model(path)))
     names = [contender.name for contender in found]
@@ -60,14 +59,11 @@ def contenders(paths: Sequence[str], experts: bool) -> list[Any]:
 def _of_run(run: Run, prefix: str, experts: bool) -> list[Any]:
     from upcycle.evaluation.benchmark import Contender
 
-    moe = run.folder / "posttrain"
-    if not (moe / "manifest.json").is_file():
-        raise UpcycleError(f"{run.folder} is not finished: it has no posttrain/manifest.json; go on with `upcycle run`")
     dense = zip(run.checkpoints, run.checkpoint_folders, strict=True)
     alone = enumerate(run.plan.experts) if experts else ()
     return [
         Contender(f"{prefix}base", run.base),
         *(Contender(f"{prefix}{checkpoint.name}", folder, base=run.base) for checkpoint, folder in dense),
         *(Contender(f"{prefix}E{i} {e.name} alone", run.routed_moe, i, run.base) for i, e in alone),
-        Contender(f"{prefix}{MOE}", moe, base=run.base),
+        Contender(f"{prefix}{MOE}", run.folder / "posttrain", base=run.base),
     ]

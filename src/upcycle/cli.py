@@ -13,7 +13,7 @@ import typer
 
 from upcycle import __version__
 from upcycle.errors import UpcycleError
-from upcycle.pipeline import STAGE_NAMES, Run, run_stages, show_summary, status
+from upcycle.pipeline import STAGE_NAMES, Run, open_run, run_stages, show_summary, status
 from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
 
 ALMOST_FULL_BYTES = 32 << 20
@@ -185,16 +185,13 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file; default: report.html in the run.")] = None,
 ) -> None:
     """Write one HTML file that stands alone: lineage, scores, what each expert reads, cost, how to make it again."""
-    if not (folder / "recipe.yaml").is_file():
-        raise UpcycleError(f"{folder} is not a run: it has no recipe.yaml")
+    run = open_run(folder, ("posttrain", "evaluate"))
     _quiet_libraries()
     from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
     from upcycle.models.folders import compute_dtype, load_model, pick_device
     from upcycle.reporting.report import write_report
 
-    run, device = Run(load_recipe(str(folder / "recipe.yaml")), folder), pick_device()
-    if not (folder / "evaluate" / "scores.json").is_file():
-        raise UpcycleError(f"{folder} is not finished: it has no evaluate/scores.json; go on with `upcycle run`")
+    device = pick_device()
     model = load_model(folder / "posttrain", compute_dtype(device), device, run.base)
     samples = one_of_each_domain(run.splits.validation, at_most=12, longest=400)
     write_report(folder, run.recipe, routed_tokens(model, run.tokenizer, samples), out or folder / "report.html")
@@ -215,10 +212,9 @@ def export(
     from upcycle.model_upcycling.export import export
     from upcycle.reporting.card import write_card
 
-    finished = source / "posttrain"
-    export(finished if finished.is_dir() else source, to, fold, dtype, base)
-    if (source / "recipe.yaml").is_file():
-        run = Run(load_recipe(str(source / "recipe.yaml")), source)
+    run = open_run(source) if (source / "recipe.yaml").is_file() else None
+    export(source / "posttrain" if run else source, to, fold, dtype, base)
+    if run:
         write_card(to, source, run.recipe, run.base)
         print(f"model card: {to / 'README.md'}")
     if push:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.artifacts import (
+    MANIFEST,
     Checkpoint,
     ExpansionPlan,
     Manifest,
@@ -39,6 +40,20 @@ MOE_INIT = "MoE before post-training"
 MOE = "MoE"
 SEED_DATA = ("seed_from", "seed_fraction", "min_samples_per_expert", "test_fraction")
 """Settings of `route` that decide which rows are held out of training."""
+
+
+def open_run(folder: Path, needs: Sequence[str] = ("posttrain",)) -> "Run":
+    """The run in a folder, by its own recipe.
+
+    Raises:
+        UpcycleError: the folder is no run, or one that has not come as far as the stages that it `needs`.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise UpcycleError(f"{folder} is not a run: it has no recipe.yaml")
+    for stage in needs:
+        if read_manifest(folder / stage) is None:
+            raise UpcycleError(f"{folder} is not finished: it has no {stage}/{MANIFEST}; go on with `upcycle run`")
+    return Run(load_recipe(str(folder / "recipe.yaml")), folder)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from upcycle.artifacts import digest, hash_model, library_versions, write_json
 from upcycle.console import say, table
 from upcycle.errors import UpcycleError
-from upcycle.models.folders import compute_dtype, load_model, pick_device
+from upcycle.models.folders import compute_dtype, load_model, pick_device, router_modules
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 
 MAIN = ("acc_norm,none", "acc,none", "exact_match,answer", "exact_match,none")
@@ -48,7 +48,7 @@ def benchmark(
     chat_template: bool = True,
     batch_size: int = 16,
 ) -> dict[str, dict[str, Any]]:
-    """Score every model on every task; write `scores.json` and print a table with standard errors.
+    """Score every model on every task; write `benchmark.json` and print a table with standard errors.
 
     Args:
         tasks: name to a configuration of ours, or to a name that lm-eval knows.
@@ -62,13 +62,15 @@ def benchmark(
         UpcycleError: a model without a chat template that is to be asked as a chat.
     """
     how = {"limit": limit, "chat_template": chat_template, "versions": library_versions()}
+    contents = {name: _content(task) for name, task in tasks.items()}
+    hashes = {folder: hash_model(folder) for folder in {contender.folder for contender in contenders}}
     found: dict[str, dict[str, Any]] = {}
     for contender in contenders:
         scores = found[contender.name] = {}
-        model = digest([hash_model(contender.folder), contender.expert])
+        model = digest([hashes[contender.folder], contender.expert])
         missing = {}
-        for name, task in tasks.items():
-            place = out_dir / "cache" / f"{digest([model, name, _content(task), how])}.json"
+        for name, content in contents.items():
+            place = out_dir / "cache" / f"{digest([model, name, content, how])}.json"
             if place.exists():
                 scores[name] = json.loads(place.read_text())
             else:
@@ -106,8 +108,6 @@ def _loaded(contender: Contender) -> Iterator[tuple[Any, Any]]:
 
 def num_experts(model: Any) -> int:
     """Of a MoE or a mixture of adapters."""
-    from upcycle.models.folders import router_modules
-
     return int(router_modules(model)[0].weight.shape[0])
 
 

@@ -35,7 +35,7 @@ def expand(
         adapters: the checkpoints are LoRA adapters.
 
     Raises:
-        UpcycleError: see `make_plan`, `task_vector_gram` and `AdapterGram`.
+        UpcycleError: see `make_plan`, `task_vector_gram`, `read_adapter` and `check_equal_ranks`.
     """
     gram, measure = _adapters(base, folders, settings, seed) if adapters else _models(base, folders, settings, seed)
     plan = make_plan(checkpoints, gram, settings, seed, measure, adapters)

@@ -74,7 +74,7 @@ def assemble(
     layout = mapping.family.layout
     with ModelWriter(out_dir, mapping.specs(dtype)) as writer:
         shared_from = sources.shared(settings.shared)
-        map_tensors(lambda move: _write_shared(writer, move, shared_from), mapping.shared, "assemble: shared weights")
+        map_tensors(lambda move: write_shared(writer, move, shared_from), mapping.shared, "assemble: shared weights")
         map_tensors(lambda move: _write_experts(writer, move, sources, plan, layout), mapping.ffn, "assemble: experts")
         for name, tensor in _small_tensors(mapping, router_std, seed).items():
             writer.write(name, tensor)
@@ -140,7 +140,8 @@ def _expert(sources: _Sources, plan: ExpansionPlan, layout: DenseLayout, number:
     )
 
 
-def _write_shared(writer: ModelWriter, move: SharedMove, readers: Sequence[ModelReader]) -> None:
+def write_shared(writer: ModelWriter, move: SharedMove, readers: Sequence[ModelReader]) -> None:
+    """Copy a run of rows from one model, or the mean of several; refuses NaN and Inf."""
     source, target = move.dense, move.moe
     for begin, count in pieces(source.count, PIECE):
         values = _mean([reader.elements(source.tensor, source.element + begin, count) for reader in readers])

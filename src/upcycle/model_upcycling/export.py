@@ -12,15 +12,16 @@ from upcycle.artifacts import INPUTS, MANIFEST, hash_model, read_manifest
 from upcycle.console import say
 from upcycle.errors import UpcycleError
 from upcycle.merging.low_rank import Adapter
+from upcycle.model_upcycling.assemble import write_shared
 from upcycle.models.adapters import is_adapter, merged_weight, read_tensors
 from upcycle.models.families import moe_config
 from upcycle.models.folders import LINEAGE, copy_companions, find_model, require_space, write_config
 from upcycle.models.identity import check_identity
-from upcycle.models.layouts import FfnMove, Region, SharedMove, router_tensors
+from upcycle.models.layouts import FfnMove, Region, router_tensors
 from upcycle.models.mapping import Mapping, map_model, read_region
 from upcycle.models.mixture import BOTTLENECK, MixtureConfig, expert_updates, router_names
-from upcycle.models.safetensors_io import DTYPE_NAMES, ModelReader, ModelWriter, pieces
-from upcycle.models.streaming import PIECE, map_tensors
+from upcycle.models.safetensors_io import DTYPE_NAMES, ModelReader, ModelWriter
+from upcycle.models.streaming import map_tensors
 
 NOT_EXPORTED = (MANIFEST, INPUTS, "log.json")
 
@@ -82,7 +83,7 @@ def fold_mixture(source: Path, target: Path, dtype: str, base_name: str | None =
     stored = reader.spec(mapping.ffn[0].dense.tensor).dtype if dtype == "source" else DTYPE_NAMES[dtype]
     require_space(target, mapping.num_parameters() * stored.itemsize, "the plain MoE", "take --dtype bfloat16")
     with ModelWriter(target, mapping.specs(stored)) as writer:
-        map_tensors(partial(_write_shared, writer, reader), mapping.shared, "export: shared weights")
+        map_tensors(lambda move: write_shared(writer, move, [reader]), mapping.shared, "export: shared weights")
         map_tensors(partial(_write_experts, writer, reader, experts), mapping.ffn, "export: folding experts")
         for name, tensor in _small_tensors(mapping, read_tensors(source)).items():
             writer.write(name, tensor)
@@ -116,13 +117,6 @@ def _small_tensors(mapping: Mapping, kept: dict[str, Tensor]) -> dict[str, Tenso
     names = router_tensors(mapping.family.moe.layout, mapping.config)
     routers = {name: kept[old] for name, old in zip(names, router_names(len(names)), strict=True)}
     return routers | {name: torch.zeros(shape) for name, shape in mapping.zeros.items()}
-
-
-def _write_shared(writer: ModelWriter, reader: ModelReader, move: SharedMove) -> None:
-    source, target = move.dense, move.moe
-    for begin, count in pieces(source.count, PIECE):
-        values = reader.elements(source.tensor, source.element + begin, count)
-        writer.write(target.tensor, values, target.element + begin)
 
 
 def _write_experts(writer: ModelWriter, reader: ModelReader, experts: Sequence[Adapter], move: FfnMove) -> None:

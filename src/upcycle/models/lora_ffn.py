@@ -155,7 +155,7 @@ class _Mix(torch.autograd.Function):
         # the first choice takes the dense block's own memory, once the others have what they need of it
         inputs = [(gate.index_select(0, c.tokens), up.index_select(0, c.tokens)) for c in choices[1:]]
         inputs.insert(0, (gate.detach(), up.detach()))
-        mixed, low = torch.empty_like(gate), torch.empty_like(x)
+        mixed, low = torch.empty_like(gate), x  # `low` is set by the first choice
         for number, (slots, (g, u)) in enumerate(zip(choices, inputs, strict=True)):
             first = number == 0
             w = weights[:, number, None] if first else weights[slots.tokens, number, None]
@@ -187,7 +187,7 @@ class _Mix(torch.autograd.Function):
         adapt = any(ctx.needs_input_grad[8:])
         d = Factors(*(torch.zeros_like(matrix) for matrix in vars(f).values()))
         d_gate, d_up = torch.empty_like(d_mixed), torch.empty_like(d_mixed)
-        d_x, d_weights = torch.empty_like(x), x.new_empty(len(x), len(kept) // 8)
+        d_x, d_weights = x, x.new_empty(len(x), len(kept) // 8)  # `d_x` is set by the first choice
         rank = f.a_down.shape[1]
         for number in range(len(kept) // 8):
             tokens, ends, g_all, u_all, w, s, z_in, z_down = kept[8 * number : 8 * number + 8]

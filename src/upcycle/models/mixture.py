@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upcycle.errors import UpcycleError
-from upcycle.merging.low_rank import LowRank
+from upcycle.merging.low_rank import LowRank, fresh
 from upcycle.models.adapters import CONFIG, FFN, PREFIX, WEIGHTS, read_adapter_config, read_tensors
 from upcycle.models.lora_ffn import Factors, lora_ffn, slot_products
 
@@ -174,13 +174,12 @@ def bottleneck_tensors(
     num_layers: int, hidden: int, rank: int, num_experts: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Fresh bottlenecks: D uniform as a linear layer's, U zero, so that an expert is the dense FFN."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer in range(num_layers):
         for expert in range(num_experts):
             prefix = f"{PREFIX}model.layers.{layer}.mlp.experts.{expert}."
-            down = (2 * torch.rand(rank, hidden, generator=generator) - 1) / hidden**0.5
-            tensors[f"{prefix}adapter_down.weight"] = down
-            tensors[f"{prefix}adapter_up.weight"] = torch.zeros(hidden, rank)
+            start = fresh((hidden, hidden), rank, 1.0, generator)
+            tensors |= {f"{prefix}adapter_down.weight": start.a, f"{prefix}adapter_up.weight": start.b}
     return tensors
 
 

@@ -1,16 +1,15 @@
 """The model card of an exported model: what it was made from, how, and how good it is."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from upcycle.artifacts import ExpansionPlan, read_manifest
-from upcycle.errors import UpcycleError
 from upcycle.models.folders import LINEAGE
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.inspect import expert_line
+from upcycle.reporting.report import standard_error
 
 CARD = "README.md"
 PAPER = """@inproceedings{hui2025upcycling,
@@ -58,8 +57,7 @@ def card_text(folder: Path, run: Path, recipe: Recipe, licence: str | None) -> s
     kind = _kind(folder, plan, compact)
     lineage = "\n".join(f"- {expert_line(i, expert)}" for i, expert in enumerate(plan.experts))
     manifest = read_manifest(run / "posttrain")
-    if manifest is None:
-        raise UpcycleError(f"{run} is not finished: it has no posttrain/manifest.json")
+    assert manifest is not None
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     inherited = (
         f"The base's: {licence}." if licence else "Not stated by the base's folder: look it up before you publish."
@@ -139,7 +137,7 @@ def _exact(entry: Mapping[str, Any]) -> str:
     if not entry.get("exact_match_rows"):
         return ""
     share, rows = entry["exact_match"]["all"], entry["exact_match_rows"]
-    return f"{share:.1%} +- {math.sqrt(share * (1 - share) / rows):.1%}"
+    return f"{share:.1%} +- {standard_error(share, rows):.1%}"
 
 
 def _listed(sources: str | list[str]) -> str:

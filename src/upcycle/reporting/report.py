@@ -9,7 +9,6 @@ from typing import Any
 
 from upcycle.artifacts import ExpansionPlan, read_manifest
 from upcycle.console import say
-from upcycle.errors import UpcycleError
 from upcycle.models.clients import CLIENTS, limits
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.charts import bar_chart, line_chart
@@ -32,12 +31,7 @@ def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]]
 
     Args:
         samples: texts with their routing, as `evaluation.tokens.routed_tokens` gives them.
-
-    Raises:
-        UpcycleError: the run is not finished.
     """
-    if not (run / "evaluate" / "scores.json").is_file():
-        raise UpcycleError(f"{run} is not finished: it has no evaluate/scores.json; go on with `upcycle run`")
     page = _template().render(
         title=f"{run.name}: {recipe.expand.num_experts} experts from {recipe.base}",
         sections=SECTIONS,
