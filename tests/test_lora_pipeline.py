@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from upcycle.artifacts import read_manifest
 from upcycle.errors import UpcycleError
+from upcycle.expert_expansion.gram import adapter_gram
 from upcycle.model_upcycling.export import export
 from upcycle.models.folders import load_model
+from upcycle.models.mixture import MixtureConfig, expert_updates
 from upcycle.pipeline import Run, run_stages
 from upcycle.recipe import parse_recipe
 from worlds import IDS, logits, make_adapter, shrunk
@@ -91,6 +94,18 @@ def test_the_users_own_adapters_become_experts(
     config = load_model(run.folder / "assemble", torch.float32).mixture
     assert config.expert_ranks == (4, ranks[1], max(ranks), max(ranks))
     assert config.expert_scaling == (2.0, 2.0, 1.0, 1.0)
+
+
+def test_what_is_assembled_is_what_was_planned_also_with_the_base_as_a_parent(
+    tiny_recipe: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    given = {"checkpoints": [str(make_adapter(base, tmp_path / f"mine-{i}", i, 8)) for i in range(2)]}
+    expand = {"num_experts": 6, "keep_base": True, "similarity": "l2", "parents": "random"}
+    run = Run(shrunk("upit-lora", tiny_recipe, prepare=given, expand=expand), tmp_path / "run")
+    run_stages(run, ("prepare", "expand", "assemble"))
+    assert any(2 in expert.parents for expert in run.plan.children)  # the base
+    experts = expert_updates(run.folder / "assemble", MixtureConfig.load(run.folder / "assemble"))
+    np.testing.assert_allclose(adapter_gram(experts), np.array(run.plan.gram), rtol=1e-4, atol=1e-6)
 
 
 def test_adapters_and_models_are_not_confused(

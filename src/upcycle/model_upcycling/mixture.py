@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.artifacts import ExpansionPlan, Expert
+from upcycle.artifacts import ExpansionPlan
 from upcycle.console import say
 from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
@@ -71,18 +71,15 @@ def assemble_mixture(
 
 
 def lora_experts(plan: ExpansionPlan, adapters: Sequence[Adapter], lora: LoraSettings, config: Config) -> list[Adapter]:
-    """Every expert of the plan as an adapter; one that is the base itself is a fresh one."""
-    sources = [_source(number, expert, adapters, lora, config, plan.seed) for number, expert in enumerate(plan.sources)]
+    """Every expert of the plan as an adapter; the base itself is a fresh one, and adds nothing to its children."""
+    sources: list[Adapter] = [{} if e.checkpoint is None else adapters[e.checkpoint] for e in plan.sources]
     children = [Child(e.parents, e.weights) for e in plan.children]
     assert plan.adapters is not None
-    return [*sources, *materialise_adapters(sources, children, plan.merge, plan.drop_rate, plan.adapters, plan.seed)]
+    made = materialise_adapters(sources, children, plan.merge, plan.drop_rate, plan.adapters, plan.seed)
+    return [*(source or _fresh(i, lora, config, plan.seed) for i, source in enumerate(sources)), *made]
 
 
-def _source(
-    number: int, expert: Expert, adapters: Sequence[Adapter], lora: LoraSettings, config: Config, seed: int
-) -> Adapter:
-    if expert.checkpoint is not None:
-        return adapters[expert.checkpoint]
+def _fresh(number: int, lora: LoraSettings, config: Config, seed: int) -> Adapter:
     draw = torch.Generator().manual_seed(seed * 65_537 + number)
     return {name: fresh(shape, lora.rank, lora.scaling, draw) for name, shape in ffn_shapes(config).items()}
 
