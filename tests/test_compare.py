@@ -65,6 +65,20 @@ def test_a_sweep_runs_the_whole_grid(recipe_file: Path, tmp_path: Path, capsys: 
     assert "prepare ..." not in capsys.readouterr().out
 
 
+def test_models_can_be_deleted_once_they_are_measured(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
+    texts, out = [str(recipe_file), f"{recipe_file} route.start=random"], tmp_path / "out"
+    options: dict[str, Any] = {"force": False, "keep_models": False, "more": lambda run: {"benchmark": {"all": 0.5}}}
+    found = compare(texts, 1, out, **options)
+    assert not list(out.rglob("*.safetensors"))
+    assert [row["benchmark"]["mean"] for row in found["summary"]] == [0.5, 0.5]
+    assert "prepare: taken from" in " ".join(capsys.readouterr().out.split())  # while they are there they are shared
+    assert str(compare(texts, 1, out, **options)) == str(found)
+    assert "prepare" not in capsys.readouterr().out
+    changed = [f"{text} route.init_std=0.03" for text in texts]
+    with pytest.raises(UpcycleError, match="was made by another recipe"):
+        compare(changed, 1, out, **options)
+
+
 def test_long_variants_do_not_push_the_figures_out(capsys: Any) -> None:
     cells = {f"recipe {'very.long.setting=1 ' * 12}{i}": [cell(0, 1.2345)] for i in range(2)}
     show({"variants": cells, "summary": summary(cells), "not_comparable": []})

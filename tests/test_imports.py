@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "models", "data", *LEAVES},
     "assets": {"data"},
     "pipeline": {*STAGES, "evaluation", "models", "data", *LEAVES},
-    "reporting": {"reporting", "evaluation", "expert_expansion", "models", *LEAVES},
+    "reporting": {"reporting", "compare", "evaluation", "expert_expansion", "models", *LEAVES},
     "compare": {"pipeline", *LEAVES},
     "benchmarking": {"pipeline", "evaluation", "models", "reporting", *LEAVES},
     "cli": {

@@ -45,6 +45,9 @@ UpdateOption = Annotated[
         help="Accept a changed recipe: build again, in place, what has other inputs or is damaged.",
     ),
 ]
+KeepModelsOption = Annotated[
+    bool, typer.Option(help="Without it the weights of a seed's runs are deleted once all of them are measured.")
+]
 
 STAGE_HELP = {
     "prepare": "Stage 1: instruction-tune the base and keep checkpoints, or take existing ones.",
@@ -118,6 +121,7 @@ def compare(
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs and comparison.json; resumed if there.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds 0, 1, ...")] = 3,
     force: Annotated[bool, typer.Option(help="Compare runs of other data or training tokens, and mark it.")] = False,
+    keep_models: KeepModelsOption = True,
 ) -> None:
     """Run recipes with several seeds; mean, spread and a paired test against the first."""
     if len(set(variants)) < 2:
@@ -126,7 +130,7 @@ def compare(
     from upcycle.compare import COMPARISON, compare
     from upcycle.reporting.figures import comparison_figure
 
-    comparison_figure(compare(variants, seeds, out, force), out / "comparison.png")
+    comparison_figure(compare(variants, seeds, out, force, keep_models), out / "comparison.png")
     print(f"written: {out / COMPARISON}, {out / 'comparison.png'}")
 
 
@@ -139,13 +143,14 @@ def sweep(
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs and sweep.json; resumed if there.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds 0, 1, ...")] = 3,
+    keep_models: KeepModelsOption = True,
 ) -> None:
     """Run every combination of settings with several seeds: score against data size, experts, anything."""
     _quiet_libraries()
     from upcycle.compare import SWEEP, sweep
     from upcycle.reporting.figures import sweep_figure
 
-    sweep_figure(sweep(recipe, axes, seeds, out), out / "sweep.png")
+    sweep_figure(sweep(recipe, axes, seeds, out, keep_models), out / "sweep.png")
     print(f"written: {out / SWEEP}, {out / 'sweep.png'}")
 
 

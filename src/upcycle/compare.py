@@ -6,19 +6,22 @@ import math
 import re
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.artifacts import write_json
+from upcycle.artifacts import digest, write_json
 from upcycle.console import say, table
 from upcycle.errors import UpcycleError
-from upcycle.pipeline import MOE, Run, run_stages
-from upcycle.recipe import load_recipe
+from upcycle.pipeline import MOE, STAGE_NAMES, Run, run_stages
+from upcycle.recipe import dump_recipe, load_recipe
 
 COMPARISON, SWEEP = "comparison.json", "sweep.json"
-METRICS = {"loss": "{:.4f}", "exact_match": "{:.1%}"}
+MEASURES = "measures.json"
+METRICS = {"loss": "{:.4f}", "exact_match": "{:.1%}", "benchmark": "{:.1%}"}
+Measures = dict[str, Any]
+"""Of a cell: its seed, the hash of its data, training tokens by stage, and a metric's name to values by domain."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,26 @@ class Variant:
         return Run(load_recipe(recipe, [*overrides, f"seed={seed}"]), out / f"{number}-seed{seed}")
 
 
-def compare(texts: Sequence[str], seeds: int, out: Path, force: bool) -> dict[str, Any]:
-    """Run every variant with every seed and write `comparison.json` and `comparison.png`; resumable.
+def compare(
+    texts: Sequence[str],
+    seeds: int,
+    out: Path,
+    force: bool,
+    keep_models: bool = True,
+    more: Callable[[Run], Measures] | None = None,
+) -> dict[str, Any]:
+    """Run every variant with every seed and write `comparison.json`; resumable.
 
     A stage that another cell has made from the same inputs is taken from there.
+
+    Args:
+        keep_models: without, the weights of a seed's runs are deleted once all of them are measured.
+        more: further measures of a finished run, such as its mean over benchmarks.
 
     Raises:
         UpcycleError: the variants saw other data or another number of training tokens, and `force` is not given.
     """
-    cells = run_cells(texts, seeds, out)
+    cells = run_cells(texts, seeds, out, keep_models, more)
     problems = differences(cells)
     if problems and not force:
         raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little (--force makes it all the same)")
@@ -50,21 +64,49 @@ def compare(texts: Sequence[str], seeds: int, out: Path, force: bool) -> dict[st
     return found
 
 
-def run_cells(texts: Sequence[str], seeds: int, out: Path) -> dict[str, list[dict[str, Any]]]:
+def run_cells(
+    texts: Sequence[str],
+    seeds: int,
+    out: Path,
+    keep_models: bool = True,
+    more: Callable[[Run], Measures] | None = None,
+) -> dict[str, list[Measures]]:
     """Each variant's measures, a row per seed; a run folder per cell."""
-    cells: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
-    folders: list[Path] = []
+    cells: dict[str, list[Measures]] = {text: [] for text in texts}
+    donors: list[Path] = []
     for seed in range(seeds):
-        for number, text in enumerate(texts):
-            run = Variant(text).run(seed, out, number)
+        runs = [Variant(text).run(seed, out, number) for number, text in enumerate(texts)]
+        for run, text in zip(runs, texts, strict=True):
             say(f"{text}, seed {seed}: {run.folder}")
-            run_stages(run, donors=folders)
-            folders.append(run.folder)
-            cells[text].append(measure(run))
+            measures = None if keep_models else _known(run)
+            if measures is None:
+                run_stages(run, donors=donors)
+                donors.append(run.folder)
+                measures = measure(run) | (more(run) if more else {})
+                write_json(run.folder / MEASURES, {"recipe": digest(dump_recipe(run.recipe)), **measures})
+            cells[text].append(measures)
+        if not keep_models:
+            donors = []
+            for run in runs:
+                _delete_weights(run.folder)
     return cells
 
 
-def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path) -> dict[str, Any]:
+def _known(run: Run) -> Measures | None:
+    """What was measured of the same recipe and data, whether or not the models are still there."""
+    path = run.folder / MEASURES
+    found: Measures = json.loads(path.read_text()) if path.exists() else {}
+    same = found.pop("recipe", None) == digest(dump_recipe(run.recipe)) and found["data"] == run.data_hash
+    return found if same else None
+
+
+def _delete_weights(folder: Path) -> None:
+    for stage in STAGE_NAMES:
+        for path in (folder / stage).rglob("*.safetensors"):
+            path.unlink()
+
+
+def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: bool = True) -> dict[str, Any]:
     """Every combination of settings such as `expand.num_experts=4,8,16`, with every seed; write `sweep.json`.
 
     Unlike `compare` it changes what a run sees, so other numbers of training tokens are shown, not refused. Resumable.
@@ -75,7 +117,7 @@ def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path) -> dict[str, 
     grid = [axis_values(axis) for axis in axes]
     points = list(itertools.product(*grid))
     texts = [" ".join([shlex.quote(recipe), *map(shlex.quote, point)]) for point in points]
-    cells = run_cells(texts, seeds, out)
+    cells = run_cells(texts, seeds, out, keep_models)
     rows = summary(cells)
     for row, point in zip(rows, points, strict=True):
         row["settings"] = dict(setting.split("=", 1) for setting in point)
@@ -94,8 +136,8 @@ def axis_values(axis: str) -> list[str]:
     return [f"{name}={value}" for value in parts]
 
 
-def measure(run: Run) -> dict[str, Any]:
-    """The MoE's scores, by domain, and what the run spent."""
+def measure(run: Run) -> Measures:
+    """The MoE's scores, by domain, and what the run spent; beside them the base's and the checkpoints'."""
     scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
     logs = {stage: run.folder / stage / "log.json" for stage in ("prepare", "posttrain")}
     tokens = {stage: json.loads(path.read_text())["tokens"] for stage, path in logs.items() if path.exists()}
@@ -103,11 +145,16 @@ def measure(run: Run) -> dict[str, Any]:
         "seed": run.recipe.seed,
         "data": run.data_hash,
         "tokens": tokens,
-        **{metric: scores[MOE][metric] for metric in METRICS if metric in scores[MOE]},
+        **_scores(scores[MOE]),
+        "dense": {name: _scores(entry) for name, entry in scores.items() if "expert_share" not in entry},
     }
 
 
-def differences(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _scores(entry: dict[str, Any]) -> Measures:
+    return {metric: entry[metric] for metric in METRICS if metric in entry}
+
+
+def differences(cells: dict[str, list[Measures]]) -> list[str]:
     """What makes the variants not comparable: other data, or another number of training tokens for a seed."""
     problems = []
     for rows in zip(*cells.values(), strict=True):
@@ -121,7 +168,7 @@ def differences(cells: dict[str, list[dict[str, Any]]]) -> list[str]:
     return problems
 
 
-def summary(cells: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def summary(cells: dict[str, list[Measures]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds of each variant; against the first one, paired by seed."""
     rows = []
     first = next(iter(cells.values()))

@@ -125,8 +125,8 @@ class ExpandSettings(Settings):
     """Standard deviation of the noise."""
     num_checkpoints: int | None = Field(None, ge=1)
     """How many checkpoints become experts, n; none given: all, or as many as there are experts."""
-    select: Literal["uniform", "last", "farthest"] = "uniform"
-    """Which, if there are more: evenly spaced, the last n, or greedily those least similar to the chosen."""
+    select: Literal["uniform", "first", "last", "farthest"] = "uniform"
+    """Which, if there are more: evenly spaced, the first or last n, or greedily those least similar to the chosen."""
     keep_base: bool = False
     """Whether the base itself is an expert too (with cosine similarity it has no direction and is no parent)."""
     similarity: Literal["cosine", "l2"] = "cosine"
@@ -192,8 +192,9 @@ class RouteSettings(Settings):
     """Seed data are at least this many samples times the number of experts."""
     test_fraction: float = Field(0.25, ge=0, lt=1)
     """Share of the seed data kept apart to measure how well the router ranks the assigned expert first."""
-    assignment: Literal["balanced", "lowest_loss", "centred", "domain"] = "balanced"
-    """Sample to expert: equal buckets of least total loss; lowest loss (paper); lowest but for its mean; by domain."""
+    assignment: Literal["balanced", "lowest_loss", "centred", "domain", "random"] = "balanced"
+    """Sample to expert: equal buckets of least total loss; lowest loss (paper); lowest but for its mean; by domain;
+    equal buckets at random (the paper's ablation)."""
     expert_learning_rate: float | None = Field(None, gt=0)
     """Let the experts move too in the start `upit`, with this learning rate; null: they stay (paper)."""
     equal_steps: bool = False

@@ -122,6 +122,7 @@ def line(n: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("select", "count", "expected"),
     [
+        ("first", 3, [0, 1, 2]),
         ("last", 3, [5, 6, 7]),
         ("uniform", 4, [1, 3, 5, 7]),
         ("uniform", 3, [2, 5, 7]),

@@ -56,7 +56,7 @@ def test_an_empty_bucket_gets_the_samples_nearest_to_it() -> None:
 def test_a_loss_that_is_not_finite_names_the_sample() -> None:
     samples = [sample("a:1"), sample("a:2")]
     with pytest.raises(UpcycleError, match="a:2 under expert 1 is not finite"):
-        assign(np.array([[1.0, 1.0], [1.0, np.nan]]), samples, "balanced")
+        assign(np.array([[1.0, 1.0], [1.0, np.nan]]), samples, "balanced", 0)
 
 
 def test_centred_gives_a_sample_to_the_expert_that_does_best_for_itself() -> None:
@@ -81,7 +81,15 @@ def test_more_domains_than_experts_share_them_evenly() -> None:
 
 def test_without_domains_there_is_nothing_to_assign_by() -> None:
     with pytest.raises(UpcycleError, match=r"the 2 seed rows have one domain, 'x'; give rows a field `domain`"):
-        assign(np.ones((2, 2)), [sample(), sample()], "domain")
+        assign(np.ones((2, 2)), [sample(), sample()], "domain", 0)
+
+
+def test_random_buckets_are_equal_and_know_no_loss() -> None:
+    samples = [sample() for _ in range(9)]
+    found = [assign(losses, samples, "random", 1).tolist() for losses in (np.ones((9, 3)), np.eye(9)[:, :3])]
+    assert found[0] == found[1]
+    assert np.bincount(found[0]).tolist() == [3, 3, 3]
+    assert found[0] != assign(np.ones((9, 3)), samples, "random", 2).tolist()
 
 
 def test_equal_steps_repeat_small_buckets() -> None:

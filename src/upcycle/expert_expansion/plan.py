@@ -112,6 +112,8 @@ def choose_checkpoints(similarity: Gram, count: int, select: str) -> list[int]:
     n = len(similarity)
     if select == "uniform":
         return [-(-(i + 1) * n // count) - 1 for i in range(count)]
+    if select == "first":
+        return list(range(count))
     if select == "last" or count == 1:
         return list(range(n - count, n))
     distinct = similarity + np.diag(np.full(n, np.inf))

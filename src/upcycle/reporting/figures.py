@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upcycle.artifacts import ExpansionPlan
+from upcycle.compare import METRICS
 from upcycle.evaluation.benchmark import main_figure
 from upcycle.expert_expansion.plan import expert_similarities
 
@@ -34,7 +35,7 @@ def comparison_figure(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = found["summary"]
-    metrics = [metric for metric in ("loss", "exact_match") if metric in rows[0]]
+    metrics = [metric for metric in METRICS if metric in rows[0]]
     labels = 0.09 * max(len(row["label"]) for row in rows)
     figure = Figure(figsize=(4.5 * len(metrics) + labels, 0.45 * len(rows) + 1.8), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics, strict=True):
@@ -55,7 +56,7 @@ def sweep_figure(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     first, *others = found["axes"]
-    metrics = [metric for metric in ("loss", "exact_match") if metric in found["summary"][0]]
+    metrics = [metric for metric in METRICS if metric in found["summary"][0]]
     figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in found["summary"]:

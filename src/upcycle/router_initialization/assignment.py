@@ -60,8 +60,8 @@ ASSIGNMENTS: dict[str, Callable[[Losses, Domains], Experts]] = {
 }
 
 
-def assign(losses: Losses, samples: Sequence[Sample], rule: str) -> Experts:
-    """Expert of each sample under a rule of `ASSIGNMENTS`.
+def assign(losses: Losses, samples: Sequence[Sample], rule: str, seed: int) -> Experts:
+    """Expert of each sample under a rule of `ASSIGNMENTS`, or `random`: equal buckets whatever the losses.
 
     Raises:
         UpcycleError: a loss is not finite (the sample is named), or there are no domains to assign by.
@@ -76,6 +76,8 @@ def assign(losses: Losses, samples: Sequence[Sample], rule: str) -> Experts:
             f"route.assignment=domain: the {len(samples)} seed rows have one domain, '{domains[0]}'; give rows a field "
             "`domain`, or take another assignment"
         )
+    if rule == "random":
+        return balanced(np.random.Generator(np.random.Philox(seed)).random(losses.shape), domains)
     return ASSIGNMENTS[rule](losses, domains)
 
 

@@ -74,7 +74,7 @@ def route(
         return empty
     scored = [*fit, *test]
     losses = expert_losses(model, scored, len(names), settings.tokens_per_batch, pad_token_id).double().numpy()
-    experts = assign(losses[: len(fit)], fit, settings.assignment)
+    experts = assign(losses[: len(fit)], fit, settings.assignment, seed)
     report = _report(experts, fit, losses[: len(fit)], names, settings, seed)
     _show_buckets(report)
     pairs = _pairs(experts, losses[: len(fit)], names)
@@ -85,7 +85,7 @@ def route(
     _save(out_dir / ROUTER, start.vectors, router_keys(model))
     if test:
         load_routers(model, out_dir / ROUTER)
-        expected = assign(losses[len(fit) :], test, settings.assignment)
+        expected = assign(losses[len(fit) :], test, settings.assignment, seed)
         report["held_out"] = ranking(
             model, test, expected.tolist(), settings.tokens, settings.tokens_per_batch, pad_token_id
         )

@@ -1,0 +1,40 @@
+"""Which of UpIT's parts does what? The paper's ablations, one part changed at a time, on the embedded model.
+
+    python benchmarks/ablation.py --seeds 5 --out runs/ablation        # about 40 minutes on one thread
+
+The recipe `upit-paper` with half of the quickstart's rows: 2 epochs of full tuning leave 8 checkpoints, four of them
+(evenly spaced) are expanded to 8 experts, top-2; 2 epochs of post-training. All train on the same rows; the stages that
+two variants share are made once. The first row is what the others are compared with. Resumable.
+"""
+
+import argparse
+from pathlib import Path
+
+from methods import COMMON, FULL
+
+from upcycle.compare import compare
+from upcycle.reporting.figures import comparison_figure
+
+ABLATIONS = (
+    "expand.num_checkpoints=4",
+    "expand.num_checkpoints=8",  # no expansion: all checkpoints, no children
+    "expand.num_checkpoints=4 expand.parents=random",
+    "expand.num_checkpoints=4 expand.select=first",
+    "expand.num_checkpoints=4 expand.select=last",
+    "expand.num_checkpoints=4 route.start=random",
+    "expand.num_checkpoints=4 route.assignment=random",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    arguments = parser.parse_args()
+    common = f"upit-paper {FULL} {COMMON} prepare.checkpoint_every=0.25 expand.num_experts=8"
+    found = compare([f"{common} {changed}" for changed in ABLATIONS], arguments.seeds, arguments.out, force=False)
+    comparison_figure(found, arguments.out / "ablation.png")
+
+
+if __name__ == "__main__":
+    main()
