@@ -1,11 +1,11 @@
 """Every upcycling method at the same number of training tokens, on a real model and real instruction data.
 
     python benchmarks/smollm2_methods.py --base SMOLLM2_FOLDER --data DATA_FOLDER --out runs/smollm2_methods
-    timeout 590 python benchmarks/smollm2_methods.py --base ... --data ... --out ... --size full      # on a GPU, repeatedly
+    timeout 590 python benchmarks/smollm2_methods.py --base ... --data ... --out ... --size full   # GPU, repeatedly
 
 DATA_FOLDER has `instruct/*.jsonl.gz`, `instruct_valid.jsonl.gz` and `bench/*.jsonl.gz`. Two settings as in the paper:
 whole FFNs as experts, 4 of them top-2, and LoRA experts, 8 of them top-2; half of a budget of 4 epochs is dense. The
-size `cpu` takes the FFN setting and 0.07% of the rows, about an hour and a half on one core; `full` takes both settings
+size `cpu` takes the FFN setting and 0.12% of the rows, about an hour and a half on one core; `full` takes both settings
 at 10%, 50% and 100% of the rows, and scores every result on benchmarks too. Kill it and run it again: it goes on where
 it stopped.
 """
@@ -47,12 +47,12 @@ class Size:
 
 SIZES = {
     "cpu": Size(
-        (0.0007,),
+        (0.0012,),
         ("ffn",),
         "data.max_length=160 data.max_validation=40 evaluate.exact_match=false posttrain.checkpoint_every=2 "
         "prepare.batch_size=8 prepare.micro_batch_size=4 posttrain.batch_size=8 posttrain.micro_batch_size=4 "
         "route.tokens_per_batch=1024 evaluate.tokens_per_batch=1024",
-        16,
+        12,
     ),
     "full": Size(
         (0.1, 0.5, 1.0),
