@@ -9,11 +9,11 @@ and the training time is scaled to the rows of which they would be 1% (it grows 
 """
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 
 from upcycle.console import say, table
+from upcycle.costs import read_costs
 from upcycle.pipeline import Run, run_stages
 from upcycle.recipe import load_recipe
 
@@ -38,7 +38,7 @@ def main() -> None:
     recipe, *overrides = shlex.split(arguments.recipe)
     run = Run(load_recipe(recipe, [*overrides, *SCHEDULE]), arguments.out)
     run_stages(run, ("prepare", "expand", "assemble", "route", "posttrain"))
-    times = json.loads((run.folder / "times.json").read_text())
+    times = {stage: cost["seconds"] for stage, cost in read_costs(run.folder).items()}
     seed_rows, rows = len(run.splits.seed_fit), len(run.splits.train)
     scale = max(1.0, seed_rows / (SEED_FRACTION * rows))
     training = (times["prepare"] + times["posttrain"]) * scale

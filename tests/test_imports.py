@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "upcycle"
 STAGES = ("expert_preparation", "expert_expansion", "model_upcycling", "router_initialization")
-LEAVES = {"errors", "settings", "recipe", "artifacts", "console"}
+LEAVES = {"errors", "settings", "recipe", "artifacts", "console", "costs"}
 STANDARD = {"hashlib", "functools", "collections", "dataclasses", "math"}
 MAY_IMPORT = {
     "errors": set(),
@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "settings": set(),
     "recipe": {"errors", "settings"},
     "artifacts": {"errors", "console"},
+    "costs": {"artifacts"},
     "merging": {"merging"},
     "data": {"data", *LEAVES},
     "models": {"models", "merging", "data", *LEAVES},

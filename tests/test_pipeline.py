@@ -19,7 +19,7 @@ from upcycle.models.safetensors_io import ModelReader
 from upcycle.pipeline import STAGE_NAMES, STAGES, Run, run_stages, status
 from upcycle.recipe import parse_recipe
 
-NOT_REPRODUCED = ("times.json", ".lock")
+NOT_REPRODUCED = ("costs.json", ".lock")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from upcycle.artifacts import (
     read_manifest,
     seal,
     verify,
-    write_json,
     write_text,
 )
 from upcycle.console import say, table, warn
+from upcycle.costs import measured, read_costs
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe, differences, dump_recipe, load_recipe
 
@@ -361,11 +360,8 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
     resumed = folder.with_name(f"{stage.name}.partial").exists()
     say(f"{stage.name}: resuming ..." if resumed else f"{stage.name} ...")
     partial = open_partial(folder, inputs, update)
-    begin = time.monotonic()
-    try:
+    with measured(run.folder, stage.name, resumed):
         stage.run(run, partial)
-    finally:
-        _record_time(run.folder, stage.name, time.monotonic() - begin, resumed)
     seal(partial, folder, inputs, run.settings(stage), run.recipe.seed)
     run.verified.add(stage.name)
 
@@ -468,23 +464,15 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _record_time(folder: Path, stage: str, seconds: float, resumed: bool) -> None:
-    """Wall-clock times stand apart from the artifacts, which are the same from run to run."""
-    path = folder / "times.json"
-    times = json.loads(path.read_text()) if path.exists() else {}
-    before = times.pop(stage, 0.0) if resumed else 0.0
-    write_json(path, {**times, stage: round(before + seconds, 1)})
-
-
 def show_summary(run: Run) -> None:
     """What the run made, what it cost, where it lies."""
-    times = json.loads((run.folder / "times.json").read_text())
     rows = []
-    for stage, seconds in times.items():
+    for stage, cost in read_costs(run.folder).items():
         log = run.folder / stage / "log.json"
         record = json.loads(log.read_text()) if log.exists() else {}
-        rows.append((stage, f"{seconds:.0f}", *(f"{record[k]:,}" if record else "" for k in ("tokens", "steps"))))
-    table("cost per stage", ("stage", "seconds", "training tokens", "steps"), rows)
+        trained = (f"{record[k]:,}" if record else "" for k in ("tokens", "steps"))
+        rows.append((stage, f"{cost['seconds']:.0f}", f"{cost['memory_gb']:.1f}", *trained))
+    table("cost per stage", ("stage", "seconds", "GB resident", "training tokens", "steps"), rows)
     if run.recipe.prepare.adapters:
         say(f"mixture of adapters: {run.folder / 'posttrain'}  (compact: needs {run.recipe.base} and upcycle)")
         say(f"as a plain MoE:     upcycle export {run.folder} --fold --to FOLDER")

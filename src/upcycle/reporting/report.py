@@ -9,12 +9,21 @@ from typing import Any
 
 from upcycle.artifacts import ExpansionPlan, read_manifest
 from upcycle.console import say
+from upcycle.costs import read_costs
 from upcycle.models.clients import CLIENTS, limits
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.charts import bar_chart, line_chart
 from upcycle.reporting.inspect import expert_line
 
 STAGES = ("prepare", "expand", "assemble", "route", "posttrain", "evaluate")
+COST_COLUMNS = {
+    "seconds": ("seconds", ".0f"),
+    "memory_gb": ("GB resident", ".2f"),
+    "gpu_gb": ("GB on the GPU", ".2f"),
+    "tokens": ("training tokens", ",.0f"),
+    "steps": ("steps", ",.0f"),
+    "written": ("MB written", ".0f"),
+}
 SECTIONS = (
     ("lineage", "Lineage"),
     ("scores", "Scores"),
@@ -196,17 +205,22 @@ def _use(run: Path) -> dict[str, Any]:
 
 
 def _cost(run: Path) -> dict[str, Any]:
-    times = _read(run / "times.json")
-    rows, hashes, versions = [], [], ""
-    for stage in STAGES:
-        manifest = read_manifest(run / stage)
-        if manifest is None:
-            continue
+    """A row per stage, with the columns of which something is known; hashes and versions."""
+    costs, manifests = read_costs(run), {stage: read_manifest(run / stage) for stage in STAGES}
+    made = {stage: manifest for stage, manifest in manifests.items() if manifest}
+    known = {}
+    for stage, manifest in made.items():
         log = run / stage / "log.json"
-        record = _read(log) if log.is_file() else {}
         written = sum(entry["bytes"] for entry in manifest.files.values()) / 1e6
-        figures = [f"{record[key]:,}" if key in record else "" for key in ("tokens", "steps")]
-        rows.append([stage, f"{times.get(stage, 0):.0f}", *figures, f"{written:.0f}"])
-        hashes.append(f"{stage:10} {manifest.content}")
-        versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    return {"costs": rows, "hashes": "\n".join(hashes), "versions": f"Made with {versions}."}
+        known[stage] = {**costs.get(stage, {}), **(_read(log) if log.is_file() else {}), "written": written}
+    columns = {key: column for key, column in COST_COLUMNS.items() if any(key in cost for cost in known.values())}
+    rows = [
+        [stage, *(format(cost[key], form) if key in cost else "" for key, (_, form) in columns.items())]
+        for stage, cost in known.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in made["posttrain"].versions.items())
+    return {
+        "costs": {"heads": ["stage", *(head for head, _ in columns.values())], "rows": rows},
+        "hashes": "\n".join(f"{stage:10} {manifest.content}" for stage, manifest in made.items()),
+        "versions": f"Made with {versions}.",
+    }
