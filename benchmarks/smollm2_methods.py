@@ -51,6 +51,7 @@ SIZES = {
         ("ffn",),
         "data.max_length=160 data.max_validation=40 evaluate.exact_match=false posttrain.checkpoint_every=2 "
         "prepare.batch_size=8 prepare.micro_batch_size=4 posttrain.batch_size=8 posttrain.micro_batch_size=4 "
+        "prepare.warmup_fraction=0 posttrain.warmup_fraction=0 "
         "route.tokens_per_batch=1024 evaluate.tokens_per_batch=1024",
         12,
     ),

@@ -188,5 +188,9 @@ def _choose_parents(
 def _check(checkpoints: Sequence[Checkpoint], gram: Gram) -> None:
     for checkpoint, norm in zip(checkpoints, gram.diagonal(), strict=True):
         if not (math.isfinite(norm) and norm > 0):
-            problem = "has the base's FFN weights" if norm == 0 else "has FFN weights that are not finite"
+            untrained = (
+                "has the base's FFN weights (the first step of a warm-up has the learning rate 0: "
+                "prepare.warmup_fraction=0, or a larger prepare.checkpoint_every, if it was made here)"
+            )
+            problem = untrained if norm == 0 else "has FFN weights that are not finite"
             raise UpcycleError(f"expand: {checkpoint.name} {problem}, so it cannot be an expert")
