@@ -15,15 +15,16 @@ from methods import COMMON, FULL
 from upcycle.compare import compare
 from upcycle.reporting.figures import comparison_figure
 
-ABLATIONS = (
-    "expand.num_checkpoints=4",
-    "expand.num_checkpoints=8",  # no expansion: all checkpoints, no children
-    "expand.num_checkpoints=4 expand.parents=random",
-    "expand.num_checkpoints=4 expand.select=first",
-    "expand.num_checkpoints=4 expand.select=last",
-    "expand.num_checkpoints=4 route.start=random",
-    "expand.num_checkpoints=4 route.assignment=random",
-)
+FOUR = "expand.num_checkpoints=4"
+ABLATIONS = {
+    "UpIT": FOUR,
+    "no expansion, all checkpoints": "expand.num_checkpoints=8",
+    "random parents": f"{FOUR} expand.parents=random",
+    "first half of the checkpoints": f"{FOUR} expand.select=first",
+    "last half of the checkpoints": f"{FOUR} expand.select=last",
+    "no router start": f"{FOUR} route.start=random",
+    "router start on random buckets": f"{FOUR} route.assignment=random",
+}
 
 
 def main() -> None:
@@ -32,7 +33,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     common = f"upit-paper {FULL} {COMMON} prepare.checkpoint_every=0.25 expand.num_experts=8"
-    found = compare([f"{common} {changed}" for changed in ABLATIONS], arguments.seeds, arguments.out, force=False)
+    texts = [f"{name}: {common} {changed}" for name, changed in ABLATIONS.items()]
+    found = compare(texts, arguments.seeds, arguments.out, force=False)
     comparison_figure(found, arguments.out / "ablation.png")
 
 

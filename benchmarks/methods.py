@@ -24,11 +24,11 @@ ADAPTERS = "prepare.learning_rate=3e-3 posttrain.learning_rate=3e-3 lora.rank=8 
 EIGHT = "expand.num_experts=8"
 ONE = "route.min_samples_per_expert=160"  # as many seed rows as eight experts have
 METHODS = [
-    f"sft {FULL} {ONE}",
-    *(f"{name} {FULL} {EIGHT}" for name in ("vanilla", "vanilla-sft", "noise", "drop", "btx", "upit")),
-    f"upit-paper {FULL} {EIGHT} route.seed_from=held_out",
-    f"sft {ADAPTERS} {ONE} prepare.train=lora",
-    *(f"{name} {ADAPTERS} {EIGHT}" for name in ("lora-moe", "self-moe", "upit-lora", "pesc")),
+    f"sft: sft {FULL} {ONE}",
+    *(f"{name}: {name} {FULL} {EIGHT}" for name in ("vanilla", "vanilla-sft", "noise", "drop", "btx", "upit")),
+    f"upit-paper: upit-paper {FULL} {EIGHT} route.seed_from=held_out",
+    f"sft (LoRA): sft {ADAPTERS} {ONE} prepare.train=lora",
+    *(f"{name}: {name} {ADAPTERS} {EIGHT}" for name in ("lora-moe", "self-moe", "upit-lora", "pesc")),
 ]
 
 

@@ -102,7 +102,9 @@ def groups(size: Size, base: Path, data: Path) -> Iterator[tuple[str, float, dic
     for kind in size.kinds:
         for fraction in size.fractions:
             rest = f"{common} {size.settings} data.fraction={fraction}"
-            texts = {name: f"{text} {_schedule(text)} {rest}" for name, text in methods(kind, size.seed_rows).items()}
+            texts = {
+                name: f"{name}: {text} {_schedule(text)} {rest}" for name, text in methods(kind, size.seed_rows).items()
+            }
             yield kind, fraction, texts
 
 

@@ -94,6 +94,7 @@ def test_an_axis_is_parted_at_its_commas() -> None:
 def test_a_label_is_what_the_others_do_not_say() -> None:
     assert labels(["a x=1 y=2", "a x=1 y=3", "a y=2"]) == ["x=1 y=2", "x=1 y=3", "y=2"]
     assert labels(["a", "a y=3"]) == ["a", "y=3"]
+    assert labels(["no router: a x=1", "a x=2", 'b: a "x=c: d"']) == ["no router", "x=2", "b"]
 
 
 def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_path: Path) -> None:

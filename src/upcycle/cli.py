@@ -116,7 +116,10 @@ def check(
 def compare(
     variants: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE...", help='Two or more, each with overrides: "quickstart route.start=ridge".'),
+        typer.Argument(
+            metavar="RECIPE...",
+            help='Two or more, each with overrides, and a name if wanted: "ridge: quickstart route.start=ridge".',
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs and comparison.json; resumed if there.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds 0, 1, ...")] = 3,
@@ -186,10 +189,21 @@ def benchmark(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The HTML file; default: report.html in the run.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="RUN_OR_COMPARISON", help="A finished run, comparison or sweep.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The HTML file; default: report.html in the folder.")
+    ] = None,
 ) -> None:
-    """Write one HTML file that stands alone: lineage, scores, what each expert reads, cost, how to make it again."""
+    """Write one HTML file that stands alone: what was made, whether it helped, who reads what, cost, how to repeat it.
+
+    The report of a run that is part of a comparison shows the comparison too.
+    """
+    from upcycle.reporting.comparison import find_comparison, write_comparison_report
+
+    out = out or folder / "report.html"
+    if find_comparison(folder):
+        write_comparison_report(folder, out)
+        return
     run = open_run(folder, ("posttrain", "evaluate"))
     _quiet_libraries()
     from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
@@ -199,7 +213,7 @@ def report(
     device = pick_device()
     model = load_model(folder / "posttrain", compute_dtype(device), device, run.base)
     samples = one_of_each_domain(run.splits.validation, at_most=12, longest=400)
-    write_report(folder, run.recipe, routed_tokens(model, run.tokenizer, samples), out or folder / "report.html")
+    write_report(folder, run.recipe, routed_tokens(model, run.tokenizer, samples), out)
 
 
 @app.command()

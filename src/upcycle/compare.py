@@ -26,12 +26,24 @@ Measures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe with overrides, as it was written: `quickstart route.start=ridge`."""
+    """A recipe with overrides, as written: `quickstart route.start=ridge`, or with a name before it: `ridge: ...`."""
 
     text: str
 
+    @property
+    def name(self) -> str | None:
+        return self._parts()[0]
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self._parts()[1])
+
+    def _parts(self) -> tuple[str | None, str]:
+        named = re.match(r"([^:=]+): (.+)", self.text)
+        return (named[1], named[2]) if named else (None, self.text)
+
     def run(self, seed: int, out: Path, number: int) -> Run:
-        recipe, *overrides = shlex.split(self.text)
+        recipe, *overrides = self.words
         return Run(load_recipe(recipe, [*overrides, f"seed={seed}"]), out / f"{number}-seed{seed}")
 
 
@@ -121,7 +133,8 @@ def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: 
     rows = summary(cells)
     for row, point in zip(rows, points, strict=True):
         row["settings"] = dict(setting.split("=", 1) for setting in point)
-    found = {"axes": [axis.partition("=")[0] for axis in axes], "variants": cells, "summary": rows}
+    names = [axis.partition("=")[0] for axis in axes]
+    found = {"recipe": recipe, "grid": list(axes), "axes": names, "variants": cells, "summary": rows}
     write_json(out / SWEEP, found)
     show_sweep(found, seeds)
     return found
@@ -184,10 +197,10 @@ def summary(cells: dict[str, list[Measures]]) -> list[dict[str, Any]]:
 
 
 def labels(texts: Sequence[str]) -> list[str]:
-    """What tells each variant from the others: its words without those that all have."""
-    words = [shlex.split(text) for text in texts]
-    common = set.intersection(*map(set, words))
-    return [" ".join(w for w in own if w not in common) or text for own, text in zip(words, texts, strict=True)]
+    """The name of each variant; or what tells it from the others: its words without those that all have."""
+    variants = [Variant(text) for text in texts]
+    common = set.intersection(*(set(variant.words) for variant in variants))
+    return [v.name or " ".join(word for word in v.words if word not in common) or v.text for v in variants]
 
 
 def spread(values: Sequence[float]) -> float:

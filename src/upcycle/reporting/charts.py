@@ -4,63 +4,93 @@ from collections.abc import Sequence
 from html import escape
 
 Bar = tuple[str, float, float]
-"""(label, value, standard error)"""
+"""(label, value, error)"""
+Point = tuple[float, float, float]
+"""(x, y, error of y)"""
+WIDTH = 640
+LONGEST_LABEL = 44
+LETTER = 6.6
+"""Pixels, about, in the font below."""
 
 
 def bar_chart(bars: Sequence[Bar], pattern: str, best: int) -> str:
     """Horizontal bars with error bars; the best one stands out."""
-    width, row, label = 640, 24, 200
+    row, label = 24, 16 + LETTER * min(LONGEST_LABEL, max(len(name) for name, _, _ in bars))
     most = max(value + error for _, value, error in bars) or 1.0
-    scale = (width - label - 90) / most
-    parts = [_open(width, row * len(bars) + 8, "; ".join(f"{n}: {pattern.format(v)}" for n, v, _ in bars))]
+    room = LETTER * max(len(with_error(pattern, value, error)) for _, value, error in bars) + 12
+    scale = (WIDTH - label - room) / most
+    parts = [_open(row * len(bars) + 8, "; ".join(f"{n}: {with_error(pattern, v, e)}" for n, v, e in bars))]
     for number, (name, value, error) in enumerate(bars):
         y, colour = number * row + 4, "var(--best)" if number == best else "var(--bar)"
         end = label + value * scale
-        parts.append(f'<text x="{label - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect x="{label}" y="{y}" width="{max(1, value * scale):.1f}" height="16" fill="{colour}"/>')
+        parts.append(f'<text x="{label - 8:.0f}" y="{y + 14}" text-anchor="end">{escape(_short(name))}</text>')
+        parts.append(f'<rect x="{label:.0f}" y="{y}" width="{max(1, value * scale):.1f}" height="16" fill="{colour}"/>')
         if error > 0:
             low, high = end - error * scale, end + error * scale
             parts.append(
                 f'<path d="M{low:.1f} {y + 8}H{high:.1f}M{low:.1f} {y + 4}v8M{high:.1f} {y + 4}v8" {_STROKE}/>'
             )
-        where = end + error * scale + 6
-        spread = f" ± {pattern.format(error)}" if error > 0 else ""
-        parts.append(f'<text x="{where:.1f}" y="{y + 13}">{pattern.format(value)}{spread}</text>')
+        where = end + max(error, 0.0) * scale + 6
+        parts.append(f'<text x="{where:.1f}" y="{y + 13}">{with_error(pattern, value, error)}</text>')
     return "".join([*parts, "</svg>"])
 
 
 def line_chart(lines: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
     """Values over steps 1, 2, ...; each line in its own colour, with a key."""
-    width, height, left, bottom = 640, 220, 48, 36
-    values = [value for _, line in lines for value in line]
-    low, high = min(values), max(values)
-    span, longest = (high - low) or 1.0, max(len(line) for _, line in lines)
-    parts = [_open(width, height, f"{', '.join(name for name, _ in lines)} from {low:.3g} to {high:.3g}")]
-    for place, value in ((height - bottom, low), (10, high)):
+    points = [(name, [(float(i), value, 0.0) for i, value in enumerate(line, 1)]) for name, line in lines]
+    longest = max(len(line) for _, line in lines)
+    return point_chart(points, [(float(longest), f"{x_label} {longest}")])
+
+
+def point_chart(lines: Sequence[tuple[str, Sequence[Point]]], ticks: Sequence[tuple[float, str]]) -> str:
+    """Points with error bars, joined by lines, each in its own colour, with a key below.
+
+    Args:
+        ticks: where on the x axis which text stands.
+    """
+    left, top, bottom, key = 48, 10, 190, 18
+    points = [point for _, line in lines for point in line]
+    low, high = min(y - e for _, y, e in points), max(y + e for _, y, e in points)
+    first, last = min(x for x, _, _ in points), max(x for x, _, _ in points)
+
+    def at(x: float, y: float) -> str:
+        across = (x - first) / ((last - first) or 1.0) * (WIDTH - left - 30)
+        return f"{left + 10 + across:.1f},{bottom - (y - low) / ((high - low) or 1.0) * (bottom - top):.1f}"
+
+    names = ", ".join(name for name, _ in lines)
+    parts = [_open(bottom + 24 + key * len(lines), f"{names}: from {low:.3g} to {high:.3g}")]
+    for place, value in ((bottom, low), (top, high)):
         parts.append(f'<text x="{left - 6}" y="{place + 4}" text-anchor="end">{value:.3g}</text>')
-        parts.append(f'<path d="M{left} {place}H{width - 10}" stroke="var(--line)" fill="none"/>')
+        parts.append(f'<path d="M{left} {place}H{WIDTH - 10}" stroke="var(--line)" fill="none"/>')
+    for x, text in ticks:
+        across = at(x, low).split(",")[0]
+        anchor = "end" if x == last and len(ticks) == 1 else "middle"
+        parts.append(f'<text x="{across}" y="{bottom + 15}" text-anchor="{anchor}">{escape(text)}</text>')
     for number, (name, line) in enumerate(lines):
-        points = (
-            f"{left + (width - left - 10) * i / max(1, longest - 1):.1f},"
-            f"{height - bottom - (height - bottom - 10) * (value - low) / span:.1f}"
-            for i, value in enumerate(line)
-        )
-        colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        x = left + number * (width - left) / max(1, len(lines))
-        parts.append(f'<text x="{x:.0f}" y="{height - 4}" style="fill:{colour}">{escape(name)}</text>')
-    parts.append(
-        f'<text x="{width - 10}" y="{height - bottom + 14}" text-anchor="end">{escape(x_label)} {longest}</text>'
-    )
+        stroke = f'fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="1.5"'
+        parts.append(f'<polyline points="{" ".join(at(x, y) for x, y, _ in line)}" {stroke}/>')
+        errors = "".join(f"M{at(x, y - error)}L{at(x, y + error)}" for x, y, error in line if error > 0)
+        parts.append(f'<path d="{errors}" {stroke}/>' if errors else "")
+        y = bottom + 18 + key * (number + 1)
+        parts.append(f'<path d="M{left} {y - 4}h20" {stroke}/><text x="{left + 26}" y="{y}">{escape(name)}</text>')
     return "".join([*parts, "</svg>"])
 
 
-COLOURS = ("var(--bar)", "var(--best)", "#009e73", "#cc79a7")
+COLOURS = ("var(--bar)", "var(--best)", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8f5f00", "#7a5bd6", "#b30059")
 _STROKE = 'stroke="var(--ink)" stroke-width="1.5" fill="none"'
 
 
-def _open(width: int, height: int, description: str) -> str:
+def with_error(pattern: str, value: float, error: float) -> str:
+    """`0.50 ± 0.01`; without an error the value alone."""
+    return pattern.format(value) + (f" ± {pattern.format(error)}" if error > 0 else "")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
+
+
+def _open(height: int, description: str) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img" '
         f'aria-label="{escape(description, quote=True)}">'
     )

@@ -13,7 +13,9 @@ from upcycle.costs import read_costs
 from upcycle.models.clients import CLIENTS, limits
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.charts import bar_chart, line_chart
+from upcycle.reporting.comparison import find_comparison, summarise
 from upcycle.reporting.inspect import expert_line
+from upcycle.reporting.page import Table, made_with, render, safe, table
 
 STAGES = ("prepare", "expand", "assemble", "route", "posttrain", "evaluate")
 COST_COLUMNS = {
@@ -41,7 +43,8 @@ def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]]
     Args:
         samples: texts with their routing, as `evaluation.tokens.routed_tokens` gives them.
     """
-    page = _template().render(
+    page = render(
+        "report.html.j2",
         title=f"{run.name}: {recipe.expand.num_experts} experts from {recipe.base}",
         sections=SECTIONS,
         recipe=dump_recipe(recipe),
@@ -53,22 +56,10 @@ def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]]
         **_training(run),
         **_cost(run),
         **_use(run),
+        comparison=_comparison(run),
     )
     out.write_text(page)
     say(f"report: {out}")
-
-
-def _template() -> Any:
-    import jinja2
-
-    text = (Path(__file__).parent / "report.html.j2").read_text()
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
-
-
-def _safe(markup: str) -> Any:
-    import markupsafe
-
-    return markupsafe.Markup(markup)  # our own markup, whose texts are escaped
 
 
 def _read(path: Path) -> Any:
@@ -77,7 +68,7 @@ def _read(path: Path) -> Any:
 
 def _lineage(run: Path) -> dict[str, Any]:
     plan = ExpansionPlan.load(run / "expand" / "plan.json")
-    return {"plan": plan, "tree": _safe(_tree(plan)), "experts": [f"E{i} {e.name}" for i, e in enumerate(plan.experts)]}
+    return {"plan": plan, "tree": safe(_tree(plan)), "experts": [f"E{i} {e.name}" for i, e in enumerate(plan.experts)]}
 
 
 def _tree(plan: ExpansionPlan) -> str:
@@ -103,7 +94,7 @@ def _scores(run: Path) -> dict[str, Any]:
     losses = [(name, entry["loss"]["all"], 0.0) for name, entry in scores.items() if name != "base"]
     best = min(range(len(losses)), key=lambda i: losses[i][1])
     title = "Held-out loss (lower is better; the base is left out of the picture)"
-    charts = [{"title": title, "svg": _safe(bar_chart(losses, "{:.3f}", best))}]
+    charts = [{"title": title, "svg": safe(bar_chart(losses, "{:.3f}", best))}]
     tables = [_by_domain("Held-out loss", scores, "loss", "{:.3f}", min)]
     note = "Loss: mean over rows of the mean token loss of the answer."
     if all("exact_match" in entry for entry in scores.values()):
@@ -112,7 +103,7 @@ def _scores(run: Path) -> dict[str, Any]:
             (name, e["exact_match"]["all"], standard_error(e["exact_match"]["all"], rows)) for name, e in scores.items()
         ]
         best = max(range(len(bars)), key=lambda i: bars[i][1])
-        charts.append({"title": "Exact match", "svg": _safe(bar_chart(bars, "{:.1%}", best))})
+        charts.append({"title": "Exact match", "svg": safe(bar_chart(bars, "{:.1%}", best))})
         tables.append(_by_domain("Exact match", scores, "exact_match", "{:.1%}", max))
         note += f" Exact match: greedy answers to {rows} rows, ± one standard error."
     return {"lead": _lead(scores), "charts": charts, "score_tables": tables, "score_note": note}
@@ -140,14 +131,18 @@ def _lead(scores: Mapping[str, Any]) -> str:
     )
 
 
-def _by_domain(title: str, scores: Mapping[str, Any], metric: str, pattern: str, choose: Any) -> dict[str, Any]:
+def _by_domain(title: str, scores: Mapping[str, Any], metric: str, pattern: str, choose: Any) -> Table:
     domains = list(next(iter(scores.values()))[metric])
-    best = choose(entry[metric]["all"] for entry in scores.values())
-    rows = [
-        {"best": e[metric]["all"] == best, "cells": [name, *(pattern.format(e[metric][d]) for d in domains)]}
-        for name, e in scores.items()
-    ]
-    return {"title": title, "heads": ["model", *domains], "rows": rows}
+    values = [entry[metric]["all"] for entry in scores.values()]
+    rows = [[name, *(pattern.format(e[metric][d]) for d in domains)] for name, e in scores.items()]
+    best = [place for place, value in enumerate(values) if value == choose(values)]
+    return table(title, ["model", *domains], rows, best)
+
+
+def _comparison(run: Path) -> dict[str, Any] | None:
+    """Of a run that is a cell of a comparison: how all variants fare."""
+    path = find_comparison(run.resolve().parent)
+    return summarise(_read(path)) if path else None
 
 
 def _experts(run: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -157,7 +152,7 @@ def _experts(run: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rounded = {d: [[round(s, 4) for s in layer] for layer in layers] for d, layers in shares.items()}
     text = json.dumps({"experts": names, "shares": rounded, "samples": list(samples)})
     # within a script element only `<` could end it
-    return {"layers": len(next(iter(shares.values()))), "data": _safe(text.replace("<", "\\u003c"))}
+    return {"layers": len(next(iter(shares.values()))), "data": safe(text.replace("<", "\\u003c"))}
 
 
 def _training(run: Path) -> dict[str, Any]:
@@ -166,12 +161,12 @@ def _training(run: Path) -> dict[str, Any]:
         log = run / stage / "log.json"
         if log.is_file():
             losses = [entry["loss"] for entry in _read(log)["log"]]
-            curves.append({"title": title, "svg": _safe(line_chart([("training loss", losses)], "step"))})
+            curves.append({"title": title, "svg": safe(line_chart([("training loss", losses)], "step"))})
     log = _read(run / "posttrain" / "log.json")["log"]
     balance = [
         (name.replace("_", " "), [entry[name] for entry in log]) for name in ("max_load", "min_load", "balance_loss")
     ]
-    curves.append({"title": "Load of the experts (1: even)", "svg": _safe(line_chart(balance, "step"))})
+    curves.append({"title": "Load of the experts (1: even)", "svg": safe(line_chart(balance, "step"))})
     report = _read(run / "route" / "report.json")
     domains = sorted({domain for bucket in report["buckets"] for domain in bucket["domains"]})
     rows = [
@@ -183,7 +178,7 @@ def _training(run: Path) -> dict[str, Any]:
         ]
         for b in report["buckets"]
     ]
-    return {"curves": curves, "buckets": {"heads": ["expert", "samples", *domains, "loss on all"], "rows": rows}}
+    return {"curves": curves, "buckets": table("seed samples", ["expert", "samples", *domains, "loss on all"], rows)}
 
 
 def _use(run: Path) -> dict[str, Any]:
@@ -218,9 +213,8 @@ def _cost(run: Path) -> dict[str, Any]:
         [stage, *(format(cost[key], form) if key in cost else "" for key, (_, form) in columns.items())]
         for stage, cost in known.items()
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in made["posttrain"].versions.items())
     return {
-        "costs": {"heads": ["stage", *(head for head, _ in columns.values())], "rows": rows},
+        "costs": table("cost", ["stage", *(head for head, _ in columns.values())], rows),
         "hashes": "\n".join(f"{stage:10} {manifest.content}" for stage, manifest in made.items()),
-        "versions": f"Made with {versions}.",
+        "versions": made_with(made["posttrain"].versions),
     }
