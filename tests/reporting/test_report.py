@@ -2,25 +2,19 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from browser import CHROMIUM, in_browser
 from upcycle.cli import app
 from upcycle.pipeline import Run, run_stages
 from upcycle.recipe import parse_recipe
 from upcycle.reporting.charts import bar_chart, line_chart
 from upcycle.reporting.report import standard_error
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=3000"
-)
 PROBE = """<script>{
 const slider = document.getElementById("layer");
 const before = document.getElementById("samples").textContent;
@@ -80,13 +74,8 @@ def test_it_says_what_the_run_says(page: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("size", ["1200,800", "390,800"])
 def test_it_works_in_a_browser(size: str, page: Path, tmp_path: Path) -> None:
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
-    command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={tmp_path / 'user'}", f"--window-size={size}", "--dump-dom"]
-    done = subprocess.run([*command, probed.as_uri()], capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not said, said
-    title = re.search(r"<title>(.*)</title>", done.stdout)[1]
+    done = in_browser(page.read_text().replace("</body>", f"{PROBE}</body>"), size, tmp_path)
+    title = re.search(r"<title>(.*)</title>", done)[1]
     assert title == "1|12|true|true", (
         title
     )  # the slider moved; 3 rows of 4 experts; other experts; no sideways scrolling

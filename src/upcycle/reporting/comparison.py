@@ -134,10 +134,20 @@ def _against_first(rows: Sequence[Found], metric: str, seeds: int) -> Table:
     lines = []
     for row in rows:
         value = row[metric]
-        paired = [f"{pattern.format(value['difference'])}", f"{value['p']:.3f}"] if "difference" in value else ["", ""]
-        lines.append([row["label"], pattern.format(value["mean"]), pattern.format(value["std"]), *paired])
+        paired = [_signed(pattern, value["difference"]), _p_value(value["p"])] if "difference" in value else ["", ""]
+        error = pattern.format(value["std"]) if _error(value) else ""
+        lines.append([row["label"], pattern.format(value["mean"]), error, *paired])
     heads = ["variant", "mean", f"std ({_seeds(seeds)})", f"against {first}", "p (paired t-test)"]
     return table(TITLES[metric], heads, lines, [_best(rows, metric)])
+
+
+def _signed(pattern: str, value: float) -> str:
+    return ("+" if value > 0 else "") + pattern.format(value)
+
+
+def _p_value(p: float) -> str:
+    """None if there is one seed, or no difference in any."""
+    return "" if math.isnan(p) else f"{p:.3f}"
 
 
 def _details(found: Found) -> list[Table]:
@@ -148,10 +158,8 @@ def _details(found: Found) -> list[Table]:
         pattern, name = METRICS[metric], TITLES[metric]
         rows = [[pattern.format(run[metric]["all"]) for run in group] for group in groups]
         tables.append(_labelled(f"{name}, by seed", labels, [f"seed {run['seed']}" for run in groups[0]], rows))
-        domains = list(groups[0][0][metric])
-        rows = [
-            [_over_seeds([run[metric][domain] for run in group], pattern) for domain in domains] for group in groups
-        ]
+        domains = list(dict.fromkeys(domain for run in groups[0] for domain in run[metric]))
+        rows = [[_over_seeds([run[metric].get(d) for run in group], pattern) for d in domains] for group in groups]
         tables.append(_labelled(f"{name}, by domain", labels, domains, rows))
     if all("dense" in run for group in groups for run in group):
         tables.append(_labelled(*_dense(groups, labels)))
@@ -162,8 +170,10 @@ def _labelled(title: str, labels: Sequence[str], heads: Sequence[str], rows: Seq
     return table(title, ["variant", *heads], [[label, *row] for label, row in zip(labels, rows, strict=True)])
 
 
-def _over_seeds(values: Sequence[float], pattern: str) -> str:
-    return _plus_minus({"mean": fmean(values), "std": spread(values)}, pattern)
+def _over_seeds(values: Sequence[float | None], pattern: str) -> str:
+    """A seed whose rows lack a domain has no value for it."""
+    known = [value for value in values if value is not None]
+    return _plus_minus({"mean": fmean(known), "std": spread(known)}, pattern) if known else ""
 
 
 def _dense(

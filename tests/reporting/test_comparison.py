@@ -1,0 +1,98 @@
+"""The report of a comparison or a sweep, from the file that it wrote."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from browser import CHROMIUM, in_browser
+from upcycle.artifacts import write_json
+from upcycle.cli import app
+from upcycle.compare import COMPARISON, SWEEP, summary
+
+FITS = "<script>document.title = document.documentElement.scrollWidth <= innerWidth;</script>"
+
+
+def cells(*losses: float, tokens: int = 1000) -> list[dict[str, Any]]:
+    return [
+        {
+            "seed": seed,
+            "data": "0123456789abcdef",
+            "tokens": {"prepare": tokens, "posttrain": tokens},
+            "loss": {"all": loss, "math": loss + 0.1, **({"logic": loss - 0.1} if seed else {})},
+            "dense": {"base": {"loss": {"all": 3.0}}, "checkpoint-9": {"loss": {"all": 1.5}}},
+        }
+        for seed, loss in enumerate(losses)
+    ]
+
+
+def written(found: dict[str, Any], path: Path) -> str:
+    write_json(path, found)
+    result = CliRunner().invoke(app, ["report", str(path.parent)])
+    assert result.exit_code == 0, result.output
+    return (path.parent / "report.html").read_text()
+
+
+def comparison(variants: dict[str, list[dict[str, Any]]], problems: list[str], folder: Path) -> str:
+    found = {"variants": variants, "summary": summary(variants), "not_comparable": problems}
+    return written(found, folder / COMPARISON)
+
+
+def test_it_says_which_is_better_and_whether_that_is_noise(tmp_path: Path) -> None:
+    variants = {"sft": cells(1.0, 1.2, 1.4), "<ours>: upit x=1": cells(0.8, 1.01, 1.19), "b: upit": cells(1.1, 1, 2)}
+    text = comparison(variants, [], tmp_path)
+    assert "The lowest held-out loss, 1.0000 ± 0.1952, has &lt;ours&gt;: -0.2000 against sft (p 0.001, paired" in text
+    assert "that is more than noise, after Bonferroni), 3 seeds" in text
+    assert "NOT COMPARABLE" not in text
+    assert "<td>sft</td><td>1.0000</td><td>1.2000</td><td>1.4000</td>" in text  # by seed
+    assert "<td>sft</td><td>1.2000 ± 0.2000</td><td>1.3000 ± 0.2000</td><td>1.2000 ± 0.1414</td>" in text  # by domain
+    assert "<td>sft</td><td>3.0000</td><td>1.5000</td><td>1.2000 ± 0.2000</td>" in text  # base, best checkpoint, MoE
+    assert "<td>sft</td><td>1,000</td><td>1,000</td>" in text
+    assert "&#39;&lt;ours&gt;: upit x=1&#39;" in text
+    assert "0123456789ab." in text
+
+
+def test_what_was_forced_is_marked(tmp_path: Path) -> None:
+    text = comparison(
+        {"a": cells(1.0), "b": cells(0.5, tokens=9)}, ["seed 0: other numbers of training tokens"], tmp_path
+    )
+    assert "<strong>NOT COMPARABLE</strong>: seed 0: other numbers of training tokens" in text
+    assert "One seed says nothing about noise" in text
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S)
+
+
+def test_a_sweep_has_a_line_for_each_setting(tmp_path: Path) -> None:
+    axes = ["expand.num_experts=4,8,16", "route.start=upit,random"]
+    points = [(m, start) for m in ("4", "8", "16") for start in ("upit", "random")]
+    variants = {f"r e={m} s={start}": cells(1 / int(m), 1.1 / int(m)) for m, start in points}
+    rows = summary(variants)
+    for row, (m, start) in zip(rows, points, strict=True):
+        row["settings"] = {"expand.num_experts": m, "route.start": start}
+    names = ["expand.num_experts", "route.start"]
+    found = {"recipe": "r", "grid": axes, "axes": names, "variants": variants, "summary": rows}
+    text = written(found, tmp_path / SWEEP)
+    lines = [line.split() for line in re.findall(r'<polyline points="([^"]*)"', text)]
+    assert [len(line) for line in lines] == [3, 3]
+    across = [float(point.split(",")[0]) for point in lines[0]]
+    assert (across[2] - across[1]) / (across[1] - across[0]) == pytest.approx(2, rel=0.01)  # 4, 8, 16 to scale
+    assert "route.start=random</text>" in text
+    assert "upcycle sweep \\\n  r \\\n  expand.num_experts=4,8,16" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("size", ["1200,800", "390,800"])
+def test_it_works_in_a_browser(size: str, tmp_path: Path) -> None:
+    text = comparison({"sft": cells(1.0, 1.2), f"upit {'long.setting=1 ' * 20}": cells(0.9, 1.0)}, [], tmp_path)
+    assert "<title>true</title>" in in_browser(text.replace("</body>", f"{FITS}</body>"), size, tmp_path)
+
+
+def test_a_run_shows_the_comparison_that_it_is_part_of(tmp_path: Path) -> None:
+    from upcycle.reporting.report import _comparison
+
+    comparison({"a": cells(1.0, 1.1), "b": cells(0.5, 0.4)}, [], tmp_path)
+    (tmp_path / "1-seed0").mkdir()
+    shown = _comparison(tmp_path / "1-seed0")
+    assert shown["lead"].startswith("The lowest held-out loss, 0.4500")
+    assert _comparison(tmp_path) is None
