@@ -1,11 +1,15 @@
 """What `upcycle benchmark` scores: the models of a run, or any model folders."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from upcycle.console import say
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import MOE, Run, open_run
+
+BENCHMARK = "benchmark"
 
 
 def run_benchmark(
@@ -13,28 +17,42 @@ def run_benchmark(
     tasks: Sequence[str],
     task_folder: Path | None,
     experts: bool,
-    out: Path,
+    out: Path | None,
     limit: int | None,
     chat_template: bool,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
-    """Score runs and model folders; write `benchmark.json` and `benchmark.png` into `out`.
+    """Score runs and model folders; write `benchmark.json` and pictures.
 
     Args:
         tasks: names of task files in `task_folder`, or without one of lm-eval's own tasks.
         experts: also each expert of a run's MoE before post-training, alone.
+        out: by default `benchmark` in the run, if there is one run alone: its report and model card read it there.
+        allow_code: whether programs that a model wrote may be run.
 
     Raises:
         UpcycleError: nothing to score, no task, or what `benchmark` refuses.
     """
-    from upcycle.evaluation.benchmark import benchmark
+    from upcycle.evaluation.benchmark import SHARE, benchmark
     from upcycle.evaluation.tasks import read_tasks
-    from upcycle.reporting.figures import benchmark_figure
+    from upcycle.reporting.figures import benchmark_figure, routing_figure
 
     if not tasks and task_folder is None:
         raise UpcycleError("no task: give --tasks with names that lm-eval knows, or --task-folder with *.jsonl files")
-    chosen: dict[str, Any] = read_tasks(task_folder, tasks) if task_folder else {name: name for name in tasks}
+    if out is None:
+        out = Path(paths[0]) / BENCHMARK
+        if len(paths) > 1 or not (Path(paths[0]) / "recipe.yaml").is_file():
+            raise UpcycleError("--out is needed: a folder for the scores (a single run has its own)")
+    chosen: dict[str, Any] = {name: name for name in tasks}
+    if task_folder:
+        chosen = read_tasks(task_folder, tasks, allow_code)
     found = benchmark(contenders(paths, experts), chosen, out, limit, chat_template)
     benchmark_figure(found, out / "benchmark.png")
+    for model, scores in found.items():
+        shares = {task: figures[SHARE] for task, figures in scores.items() if SHARE in figures}
+        if shares and " alone" not in model:
+            routing_figure(shares, out / f"routing-{re.sub(r'[^A-Za-z0-9]+', '-', model)}.png", "benchmark")
+    say(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
     return found
 
 

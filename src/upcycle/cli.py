@@ -171,20 +171,25 @@ def inspect(
 @app.command()
 def benchmark(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Runs, model folders or hub names.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for scores and picture; what is scored is kept.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for scores and pictures, resumed if there. Of a single run: RUN/benchmark."),
+    ] = None,
     tasks: Annotated[str, typer.Option(help="Names, separated by commas: of lm-eval's tasks, or of files.")] = "",
     task_folder: Annotated[Path | None, typer.Option(help="A folder of *.jsonl or *.jsonl.gz, a task each.")] = None,
     experts: Annotated[bool, typer.Option("--experts", help="Also every expert of a run alone.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows of each task.")] = None,
     chat_template: Annotated[bool, typer.Option(help="Ask as a chat, or as plain text.")] = True,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run programs that the model writes (rows with `test_list`).")
+    ] = False,
 ) -> None:
     """Score models on benchmarks through lm-evaluation-harness: base, checkpoints, experts and MoE of a run."""
     _quiet_libraries()
     from upcycle.benchmarking import run_benchmark
 
     names = [name for name in tasks.split(",") if name]
-    run_benchmark(models, names, task_folder, experts, out, limit, chat_template)
-    print(f"written: {out / 'benchmark.json'}, {out / 'benchmark.png'}")
+    run_benchmark(models, names, task_folder, experts, out, limit, chat_template, allow_code)
 
 
 @app.command()

@@ -13,9 +13,10 @@ from upcycle.benchmarking import contenders, run_benchmark
 from upcycle.data.chat import load_tokenizer
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import benchmark as module
-from upcycle.evaluation.benchmark import Contender, benchmark, main_figure
+from upcycle.evaluation.benchmark import SHARE, Contender, benchmark, main_figure
 from upcycle.evaluation.tasks import check_row, read_rows, read_tasks
 from upcycle.models.folders import load_model
+from upcycle.models.routers import RouterRecorder
 from worlds import assembled
 
 CHOICES = [
@@ -108,6 +109,8 @@ def test_a_model_without_a_template_is_named(checkpoints: list[Path], folder: Pa
         ({"prompt": "p", "answer": 3}, "`answer` is 3, expected a string or a list of strings"),
         ({"prompt": "p"}, "`answer` is None, expected a string"),
         ({"text": "p"}, "`prompt` is None, expected str"),
+        ({"prompt": "p", "test_list": "assert f()"}, r"`test_list` is 'assert f\(\)', expected list"),
+        ({"prompt": "p", "test_list": [1]}, r"`test_list` is \[1\], expected a list of strings"),
         ([1], "holds list, expected an object"),
     ],
 )
@@ -122,8 +125,63 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         with pytest.raises(UpcycleError, match=message):
             read_rows(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl").write_text(f"{json.dumps(CHOICES[0])}\n{json.dumps(ANSWERS[0])}")
-    with pytest.raises(UpcycleError, match="mixes rows with and without `choices`"):
+    with pytest.raises(UpcycleError, match="mixes answer and choice rows; make a file of each kind"):
         read_rows(tmp_path / "x.jsonl")
+
+
+def test_programs_are_run_only_if_that_is_allowed(base: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    tasks = Path(shutil.copytree(folder, tmp_path / "tasks"))
+    row = {"prompt": "add two numbers", "test_list": ["assert add(1, 2) == 3"], "test_setup_code": "", "answer": "-"}
+    (tasks / "program.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UpcycleError, match=r"program.jsonl asks for programs, which would be run: give --allow-code"):
+        read_tasks(tasks, ["program"])
+    assert list(read_tasks(tasks)) == ["choose", "say"]
+    assert "program left out" in " ".join(capsys.readouterr().out.split())
+    task = read_tasks(tasks, ["program"], allow_code=True)["program"]
+    assert "with your rights on files" in " ".join(capsys.readouterr().out.split())
+    (document,) = task["custom_dataset"]()["test"]
+    assert document["text"].endswith("passes these tests:\nassert add(1, 2) == 3\n")
+    assert task["process_results"](document, ["def add(a, b): return a + b"]) == {"pass_at_1": 1.0}
+    assert task["process_results"](document, ["def add(a, b): return a"]) == {"pass_at_1": 0.0}
+    scores = benchmark([Contender("base", base)], {"program": task}, tmp_path / "out")["base"]["program"]
+    assert main_figure(scores)[0] == scores["pass_at_1,none"] == 0.0
+
+
+def test_a_task_of_lm_eval_that_runs_code_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise ValueError("Attempted to run task: humaneval which is marked as unsafe. Set confirm_run_unsafe_code=True")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", refuse)
+    with pytest.raises(UpcycleError, match=r"task humaneval would run code that the model writes.*--allow-code"):
+        benchmark([Contender("base", base)], {"humaneval": "humaneval"}, tmp_path)
+
+
+def test_a_moe_has_its_routing_on_each_benchmark(
+    base: Path, checkpoints: list[Path], folder: Path, tmp_path: Path
+) -> None:
+    moe = assembled(base, checkpoints, tmp_path / "moe")
+    scores = benchmark([Contender("moe", moe), Contender("base", base)], read_tasks(folder), tmp_path / "out")
+    assert all(SHARE not in figures for figures in scores["base"].values())
+    for task, ask in (("choose", "Question: spell {}\nAnswer:"), ("say", "copy {}")):
+        found = torch.tensor(scores["moe"][task][SHARE])
+        assert found.shape == (2, 3)
+        tokenizer, model, counts = load_tokenizer(base, None), load_model(moe, torch.float32), torch.zeros(2, 3)
+        for word in "abcdef" if task == "choose" else "abcd":
+            chat = [{"role": "user", "content": ask.format(word)}]
+            prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            with RouterRecorder(model) as recorder, torch.no_grad():
+                model(torch.tensor([ids]))
+            for layer, indices in enumerate(recorder.indices):
+                counts[layer] += torch.bincount(indices.flatten(), minlength=3)
+        assert torch.allclose(found, counts / counts.sum(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_a_single_run_has_a_place_for_its_scores(base: Path, folder: Path) -> None:
+    with pytest.raises(UpcycleError, match="--out is needed"):
+        run_benchmark([str(base)], [], folder, False, None, 2, chat_template=True)
 
 
 def test_a_gap_in_the_question_stands_for_the_choice(tmp_path: Path) -> None:

@@ -17,13 +17,16 @@ import torch
 from upcycle.artifacts import digest, hash_model, library_versions, write_json
 from upcycle.console import say, table
 from upcycle.errors import UpcycleError
-from upcycle.models.folders import compute_dtype, load_model, pick_device, router_modules
+from upcycle.evaluation.score import routed_share
+from upcycle.models.folders import compute_dtype, load_model, num_experts, pick_device
 from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 
-MAIN = ("acc_norm,none", "acc,none", "exact_match,answer", "exact_match,none")
+MAIN = ("acc_norm,none", "acc,none", "exact_match,answer", "exact_match,none", "pass_at_1,none")
 """The figure of a task that a table shows: the first of these that it has."""
-MAX_ANSWER = 128
-"""Tokens of an answer that is generated, if the model can take twice as many."""
+SHARE = "expert_share"
+"""Of a MoE: share of a task's tokens per layer and expert."""
+BATCH_TOKENS = 4096
+CACHE_FORMAT = 2
 STDERR_RESAMPLES = 100
 """Not 0, with which lm-eval leaves out the standard error of a mean too."""
 
@@ -56,12 +59,14 @@ def benchmark(
         chat_template: ask as a chat; without, as plain text.
 
     Returns:
-        Model name to task name to {metric: value, metric's standard error, rows}.
+        Model name to task name to {metric: value, metric's standard error, rows, and of a MoE `expert_share`: share of
+        the questions' tokens per layer and expert}.
 
     Raises:
-        UpcycleError: a model without a chat template that is to be asked as a chat.
+        UpcycleError: a model without a chat template that is to be asked as a chat, or a task of lm-eval's that would
+            run code that the model wrote.
     """
-    how = {"limit": limit, "chat_template": chat_template, "versions": library_versions()}
+    how = {"limit": limit, "chat_template": chat_template, "versions": library_versions(), "format": CACHE_FORMAT}
     contents = {name: _content(task) for name, task in tasks.items()}
     hashes = {folder: hash_model(folder) for folder in {contender.folder for contender in contenders}}
     found: dict[str, dict[str, Any]] = {}
@@ -78,9 +83,10 @@ def benchmark(
         if missing:
             with _loaded(contender) as (network, tokenizer):
                 _check_template(contender, tokenizer, chat_template)
+                routed = contender.expert is None and num_experts(network) > 1
                 for name, place in missing.items():
                     say(f"benchmark: {contender.name} on {name} ...")
-                    scores[name] = _score(network, tokenizer, tasks[name], limit, chat_template, batch_size)
+                    scores[name] = _score(network, tokenizer, tasks[name], limit, chat_template, batch_size, routed)
                     place.parent.mkdir(parents=True, exist_ok=True)
                     write_json(place, scores[name])
     ordered = {model: {name: scores[name] for name in tasks} for model, scores in found.items()}
@@ -106,12 +112,9 @@ def _loaded(contender: Contender) -> Iterator[tuple[Any, Any]]:
         yield model, tokenizer
 
 
-def num_experts(model: Any) -> int:
-    """Of a MoE or a mixture of adapters."""
-    return int(router_modules(model)[0].weight.shape[0])
-
-
-def _score(network: Any, tokenizer: Any, task: Any, limit: int | None, chat: bool, batch_size: int) -> dict[str, Any]:
+def _score(
+    network: Any, tokenizer: Any, task: Any, limit: int | None, chat: bool, batch_size: int, routed: bool
+) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -121,22 +124,34 @@ def _score(network: Any, tokenizer: Any, task: Any, limit: int | None, chat: boo
     lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, max_length=length)
     own = isinstance(task, dict)
     if own and task["output_type"] == "generate_until":
-        task = {
-            **task,
-            "generation_kwargs": {**task["generation_kwargs"], "max_gen_toks": min(MAX_ANSWER, length // 2)},
-        }
-    result: Any = simple_evaluate(
-        model=lm,
-        tasks=[task],
-        task_manager=TaskManager(include_defaults=not own),
-        limit=limit,
-        bootstrap_iters=STDERR_RESAMPLES,
-        apply_chat_template=chat,
-        log_samples=False,
-    )
+        asked = task["generation_kwargs"]
+        task = {**task, "generation_kwargs": {**asked, "max_gen_toks": min(asked["max_gen_toks"], length // 2)}}
+    try:
+        result: Any = simple_evaluate(
+            model=lm,
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=not own),
+            limit=limit,
+            bootstrap_iters=STDERR_RESAMPLES,
+            apply_chat_template=chat,
+        )
+    except ValueError as error:
+        if "marked as unsafe" not in str(error):
+            raise
+        raise UpcycleError(
+            f"lm-eval's task {task} would run code that the model writes, with nothing to hold it: give its rows as a "
+            "file with `test_list` in --task-folder, and --allow-code"
+        ) from None
     (name, scores), *_ = result["results"].items()
-    figures = {key: value for key, value in scores.items() if isinstance(value, (int, float)) and "," in key}
-    return {**figures, "rows": result["n-samples"][name]["effective"]}
+    figures: dict[str, Any] = {
+        key: value for key, value in scores.items() if isinstance(value, (int, float)) and "," in key
+    }
+    figures["rows"] = result["n-samples"][name]["effective"]
+    if routed:
+        questions = [lm.tok_encode(sample["arguments"][0][0])[-length:] for sample in result["samples"][name]]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        figures[SHARE] = routed_share(network, questions, BATCH_TOKENS, pad).tolist()
+    return figures
 
 
 def _check_template(contender: Contender, tokenizer: Any, chat: bool) -> None:
@@ -150,14 +165,15 @@ def _check_template(contender: Contender, tokenizer: Any, chat: bool) -> None:
 def _content(task: dict[str, Any] | str) -> Any:
     if isinstance(task, str):
         return task
-    return {**task, "custom_dataset": task["custom_dataset"]()["test"].to_list()}
+    plain = {key: value for key, value in task.items() if not callable(value)}
+    return {**plain, "rows": task["custom_dataset"]()["test"].to_list()}
 
 
 def main_figure(scores: Mapping[str, Any]) -> tuple[float, float]:
     """The figure that a table shows, and its standard error."""
     key = next((key for key in MAIN if key in scores), None)
     if key is None:
-        key = next(key for key in scores if "stderr" not in key and key != "rows")
+        key = next(key for key in scores if "stderr" not in key and "," in key)
     metric, _, kind = key.partition(",")
     return scores[key], scores.get(f"{metric}_stderr,{kind}", float("nan"))
 

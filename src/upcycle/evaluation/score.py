@@ -14,7 +14,7 @@ from torch import Tensor
 
 from upcycle.console import Progress
 from upcycle.data.batches import make_batches, token_batches
-from upcycle.data.chat import Sample
+from upcycle.data.chat import IGNORED, Sample
 from upcycle.models.forward import answer_losses
 from upcycle.models.routers import RouterRecorder
 from upcycle.settings import EvaluateSettings
@@ -70,6 +70,21 @@ def held_out(
             bar.advance()
     shares = {domain: slots / slots.sum(dim=1, keepdim=True) for domain, slots in sorted(counts.items())}
     return losses.tolist(), shares
+
+
+@torch.no_grad()
+def routed_share(
+    model: Any, sequences: Sequence[list[int]], tokens_per_batch: int, pad_token_id: int
+) -> Float[Tensor, "L E"]:
+    """Share of routed slots per layer and expert over all tokens of some sequences."""
+    samples = [Sample(ids, [IGNORED] * len(ids), "", "", "", len(ids), "") for ids in sequences]
+    total = torch.zeros(())
+    with RouterRecorder(model) as recorder:
+        for batch in make_batches(samples, tokens_per_batch, pad_token_id, model.device):
+            recorder.clear()
+            model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            total = total + _slots(recorder, batch.attention_mask).sum(dim=0)
+    return total / total.sum(dim=1, keepdim=True)
 
 
 def _slots(recorder: RouterRecorder, mask: Tensor) -> Float[Tensor, "B L E"]:

@@ -1,9 +1,10 @@
 """Benchmarks from plain JSONL: rows that are checked, and the task of lm-evaluation-harness that asks them.
 
-Two kinds of rows, a file each kind (plain or .gz, the file's name is the task's):
+Three kinds of rows, a file each kind (plain or .gz, the file's name is the task's):
 
     {"question": "...", "choices": ["...", "..."], "answer": 0, "context": "optional"}     by log-likelihood
     {"prompt": "...", "answer": "..." or ["...", "..."]}                                   by generation, exact match
+    {"prompt": "...", "test_list": ["assert ..."], "test_setup_code": "optional"}         by running the generated code
 
 A `_` in a question stands for the choice (Winogrande).
 """
@@ -15,26 +16,45 @@ from typing import Any
 
 from datasets import Dataset
 
+from upcycle.console import say, warn
 from upcycle.data.sources import read_jsonl
 from upcycle.errors import UpcycleError
+from upcycle.evaluation.code import WARNING, passes
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"-?[\d,]*\.?\d+")
+FIELDS: dict[str, dict[str, type]] = {
+    "choice": {"question": str, "choices": list, "answer": int},
+    "answer": {"prompt": str},
+    "code": {"prompt": str, "test_list": list},
+}
+LONGEST_ANSWER, LONGEST_PROGRAM = 128, 512
+"""Tokens that are generated, if the model can take twice as many."""
 
 
-def read_tasks(folder: Path, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def read_tasks(folder: Path, names: Sequence[str] = (), allow_code: bool = False) -> dict[str, dict[str, Any]]:
     """Name of each task file of a folder to its configuration for lm-eval.
 
     Args:
-        names: the tasks wanted; none: all.
+        names: the tasks wanted; none: all, but those that would run code if that is not allowed.
+        allow_code: whether programs that the model wrote may be run.
 
     Raises:
-        UpcycleError: no such task, or a row that is not of one of the two kinds (file, line and field are named).
+        UpcycleError: no such task, one that would run code though that is not allowed, or a row that is not of one of
+            the three kinds (file, line and field are named).
     """
     files = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
     if unknown := sorted(set(names) - files.keys()):
         raise UpcycleError(f"{folder} has no task {unknown[0]}; it has {', '.join(files) or 'no *.jsonl files'}")
-    return {name: task_of(name, read_rows(path)) for name, path in files.items() if not names or name in names}
+    rows = {name: read_rows(path) for name, path in files.items() if not names or name in names}
+    running = [name for name in rows if kind_of(rows[name][0]) == "code"]
+    if running and allow_code:
+        warn(WARNING)
+    elif names and running:
+        raise UpcycleError(f"{files[running[0]]} asks for programs, which would be run: give --allow-code if they may")
+    elif running:
+        say(f"{', '.join(running)} left out: they run programs that the model writes; --allow-code says that they may")
+    return {name: task_of(name, rows[name]) for name in rows if allow_code or name not in running}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -42,27 +62,35 @@ def read_rows(path: Path) -> list[Row]:
     rows = [check_row(value, where) for value, where in read_jsonl(path)]
     if not rows:
         raise UpcycleError(f"{path} is empty; expected a JSON object a line")
-    if len({"choices" in row for row in rows}) > 1:
-        raise UpcycleError(f"{path} mixes rows with and without `choices`; make two files of it")
+    if len(kinds := {kind_of(row) for row in rows}) > 1:
+        raise UpcycleError(f"{path} mixes {' and '.join(sorted(kinds))} rows; make a file of each kind")
     return rows
 
 
+def kind_of(row: Row) -> str:
+    """choice, code or answer."""
+    return "choice" if "choices" in row else "code" if "test_list" in row else "answer"
+
+
 def check_row(row: Any, where: str) -> Row:
-    """A row as it is, if it is of one of the two kinds.
+    """A row as it is, if it is of one of the three kinds.
 
     Raises:
         UpcycleError: names the place, the field, what was found and what was expected.
     """
     if not isinstance(row, dict):
         raise UpcycleError(f"{where} holds {type(row).__name__}, expected an object")
-    fields = {"question": str, "choices": list, "answer": int} if "choices" in row else {"prompt": str}
-    for field, kind in fields.items():
+    kind_of_row = kind_of(row)
+    for field, kind in FIELDS[kind_of_row].items():
         if not isinstance(row.get(field), kind):
             raise UpcycleError(f"{where}: `{field}` is {row.get(field)!r}, expected {kind.__name__}")
-    if "choices" in row:
+    if kind_of_row == "choice":
         count = len(row["choices"])
         if count < 2 or not 0 <= row["answer"] < count:
             raise UpcycleError(f"{where}: `answer` is {row['answer']}, expected the index of one of {count} `choices`")
+    if kind_of_row == "code" and not (row["test_list"] and all(isinstance(test, str) for test in row["test_list"])):
+        raise UpcycleError(f"{where}: `test_list` is {row['test_list']!r}, expected a list of strings")
+    if kind_of_row != "answer":
         return row
     answers = row.get("answer") if isinstance(row.get("answer"), list) else [row.get("answer")]
     if not answers or not all(isinstance(answer, str) and answer for answer in answers):
@@ -71,9 +99,9 @@ def check_row(row: Any, where: str) -> Row:
 
 
 def task_of(name: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """lm-eval's configuration of a task: multiple choice, or generation with exact match."""
-    choice = "choices" in rows[0]
-    documents = Dataset.from_list([_choice_document(row) if choice else _answer_document(row) for row in rows])
+    """lm-eval's configuration of a task: multiple choice, or generation with exact match or with tests."""
+    kind = kind_of(rows[0])
+    documents = Dataset.from_list([DOCUMENTS[kind](row) for row in rows])
     common = {
         "task": name,
         "custom_dataset": lambda **_: {"test": documents},
@@ -81,15 +109,23 @@ def task_of(name: str, rows: Sequence[Row]) -> dict[str, Any]:
         "doc_to_text": "text",
         "doc_to_target": "target",
     }
-    if choice:
+    if kind == "choice":
         metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
         return {**common, "output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": metrics}
+    if kind == "code":
+        return {
+            **common,
+            "output_type": "generate_until",
+            "generation_kwargs": {"until": ["[DONE]"], "do_sample": False, "max_gen_toks": LONGEST_PROGRAM},
+            "process_results": _run,
+            "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
+        }
     numeric = all(NUMBER.fullmatch(target) for document in documents for target in document["target"])
     picked = {"regex_pattern": NUMBER.pattern, "group_select": -1} if numeric else {"regex_pattern": r"\s*([^\n]*)"}
     return {
         **common,
         "output_type": "generate_until",
-        "generation_kwargs": {"until": ["\n\n"], "do_sample": False},
+        "generation_kwargs": {"until": ["\n\n"], "do_sample": False, "max_gen_toks": LONGEST_ANSWER},
         "filter_list": [
             {"name": "answer", "filter": [{"function": "regex", **picked}, {"function": "take_first"}]},
         ],
@@ -119,3 +155,17 @@ def _choice_document(row: Row) -> Row:
 def _answer_document(row: Row) -> Row:
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
     return {"text": row["prompt"], "target": answers}
+
+
+def _code_document(row: Row) -> Row:
+    """The tests are part of the question: they say what the function is called."""
+    tests = "\n".join(row["test_list"])
+    text = f"{row['prompt']}\nAnswer with Python code that passes these tests:\n{tests}\n"
+    return {"text": text, "target": "", "tests": row["test_list"], "setup": row.get("test_setup_code") or ""}
+
+
+def _run(document: Row, answers: Sequence[str]) -> dict[str, float]:
+    return {"pass_at_1": float(passes(answers[0], document["setup"], document["tests"]))}
+
+
+DOCUMENTS = {"choice": _choice_document, "answer": _answer_document, "code": _code_document}

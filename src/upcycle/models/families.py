@@ -199,6 +199,8 @@ FAMILIES = (
     Family("olmo3", FLEX_OLMO, _flex_olmo, (_full_attention,)),
     Family("granite", GRANITE_MOE, _granite_moe, (_plain_rope, _only("mlp_bias", False))),
 )
+MOES = {family.moe.model_type: family.moe for family in FAMILIES}
+"""By `model_type`."""
 
 WRONG = {
     "olmo": "its norms have no weights, those of OLMoE and FlexOlmo have",
@@ -239,12 +241,11 @@ def moe_of(moe_config: Config) -> Moe:
     Raises:
         UpcycleError: not a MoE of a family here.
     """
-    known = {family.moe.model_type: family.moe for family in FAMILIES}
     model_type = str(moe_config.get("model_type"))
-    if model_type not in known:
-        listed = ", ".join(sorted(known))
+    if model_type not in MOES:
+        listed = ", ".join(sorted(MOES))
         raise UpcycleError(f"'{model_type}' is not a mixture-of-experts model made here; known: {listed}")
-    return known[model_type]
+    return MOES[model_type]
 
 
 def moe_config(family: Family, dense_config: Config, num_experts: int, num_experts_per_tok: int, dtype: str) -> Config:

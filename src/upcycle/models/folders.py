@@ -9,7 +9,7 @@ import torch
 
 from upcycle.errors import UpcycleError
 from upcycle.models.adapters import is_adapter, read_adapter_config
-from upcycle.models.families import moe_of
+from upcycle.models.families import MOES, moe_of
 from upcycle.models.layouts import Config, router_tensors
 from upcycle.models.mixture import (
     BOTTLENECK,
@@ -247,6 +247,13 @@ def routers(model: Any) -> list[tuple[Any, str]]:
 def router_modules(model: Any) -> list[Any]:
     """The router of every layer, in layer order."""
     return [getattr(parent, attribute) for parent, attribute in routers(model)]
+
+
+def num_experts(model: Any) -> int:
+    """Experts per layer of a MoE or a mixture of adapters; 0 for a dense model."""
+    if mixture_of(model) is None and model.config.model_type not in MOES:
+        return 0
+    return int(router_modules(model)[0].weight.shape[0])
 
 
 def router_keys(model: Any) -> list[str]:

@@ -84,11 +84,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def routing_figure(shares: dict[str, Any], path: Path) -> None:
-    """Share of tokens per expert by domain, a heat map for each layer (UpIT, figure 5).
+def routing_figure(shares: dict[str, Any], path: Path, kind: str = "domain") -> None:
+    """Share of tokens per expert by domain or benchmark, a heat map for each layer (UpIT, figure 5).
 
     Args:
-        shares: domain to (layers, experts).
+        shares: domain or benchmark to (layers, experts).
+        kind: what they are called.
     """
     from matplotlib.figure import Figure
 
@@ -108,7 +109,7 @@ def routing_figure(shares: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(domains)), domains)
         axes.set_xticks(range(table.shape[2]), [f"E{e}" for e in range(table.shape[2])])
     figure.colorbar(image, ax=figure.axes, shrink=0.8, label="share of routed tokens")
-    figure.suptitle(f"which expert gets which domain (even: {1 / table.shape[2]:.0%})")
+    figure.suptitle(f"which expert gets which {kind} (even: {1 / table.shape[2]:.0%})")
     figure.savefig(path, dpi=120)
 
 
