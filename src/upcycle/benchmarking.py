@@ -9,8 +9,6 @@ from upcycle.console import say
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import MOE, Run, open_run
 
-BENCHMARK = "benchmark"
-
 
 def run_benchmark(
     paths: Sequence[str],
@@ -33,14 +31,14 @@ def run_benchmark(
     Raises:
         UpcycleError: nothing to score, no task, or what `benchmark` refuses.
     """
-    from upcycle.evaluation.benchmark import SHARE, benchmark
+    from upcycle.evaluation.benchmark import FOLDER, SHARE, benchmark
     from upcycle.evaluation.tasks import read_tasks
     from upcycle.reporting.figures import benchmark_figure, routing_figure
 
     if not tasks and task_folder is None:
         raise UpcycleError("no task: give --tasks with names that lm-eval knows, or --task-folder with *.jsonl files")
     if out is None:
-        out = Path(paths[0]) / BENCHMARK
+        out = Path(paths[0]) / FOLDER
         if len(paths) > 1 or not (Path(paths[0]) / "recipe.yaml").is_file():
             raise UpcycleError("--out is needed: a folder for the scores (a single run has its own)")
     chosen: dict[str, Any] = {name: name for name in tasks}

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from upcycle.cli import app
+from upcycle.evaluation.benchmark import main_figure
 from upcycle.pipeline import Run, run_stages
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.reporting.card import licence_of
@@ -46,6 +47,21 @@ def test_an_exported_run_has_a_card_that_the_hub_reads(finished: Path, tmp_path:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(card.text.split("```yaml")[1].split("```")[0])
     assert load_recipe(str(recipe)) == load_recipe(str(finished / "recipe.yaml"))
+
+
+def test_card_and_report_have_the_benchmarks_of_the_run(finished: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"copy {word}", "answer": word} for word in ("ab", "cd")]
+    (tmp_path / "say.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = CliRunner().invoke(app, ["benchmark", str(finished), "--task-folder", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert (finished / "benchmark" / "routing-MoE.png").read_bytes().startswith(b"\x89PNG")
+    assert CliRunner().invoke(app, ["export", str(finished), "--to", str(tmp_path / "moe")]).exit_code == 0
+    figure = main_figure(json.loads((finished / "benchmark" / "benchmark.json").read_text())["MoE"]["say"])[0]
+    assert f"| MoE | {figure:.1%} | {figure:.1%} +- " in (tmp_path / "moe" / "README.md").read_text()
+    assert CliRunner().invoke(app, ["report", str(finished)]).exit_code == 0
+    page = (finished / "report.html").read_text()
+    assert f"<td>MoE</td><td>{figure:.1%}</td><td>{figure:.1%} +- " in page
+    assert '"say (benchmark)": [[' in page
 
 
 def test_the_licence_is_the_bases(tmp_path: Path) -> None:

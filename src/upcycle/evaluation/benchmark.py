@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 
 MAIN = ("acc_norm,none", "acc,none", "exact_match,answer", "exact_match,none", "pass_at_1,none")
 """The figure of a task that a table shows: the first of these that it has."""
+FOLDER, SCORES = "benchmark", "benchmark.json"
+"""Where the scores of a single run lie."""
 SHARE = "expert_share"
 """Of a MoE: share of a task's tokens per layer and expert."""
 BATCH_TOKENS = 4096
@@ -40,7 +43,7 @@ class Contender:
     expert: int | None = None
     """This expert of a MoE alone: every token is routed to it."""
     base: Path | None = None
-    """The dense model of adapters."""
+    """The dense model that it came from: weights that adapters share, a tokenizer where it has none."""
 
 
 def benchmark(
@@ -90,7 +93,7 @@ def benchmark(
                     place.parent.mkdir(parents=True, exist_ok=True)
                     write_json(place, scores[name])
     ordered = {model: {name: scores[name] for name in tasks} for model, scores in found.items()}
-    write_json(out_dir / "benchmark.json", ordered)
+    write_json(out_dir / SCORES, ordered)
     show(ordered)
     return ordered
 
@@ -102,7 +105,8 @@ def _loaded(contender: Contender) -> Iterator[tuple[Any, Any]]:
 
     device = pick_device()
     model = load_model(contender.folder, compute_dtype(device), device, contender.base)
-    tokenizer = AutoTokenizer.from_pretrained(contender.folder)
+    own = any(contender.folder.glob("tokenizer*")) or contender.base is None  # a user's checkpoint may have none
+    tokenizer = AutoTokenizer.from_pretrained(contender.folder if own else contender.base)
     if contender.expert is None:
         yield model, tokenizer
         return
@@ -178,8 +182,20 @@ def main_figure(scores: Mapping[str, Any]) -> tuple[float, float]:
     return scores[key], scores.get(f"{metric}_stderr,{kind}", float("nan"))
 
 
+def read_scores(run: Path) -> dict[str, dict[str, Any]]:
+    """What `upcycle benchmark RUN` found of a run: model to task to figures; nothing if it has not been asked."""
+    path = run / FOLDER / SCORES
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
     """Model by task, with standard errors; the best of each task is marked."""
+    heads, rows = score_table(found)
+    table("benchmarks (mean; accuracy, exact match or pass@1 +- standard error, * best)", heads, rows)
+
+
+def score_table(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: model, mean over tasks, each task's figure with its standard error; `*` marks a task's best."""
     tasks = list(next(iter(found.values())))
     best = {task: max(main_figure(scores[task])[0] for scores in found.values()) for task in tasks}
     rows = []
@@ -189,5 +205,5 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
             f"{value:.1%} +- {error:.1%}" + "*" * (value == best[task])
             for task, (value, error) in zip(tasks, figures, strict=True)
         ]
-        rows.append((model, f"{sum(value for value, _ in figures) / len(figures):.1%}", *cells))
-    table("benchmarks (mean; accuracy or exact match +- standard error, * best)", ("model", "mean", *tasks), rows)
+        rows.append([model, f"{fmean(value for value, _ in figures):.1%}", *cells])
+    return ["model", "mean", *tasks], rows

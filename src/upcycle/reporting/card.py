@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.artifacts import ExpansionPlan, read_manifest
+from upcycle.evaluation.benchmark import read_scores, score_table
 from upcycle.models.folders import LINEAGE
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.inspect import expert_line
@@ -124,8 +125,15 @@ def _scores(run: Path) -> str:
     if not path.is_file():
         return "Not evaluated."
     scores = json.loads(path.read_text())
+    benchmarks = read_scores(run)
     lines = ["| model | loss | exact match |", "| --- | --: | --: |"]
-    return "\n".join([*lines, *(f"| {name} | {_loss(entry)} | {_exact(entry)} |" for name, entry in scores.items())])
+    lines += [f"| {name} | {_loss(entry)} | {_exact(entry)} |" for name, entry in scores.items()]
+    if benchmarks:
+        heads, rows = score_table(benchmarks)
+        cells = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
+        lines += ["", "## Benchmarks (lm-evaluation-harness, * the best)", ""]
+        lines += [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join(lines)
 
 
 def _loss(entry: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from upcycle.artifacts import ExpansionPlan, read_manifest
 from upcycle.console import say
 from upcycle.costs import read_costs
+from upcycle.evaluation.benchmark import SHARE, read_scores, score_table
 from upcycle.models.clients import CLIENTS, limits
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.charts import bar_chart, line_chart
@@ -106,7 +107,15 @@ def _scores(run: Path) -> dict[str, Any]:
         charts.append({"title": "Exact match", "svg": safe(bar_chart(bars, "{:.1%}", best))})
         tables.append(_by_domain("Exact match", scores, "exact_match", "{:.1%}", max))
         note += f" Exact match: greedy answers to {rows} rows, ± one standard error."
-    return {"lead": _lead(scores), "charts": charts, "score_tables": tables, "score_note": note}
+    asked = read_scores(run)
+    benchmarks = table("Benchmarks (± one standard error; * the best)", *score_table(asked)) if asked else None
+    return {
+        "lead": _lead(scores),
+        "charts": charts,
+        "score_tables": tables,
+        "score_note": note,
+        "benchmarks": benchmarks,
+    }
 
 
 def standard_error(share: float, rows: int) -> float:
@@ -147,6 +156,8 @@ def _comparison(run: Path) -> dict[str, Any] | None:
 
 def _experts(run: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shares = _read(run / "evaluate" / "scores.json")["MoE"]["expert_share"]
+    asked = read_scores(run).get("MoE", {})
+    shares |= {f"{task} (benchmark)": figures[SHARE] for task, figures in asked.items() if SHARE in figures}
     plan = ExpansionPlan.load(run / "expand" / "plan.json")
     names = [f"E{i} {expert.name}" for i, expert in enumerate(plan.experts)]
     rounded = {d: [[round(s, 4) for s in layer] for layer in layers] for d, layers in shares.items()}
