@@ -46,7 +46,10 @@ def read_tasks(folder: Path, names: Sequence[str] = (), allow_code: bool = False
     files = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
     if unknown := sorted(set(names) - files.keys()):
         raise UpcycleError(f"{folder} has no task {unknown[0]}; it has {', '.join(files) or 'no *.jsonl files'}")
-    rows = {name: read_rows(path) for name, path in files.items() if not names or name in names}
+    try:
+        rows = {name: read_rows(path) for name, path in files.items() if not names or name in names}
+    except UpcycleError as error:
+        raise UpcycleError(f"{error} (if it is no task: --tasks says which files are)") from None
     running = [name for name in rows if kind_of(rows[name][0]) == "code"]
     if running and allow_code:
         warn(WARNING)
