@@ -41,6 +41,7 @@ def test_an_exported_run_has_a_card_that_the_hub_reads(finished: Path, tmp_path:
     assert "# my-moe" in card.text
     assert "A mixtral mixture of 4 experts, top-2" in card.text
     assert "- E3 child-3 = " in card.text
+    assert "\nvllm serve FOLDER " in card.text
     assert "Not stated by the base's folder" in card.text
     scores = json.loads((finished / "evaluate" / "scores.json").read_text())
     assert f"| MoE | {scores['MoE']['loss']['all']:.3f} |" in card.text

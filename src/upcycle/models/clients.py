@@ -35,6 +35,15 @@ LIMITS = (
 )
 
 
+def commands(folder: str) -> str:
+    """How to serve a plain MoE and talk to it, a line each; transformers 5's chat needs a server."""
+    return f"""\
+vllm serve {folder}                       # or
+transformers serve {folder}               # then, in another terminal:
+transformers chat {folder}
+python convert_hf_to_gguf.py {folder} --outfile moe.gguf && llama-cli -m moe.gguf -cnv     # llama.cpp"""
+
+
 def limits(moe_config: Config) -> list[Limit]:
     """What is known to go wrong with a MoE in other programs."""
     return [limit for limit in LIMITS if limit.moe == moe_config["model_type"] and limit.when(moe_config)]

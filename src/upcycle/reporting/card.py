@@ -7,6 +7,7 @@ from typing import Any
 
 from upcycle.artifacts import ExpansionPlan, read_manifest
 from upcycle.evaluation.benchmark import read_scores, score_table
+from upcycle.models.clients import commands
 from upcycle.models.folders import LINEAGE
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.inspect import expert_line
@@ -81,6 +82,10 @@ Children: {plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed}. Similarity
 
 {_scores(run)}
 
+## Use
+
+{_use(compact)}
+
 ## Licence and data
 
 {inherited} Training data: {_listed(recipe.data.train)}.
@@ -99,6 +104,14 @@ Save as `recipe.yaml`, then `upcycle run recipe.yaml --run FOLDER` ({versions}):
 {PAPER}
 ```
 """
+
+
+def _use(compact: bool) -> str:
+    if compact:
+        return (
+            "Fold it into a plain mixture of experts first: `upcycle export FOLDER --fold --to PLAIN` (with its base)."
+        )
+    return f"Any program that loads it with transformers, or:\n\n```sh\n{commands('FOLDER')}\n```"
 
 
 def _kind(folder: Path, plan: ExpansionPlan, compact: bool) -> str:

@@ -11,7 +11,7 @@ from upcycle.artifacts import ExpansionPlan, read_manifest
 from upcycle.console import say
 from upcycle.costs import read_costs
 from upcycle.evaluation.benchmark import SHARE, read_scores, score_table
-from upcycle.models.clients import CLIENTS, limits
+from upcycle.models.clients import CLIENTS, commands, limits
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.charts import bar_chart, line_chart
 from upcycle.reporting.comparison import find_comparison, summarise
@@ -196,16 +196,10 @@ def _use(run: Path) -> dict[str, Any]:
     """The commands that serve the result and talk to it, and which of the programs compute something else."""
     config = run / "posttrain" / "config.json"
     compact = not config.is_file()
-    lines = [
-        f"upcycle export {shlex.quote(str(run))} {'--fold ' * compact}--to FOLDER",
-        "vllm serve FOLDER                       # or",
-        "transformers serve FOLDER               # then, in another terminal:",
-        "transformers chat FOLDER",
-        "python convert_hf_to_gguf.py FOLDER --outfile moe.gguf && llama-cli -m moe.gguf -cnv     # llama.cpp",
-    ]
+    export = f"upcycle export {shlex.quote(str(run))} {'--fold ' * compact}--to FOLDER"
     found = [] if compact else limits(_read(config))
     return {
-        "use": "\n".join(lines),
+        "use": f"{export}\n{commands('FOLDER')}",
         "warnings": [f"{CLIENTS[limit.client]} and this {limit.moe}: {limit.what}." for limit in found],
     }
 
