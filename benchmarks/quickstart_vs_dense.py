@@ -17,8 +17,9 @@ import torch
 
 from upcycle.evaluation.score import score
 from upcycle.models.folders import load_model
-from upcycle.pipeline import MOE, Run, run_stages
+from upcycle.pipeline import run_stages
 from upcycle.recipe import Recipe, load_recipe
+from upcycle.run import MOE, Run
 from upcycle.settings import TrainingSettings
 
 BEST = "best checkpoint (2 epochs)"

@@ -20,8 +20,8 @@ from typing import Any
 
 from upcycle.compare import COMPARISON, compare, paired, spread
 from upcycle.console import say, table
-from upcycle.pipeline import MOE, MOE_INIT
 from upcycle.reporting.figures import comparison_figure
+from upcycle.run import MOE, MOE_INIT
 
 STARTS = ("random", "mean_hidden", "kmeans", "ridge", "upit", "contrastive")
 EXPERTS = ("none", "last")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from upcycle.console import say, table
 from upcycle.costs import read_costs
-from upcycle.pipeline import Run, run_stages
+from upcycle.pipeline import run_stages
 from upcycle.recipe import load_recipe
+from upcycle.run import Run
 
 EPOCHS, SEED_FRACTION = 2, 0.01
 SCHEDULE = (

@@ -21,8 +21,8 @@ from upcycle.artifacts import write_json
 from upcycle.benchmarking import run_benchmark
 from upcycle.compare import compare, show_sweep
 from upcycle.evaluation.benchmark import main_figure
-from upcycle.pipeline import Run
 from upcycle.reporting.figures import comparison_figure, sweep_figure
+from upcycle.run import Run
 
 SCHEDULE = "prepare.epochs=2 prepare.checkpoint_every=0.25"
 EVALUATE = "evaluate.models=ends evaluate.max_answer_tokens=8"

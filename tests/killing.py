@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from upcycle.pipeline import Run, run_stages
+from upcycle.pipeline import run_stages
 from upcycle.recipe import parse_recipe
+from upcycle.run import Run
 
 
 def _kill(*_: Any, **__: Any) -> None:

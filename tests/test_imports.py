@@ -25,13 +25,15 @@ MAY_IMPORT = {
     **{stage: {stage, "training", "models", "merging", "data", *LEAVES} for stage in STAGES},
     "evaluation": {"evaluation", "models", "data", *LEAVES},
     "assets": {"data"},
-    "pipeline": {*STAGES, "evaluation", "models", "data", *LEAVES},
+    "run": {"router_initialization", "expert_preparation", "models", "data", *LEAVES},
+    "pipeline": {"run", *STAGES, "evaluation", "models", "data", *LEAVES},
     "reporting": {"reporting", "compare", "evaluation", "expert_expansion", "models", *LEAVES},
-    "compare": {"pipeline", *LEAVES},
-    "benchmarking": {"pipeline", "evaluation", "models", "reporting", *LEAVES},
+    "compare": {"pipeline", "run", *LEAVES},
+    "benchmarking": {"run", "evaluation", "models", "reporting", *LEAVES},
     "cli": {
         "upcycle",
         "pipeline",
+        "run",
         "compare",
         "benchmarking",
         "evaluation",
@@ -40,7 +42,7 @@ MAY_IMPORT = {
         "reporting",
         *LEAVES,
     },
-    "__init__": {"pipeline", *LEAVES},
+    "__init__": {"pipeline", "run", *LEAVES},
 }
 
 

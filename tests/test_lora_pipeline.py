@@ -16,8 +16,9 @@ from upcycle.expert_expansion.gram import adapter_gram
 from upcycle.model_upcycling.export import export
 from upcycle.models.folders import load_model
 from upcycle.models.mixture import MixtureConfig, expert_updates
-from upcycle.pipeline import Run, run_stages
+from upcycle.pipeline import run_stages
 from upcycle.recipe import parse_recipe
+from upcycle.run import Run
 from worlds import IDS, logits, make_adapter, shrunk
 
 PLAIN = """

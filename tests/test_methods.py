@@ -11,8 +11,9 @@ from upcycle.errors import UpcycleError
 from upcycle.merging.perturb import add_noise, perturbed, redraw
 from upcycle.models.folders import load_model
 from upcycle.models.safetensors_io import ModelReader
-from upcycle.pipeline import Run, run_stages
+from upcycle.pipeline import run_stages
 from upcycle.recipe import parse_recipe
+from upcycle.run import Run
 from worlds import logits, shrunk
 
 EXPERTS = {"sft": 1, "btx": 2}

@@ -16,8 +16,9 @@ from upcycle.artifacts import read_manifest
 from upcycle.errors import UpcycleError
 from upcycle.models.folders import load_model
 from upcycle.models.safetensors_io import ModelReader
-from upcycle.pipeline import STAGE_NAMES, STAGES, Run, run_stages, status
+from upcycle.pipeline import STAGE_NAMES, STAGES, run_stages, status
 from upcycle.recipe import parse_recipe
+from upcycle.run import Run
 
 NOT_REPRODUCED = ("costs.json", ".lock")
 

@@ -8,8 +8,9 @@ import torch
 from upcycle.data.chat import load_tokenizer
 from upcycle.data.splits import load_splits
 from upcycle.models.folders import BUILTIN_BASE, find_model, load_model
-from upcycle.pipeline import Run, run_stages
+from upcycle.pipeline import run_stages
 from upcycle.recipe import load_recipe
+from upcycle.run import Run
 
 SHORT = [
     "data.fraction=0.05",

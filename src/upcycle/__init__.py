@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upcycle.errors import UpcycleError
-    from upcycle.pipeline import Run, run_stages
+    from upcycle.pipeline import run_stages
     from upcycle.recipe import Recipe, load_recipe
+    from upcycle.run import Run
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Run", "UpcycleError", "__version__", "load_recipe", "run_stages"]
@@ -17,7 +18,7 @@ __all__ = ["Recipe", "Run", "UpcycleError", "__version__", "load_recipe", "run_s
 _HOMES = {
     "Recipe": "recipe",
     "load_recipe": "recipe",
-    "Run": "pipeline",
+    "Run": "run",
     "run_stages": "pipeline",
     "UpcycleError": "errors",
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle.console import say
 from upcycle.errors import UpcycleError
-from upcycle.pipeline import MOE, Run, open_run
+from upcycle.run import MOE, Run, open_run
 
 
 def run_benchmark(

@@ -13,8 +13,9 @@ import typer
 
 from upcycle import __version__
 from upcycle.errors import UpcycleError
-from upcycle.pipeline import STAGE_NAMES, Run, open_run, run_stages, show_summary, status
+from upcycle.pipeline import STAGE_NAMES, run_stages, show_summary, status
 from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
+from upcycle.run import Run, open_run
 
 ALMOST_FULL_BYTES = 32 << 20
 

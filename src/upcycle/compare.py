@@ -14,8 +14,9 @@ from typing import Any
 from upcycle.artifacts import digest, write_json
 from upcycle.console import say, table
 from upcycle.errors import UpcycleError
-from upcycle.pipeline import MOE, STAGE_NAMES, Run, run_stages
+from upcycle.pipeline import STAGE_NAMES, run_stages
 from upcycle.recipe import dump_recipe, load_recipe
+from upcycle.run import MOE, Run
 
 COMPARISON, SWEEP = "comparison.json", "sweep.json"
 MEASURES = "measures.json"

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from upcycle.cli import app
 from upcycle.evaluation.benchmark import main_figure
-from upcycle.pipeline import Run, run_stages
+from upcycle.pipeline import run_stages
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.reporting.card import licence_of
+from upcycle.run import Run
 
 
 @pytest.fixture(scope="module")
