@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from upcycle.artifacts import digest, hash_model, library_versions, write_json
-from upcycle.console import say, table
+from upcycle.console import console, say, table
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.score import routed_share
 from upcycle.models.folders import compute_dtype, load_model, num_experts, pick_device
@@ -30,6 +30,8 @@ SHARE = "expert_share"
 """Of a MoE: share of a task's tokens per layer and expert."""
 BATCH_TOKENS = 4096
 CACHE_FORMAT = 2
+MEAN_WIDTH, CELL_WIDTH = 8, 18
+"""Characters on the terminal."""
 STDERR_RESAMPLES = 100
 """Not 0, with which lm-eval leaves out the standard error of a mean too."""
 
@@ -191,7 +193,11 @@ def read_scores(run: Path) -> dict[str, dict[str, Any]]:
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
     """Model by task, with standard errors; the best of each task is marked."""
     heads, rows = score_table(found)
-    table("benchmarks (mean; accuracy, exact match or pass@1 +- standard error, * best)", heads, rows)
+    at_once = max(1, (console.width - max(len(row[0]) for row in rows) - MEAN_WIDTH) // CELL_WIDTH)
+    for first in range(2, len(heads), at_once):
+        chosen = [0, 1, *range(first, min(first + at_once, len(heads)))]
+        title = "benchmarks (mean of all; accuracy, exact match or pass@1 +- standard error, * best)"
+        table(title if first == 2 else "", [heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows])
 
 
 def score_table(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

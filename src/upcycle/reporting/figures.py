@@ -95,9 +95,9 @@ def routing_figure(shares: dict[str, Any], path: Path, kind: str = "domain") -> 
 
     domains = list(shares)
     table = np.array([shares[domain] for domain in domains])  # (domains, layers, experts)
-    columns = min(4, table.shape[1])
-    rows = -(-table.shape[1] // columns)
     width, height = 0.4 * table.shape[2] + 0.6, 0.35 * len(domains) + 0.8
+    columns = min(table.shape[1], max(1, round((table.shape[1] * height / width) ** 0.5)))  # about a square in all
+    rows = -(-table.shape[1] // columns)
     figure = Figure(figsize=(columns * width + 2, rows * height + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for layer, axes in enumerate(grid):
@@ -108,13 +108,13 @@ def routing_figure(shares: dict[str, Any], path: Path, kind: str = "domain") -> 
         axes.set_title(f"layer {layer}", fontsize=9)
         axes.set_yticks(range(len(domains)), domains)
         axes.set_xticks(range(table.shape[2]), [f"E{e}" for e in range(table.shape[2])])
-    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="share of routed tokens")
+    figure.colorbar(image, ax=figure.axes, shrink=0.8, aspect=40, label="share of routed tokens")
     figure.suptitle(f"which expert gets which {kind} (even: {1 / table.shape[2]:.0%})")
     figure.savefig(path, dpi=120)
 
 
 def benchmark_figure(found: dict[str, Any], path: Path) -> None:
-    """Score of each model on each benchmark, a heat map; the best model of a benchmark is framed (UpIT, figure 2).
+    """Score of each model on each benchmark, a heat map; the best models of a benchmark are framed (UpIT, figure 2).
 
     Args:
         found: model to benchmark to scores.
@@ -130,11 +130,12 @@ def benchmark_figure(found: dict[str, Any], path: Path) -> None:
     for (row, column), value in np.ndenumerate(values):
         colour = "black" if value > 0.6 * values.max() else "white"
         axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=8, color=colour)
-    for column, row in enumerate(values.argmax(axis=0)):
+    best = (values == values.max(axis=0)) & (values.min(axis=0) < values.max(axis=0))
+    for row, column in np.argwhere(best):
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
     axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
     axes.set_yticks(range(len(models)), models)
-    figure.colorbar(image, ax=axes, label="accuracy or exact match")
+    figure.colorbar(image, ax=axes, label="accuracy, exact match or pass@1")
     figure.suptitle("which model is best at which benchmark")
     figure.savefig(path, dpi=120)
 
