@@ -62,7 +62,7 @@ def test_card_and_report_have_the_benchmarks_of_the_run(finished: Path, tmp_path
     assert f"| MoE | {figure:.1%} | {figure:.1%} +- " in (tmp_path / "moe" / "README.md").read_text()
     assert CliRunner().invoke(app, ["report", str(finished)]).exit_code == 0
     page = (finished / "report.html").read_text()
-    assert f"<td>MoE</td><td>{figure:.1%}</td><td>{figure:.1%} +- " in page
+    assert f"<td>MoE</td><td>{figure:.1%}</td><td>{figure:.1%} ± " in page
     assert '"say (benchmark)": [[' in page
 
 

@@ -200,7 +200,7 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
         table(title if first == 2 else "", [heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows])
 
 
-def score_table(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def score_table(found: Mapping[str, Mapping[str, Any]], sign: str = "+-") -> tuple[list[str], list[list[str]]]:
     """Heads and rows: model, mean over tasks, each task's figure with its standard error; `*` marks a task's best."""
     tasks = list(next(iter(found.values())))
     best = {task: max(main_figure(scores[task])[0] for scores in found.values()) for task in tasks}
@@ -208,7 +208,7 @@ def score_table(found: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list
     for model, scores in found.items():
         figures = [main_figure(scores[task]) for task in tasks]
         cells = [
-            f"{value:.1%} +- {error:.1%}" + "*" * (value == best[task])
+            f"{value:.1%} {sign} {error:.1%}" + "*" * (value == best[task])
             for task, (value, error) in zip(tasks, figures, strict=True)
         ]
         rows.append([model, f"{fmean(value for value, _ in figures):.1%}", *cells])

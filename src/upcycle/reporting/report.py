@@ -108,7 +108,7 @@ def _scores(run: Path) -> dict[str, Any]:
         tables.append(_by_domain("Exact match", scores, "exact_match", "{:.1%}", max))
         note += f" Exact match: greedy answers to {rows} rows, ± one standard error."
     asked = read_scores(run)
-    benchmarks = table("Benchmarks (± one standard error; * the best)", *score_table(asked)) if asked else None
+    benchmarks = table("Benchmarks (± one standard error; * the best)", *score_table(asked, "±")) if asked else None
     return {
         "lead": _lead(scores),
         "charts": charts,
