@@ -9,7 +9,7 @@ Point = tuple[float, float, float]
 """(x, y, error of y)"""
 WIDTH = 640
 LONGEST_LABEL = 44
-LETTER = 6.6
+LETTER = 7.2
 """Pixels, about, in the font below."""
 
 
