@@ -67,11 +67,8 @@ def compare(
     Raises:
         UpcycleError: the variants saw other data or another number of training tokens, and `force` is not given.
     """
-    cells = run_cells(texts, seeds, out, keep_models, more)
-    problems = differences(cells)
-    if problems and not force:
-        raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little (--force makes it all the same)")
-    found = {"variants": cells, "summary": summary(cells), "not_comparable": problems}
+    cells = run_cells(texts, seeds, out, keep_models, more, refuse=not force)
+    found = {"variants": cells, "summary": summary(cells), "not_comparable": differences(cells)}
     write_json(out / COMPARISON, found)
     show(found)
     return found
@@ -83,8 +80,13 @@ def run_cells(
     out: Path,
     keep_models: bool = True,
     more: Callable[[Run], Measures] | None = None,
+    refuse: bool = False,
 ) -> dict[str, list[Measures]]:
-    """Each variant's measures, a row per seed; a run folder per cell."""
+    """Each variant's measures, a row per seed; a run folder per cell.
+
+    Args:
+        refuse: whether to stop after the first seed of which the variants are not comparable.
+    """
     cells: dict[str, list[Measures]] = {text: [] for text in texts}
     donors: list[Path] = []
     for seed in range(seeds):
@@ -98,6 +100,8 @@ def run_cells(
                 measures = measure(run) | (more(run) if more else {})
                 write_json(run.folder / MEASURES, {"recipe": digest(dump_recipe(run.recipe)), **measures})
             cells[text].append(measures)
+        if refuse and (problems := differences(cells)):
+            raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little (--force makes it all the same)")
         if not keep_models:
             donors = []
             for run in runs:
