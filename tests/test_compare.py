@@ -2,15 +2,30 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from upcycle.compare import COMPARISON, axis_values, compare, differences, labels, paired, show, spread, summary, sweep
+from upcycle.compare import (
+    COMPARISON,
+    Variant,
+    axis_values,
+    compare,
+    differences,
+    labels,
+    paired,
+    run_cells,
+    show,
+    spread,
+    summary,
+    sweep,
+)
 from upcycle.errors import UpcycleError
 from upcycle.reporting.figures import comparison_figure, sweep_figure
+from upcycle.run import Run, open_run
 
 
 @pytest.fixture
@@ -77,6 +92,26 @@ def test_models_can_be_deleted_once_they_are_measured(recipe_file: Path, tmp_pat
     changed = [f"{text} route.init_std=0.03" for text in texts]
     with pytest.raises(UpcycleError, match="was made by another recipe"):
         compare(changed, 1, out, **options)
+    with pytest.raises(UpcycleError, match="go on with --no-keep-models"):
+        compare(texts, 1, out, force=False)
+    with pytest.raises(UpcycleError, match="were deleted once they were measured"):
+        open_run(out / "0-seed0")
+
+
+def test_what_a_killed_comparison_made_is_shared(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
+    texts, out = [str(recipe_file), f"{recipe_file} route.start=random"], tmp_path / "out"
+
+    def killed(run: Run) -> dict[str, Any]:
+        if run.folder.name == "1-seed0":
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(texts, 1, out, force=False, keep_models=False, more=killed)
+    shutil.rmtree(out / "1-seed0")
+    capsys.readouterr()
+    compare(texts, 1, out, force=False, keep_models=False)
+    assert "prepare: taken from" in " ".join(capsys.readouterr().out.split())
 
 
 def test_long_variants_do_not_push_the_figures_out(capsys: Any) -> None:
@@ -95,6 +130,30 @@ def test_a_label_is_what_the_others_do_not_say() -> None:
     assert labels(["a x=1 y=2", "a x=1 y=3", "a y=2"]) == ["x=1 y=2", "x=1 y=3", "y=2"]
     assert labels(["a", "a y=3"]) == ["a", "y=3"]
     assert labels(["no router: a x=1", "a x=2", 'b: a "x=c: d"']) == ["no router", "x=2", "b"]
+    assert Variant("ours: upit\n route.start=ridge").words == ["upit", "route.start=ridge"]
+    for text, message in (("", "names no recipe"), ("a: b 'c", "No closing quotation")):
+        with pytest.raises(UpcycleError, match=message):
+            labels([text])
+
+
+def test_twins_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    for texts in (["a", "b", "a"], ["x: a", "x: b"]):
+        with pytest.raises(UpcycleError, match="there are two variants"):
+            run_cells(texts, 1, tmp_path / "out")
+    with pytest.raises(UpcycleError, match="there are two variants"):
+        sweep("a", ["seed=1,1"], 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_counts_if_all_have_it_and_a_run_that_diverged_is_shown(capsys: Any) -> None:
+    cells = {"a": [cell(0, 1.0), cell(1, math.nan)], "b data.train=[/x,/y]": [cell(0, 2.0), cell(1, 2.5)]}
+    cells["a"][0]["exact_match"] = cells["a"][1]["exact_match"] = {"all": 0.5}
+    rows = summary(cells)
+    assert "exact_match" not in rows[0]
+    assert math.isnan(rows[0]["loss"]["mean"])
+    assert rows[1]["loss"]["mean"] == 2.25
+    show({"variants": cells, "summary": rows, "not_comparable": []})
+    assert "data.train=[/x,/y]" in capsys.readouterr().out
 
 
 def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def run_benchmark(
     Raises:
         UpcycleError: nothing to score, no task, or what `benchmark` refuses.
     """
-    from upcycle.evaluation.benchmark import FOLDER, SHARE, benchmark
+    from upcycle.evaluation.benchmark import FOLDER, SHARE, benchmark, check_names, mark
     from upcycle.evaluation.tasks import read_tasks
     from upcycle.reporting.figures import benchmark_figure, routing_figure
 
@@ -44,7 +44,13 @@ def run_benchmark(
     chosen: dict[str, Any] = {name: name for name in tasks}
     if task_folder:
         chosen = read_tasks(task_folder, tasks, allow_code)
+    else:
+        check_names(tasks)
+    if not chosen:
+        raise UpcycleError(f"no task is left of {task_folder}")
     found = benchmark(contenders(paths, experts), chosen, out, limit, chat_template)
+    if len(paths) == 1 and out == Path(paths[0]) / FOLDER:
+        mark(Path(paths[0]))
     benchmark_figure(found, out / "benchmark.png")
     for model, scores in found.items():
         shares = {task: figures[SHARE] for task, figures in scores.items() if SHARE in figures}

@@ -189,7 +189,7 @@ def benchmark(
     _quiet_libraries()
     from upcycle.benchmarking import run_benchmark
 
-    names = [name for name in tasks.split(",") if name]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
     run_benchmark(models, names, task_folder, experts, out, limit, chat_template, allow_code)
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from upcycle.artifacts import digest, write_json
 from upcycle.console import say, table
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import STAGE_NAMES, run_stages
 from upcycle.recipe import dump_recipe, load_recipe
-from upcycle.run import MOE, Run
+from upcycle.run import DELETED, MOE, Run
 
 COMPARISON, SWEEP = "comparison.json", "sweep.json"
 MEASURES = "measures.json"
@@ -37,10 +39,20 @@ class Variant:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self._parts()[1])
+        """
+        Raises:
+            UpcycleError: no recipe, or an open quote.
+        """
+        try:
+            words = shlex.split(self._parts()[1])
+        except ValueError as error:
+            raise UpcycleError(f"variant '{self.text}': {error}") from None
+        if not words:
+            raise UpcycleError(f"variant '{self.text}' names no recipe")
+        return words
 
     def _parts(self) -> tuple[str | None, str]:
-        named = re.match(r"([^:=]+): (.+)", self.text)
+        named = re.fullmatch(r"([^:=]+):\s(.+)", self.text, re.DOTALL)
         return (named[1], named[2]) if named else (None, self.text)
 
     def run(self, seed: int, out: Path, number: int) -> Run:
@@ -86,14 +98,24 @@ def run_cells(
 
     Args:
         refuse: whether to stop after the first seed of which the variants are not comparable.
+
+    Raises:
+        UpcycleError: two variants are the same, or have the same name; or what `refuse` asks for.
     """
+    if twice := [text for text in (*texts, *_names(texts)) if [*texts, *_names(texts)].count(text) > 1]:
+        raise UpcycleError(f"there are two variants '{twice[0]}'")
     cells: dict[str, list[Measures]] = {text: [] for text in texts}
     donors: list[Path] = []
     for seed in range(seeds):
         runs = [Variant(text).run(seed, out, number) for number, text in enumerate(texts)]
         for run, text in zip(runs, texts, strict=True):
             say(f"{text}, seed {seed}: {run.folder}")
-            measures = None if keep_models else _known(run)
+            deleted = (run.folder / DELETED).exists()
+            if deleted and keep_models:
+                raise UpcycleError(
+                    f"the models of {run.folder} were deleted; go on with --no-keep-models, or elsewhere"
+                )
+            measures = _known(run) if deleted else None
             if measures is None:
                 run_stages(run, donors=donors)
                 donors.append(run.folder)
@@ -109,15 +131,24 @@ def run_cells(
     return cells
 
 
-def _known(run: Run) -> Measures | None:
-    """What was measured of the same recipe and data, whether or not the models are still there."""
-    path = run.folder / MEASURES
-    found: Measures = json.loads(path.read_text()) if path.exists() else {}
-    same = found.pop("recipe", None) == digest(dump_recipe(run.recipe)) and found["data"] == run.data_hash
-    return found if same else None
+def _known(run: Run) -> Measures:
+    """What was measured, if it was of the same recipe and data.
+
+    Raises:
+        UpcycleError: the folder had another recipe or other data, of which the models are gone.
+    """
+    found: Measures = json.loads((run.folder / MEASURES).read_text())
+    if found.pop("recipe") != digest(dump_recipe(run.recipe)) or found["data"] != run.data_hash:
+        raise UpcycleError(f"{run.folder} was made by another recipe or from other data; take another --out")
+    return found
+
+
+def _names(texts: Sequence[str]) -> list[str]:
+    return [name for text in texts if (name := Variant(text).name)]
 
 
 def _delete_weights(folder: Path) -> None:
+    (folder / DELETED).touch()
     for stage in STAGE_NAMES:
         for path in (folder / stage).rglob("*.safetensors"):
             path.unlink()
@@ -169,7 +200,7 @@ def measure(run: Run) -> Measures:
 
 
 def _scores(entry: dict[str, Any]) -> Measures:
-    return {metric: entry[metric] for metric in METRICS if metric in entry}
+    return {metric: entry[metric] for metric in METRICS if entry.get(metric)}  # no short answers: none
 
 
 def differences(cells: dict[str, list[Measures]]) -> list[str]:
@@ -187,16 +218,16 @@ def differences(cells: dict[str, list[Measures]]) -> list[str]:
 
 
 def summary(cells: dict[str, list[Measures]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of each variant; against the first one, paired by seed."""
+    """Mean and standard deviation over seeds of each variant, for what all have; against the first, paired by seed."""
     rows = []
     first = next(iter(cells.values()))
+    metrics = [m for m in METRICS if all(m in run for runs in cells.values() for run in runs)]
     for (text, runs), label in zip(cells.items(), labels(list(cells)), strict=True):
         row: dict[str, Any] = {"variant": text, "label": label, "tokens": sum(runs[0]["tokens"].values())}
-        for metric in METRICS:
-            if metric in runs[0]:
-                values = [run[metric]["all"] for run in runs]
-                row[metric] = {"mean": statistics.fmean(values), "std": spread(values)}
-                row[metric] |= paired(values, [run[metric]["all"] for run in first]) if runs is not first else {}
+        for metric in metrics:
+            values = [run[metric]["all"] for run in runs]
+            row[metric] = {"mean": statistics.fmean(values), "std": spread(values)}
+            row[metric] |= paired(values, [run[metric]["all"] for run in first]) if runs is not first else {}
         rows.append(row)
     return rows
 
@@ -210,7 +241,7 @@ def labels(texts: Sequence[str]) -> list[str]:
 
 def spread(values: Sequence[float]) -> float:
     """Standard deviation over seeds (n - 1), nan for one seed."""
-    return statistics.stdev(values) if len(values) > 1 else math.nan
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan  # nan too if a run diverged
 
 
 def paired(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
@@ -250,7 +281,8 @@ def show(found: dict[str, Any]) -> None:
             value = row[metric]
             against = (pattern.format(value["difference"]), f"{value['p']:.3f}") if "difference" in value else ("", "")
             lines.append((row["label"], pattern.format(value["mean"]), pattern.format(value["std"]), *against))
-        title = f"{metric.replace('_', ' ')} of the MoE, {seeds} seeds, {rows[0]['tokens']:,} training tokens each"
+        tokens = " or ".join(f"{count:,}" for count in sorted({row["tokens"] for row in rows}))
+        title = f"{metric.replace('_', ' ')} of the MoE, {seeds} seeds, {tokens} training tokens each"
         table(title, ("variant", "mean", "std", "against the first", "p (paired)"), lines)
     for problem in found["not_comparable"]:
         say(f"NOT COMPARABLE: {problem}")

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -111,8 +112,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     wordy = any(len(row[0]) > WORDY for row in rows)
     grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=(i == 0) != wordy)
+        grid.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=(i == 0) != wordy)
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # not as markup: a setting may have brackets
     console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
     console.print(grid)

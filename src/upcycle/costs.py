@@ -24,7 +24,10 @@ def read_costs(run: Path) -> dict[str, Costs]:
 
 @contextmanager
 def measured(run: Path, stage: str, resumed: bool) -> Iterator[None]:
-    """Record the cost of what runs inside; of a resumed stage, with what it had cost before it was interrupted."""
+    """Record the cost of what runs inside; of a resumed stage, with what had been recorded when it was interrupted.
+
+    A process that is killed records nothing.
+    """
     _reset_peaks()
     begin = time.monotonic()
     try:

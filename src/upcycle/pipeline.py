@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.artifacts import (
+    INPUTS,
     Manifest,
     changed_inputs,
     open_partial,
@@ -186,9 +187,9 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
     if _is_current(run, stage, inputs, update):
         say(f"{stage.name}: done already, {folder}")
         return
-    resumed = folder.with_name(f"{stage.name}.partial").exists()
-    say(f"{stage.name}: resuming ..." if resumed else f"{stage.name} ...")
     partial = open_partial(folder, inputs, update)
+    resumed = any(path.name != INPUTS for path in partial.iterdir())
+    say(f"{stage.name}: resuming ..." if resumed else f"{stage.name} ...")
     with measured(run.folder, stage.name, resumed):
         stage.run(run, partial)
     seal(partial, folder, inputs, run.settings(stage), run.recipe.seed)

@@ -21,6 +21,8 @@ from upcycle.recipe import Recipe, load_recipe
 
 MOE_INIT = "MoE before post-training"
 MOE = "MoE"
+DELETED = "models-deleted"
+"""A file that says that only the scores of a run were kept."""
 SEED_DATA = ("seed_from", "seed_fraction", "min_samples_per_expert", "test_fraction")
 """Settings of `route` that decide which rows are held out of training."""
 
@@ -29,10 +31,13 @@ def open_run(folder: Path, needs: Sequence[str] = ("posttrain",)) -> "Run":
     """The run in a folder, by its own recipe.
 
     Raises:
-        UpcycleError: the folder is no run, or one that has not come as far as the stages that it `needs`.
+        UpcycleError: the folder is no run, one that has not come as far as the stages that it `needs`, or one of which
+            only the scores were kept.
     """
     if not (folder / "recipe.yaml").is_file():
         raise UpcycleError(f"{folder} is not a run: it has no recipe.yaml")
+    if (folder / DELETED).exists():
+        raise UpcycleError(f"the models of {folder} were deleted once they were measured (--no-keep-models)")
     for stage in needs:
         if read_manifest(folder / stage) is None:
             raise UpcycleError(f"{folder} is not finished: it has no {stage}/{MANIFEST}; go on with `upcycle run`")

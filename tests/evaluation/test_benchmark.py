@@ -13,7 +13,7 @@ from upcycle.benchmarking import contenders, run_benchmark
 from upcycle.data.chat import load_tokenizer
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import benchmark as module
-from upcycle.evaluation.benchmark import SHARE, Contender, benchmark, main_figure
+from upcycle.evaluation.benchmark import SHARE, Contender, benchmark, check_names, main_figure
 from upcycle.evaluation.tasks import check_row, read_rows, read_tasks
 from upcycle.models.folders import load_model
 from upcycle.models.routers import RouterRecorder
@@ -110,6 +110,7 @@ def test_a_model_without_a_template_is_named(checkpoints: list[Path], folder: Pa
         ({"prompt": "p"}, "`answer` is None, expected a string"),
         ({"text": "p"}, "`prompt` is None, expected str"),
         ({"prompt": "p", "test_list": "assert f()"}, r"`test_list` is 'assert f\(\)', expected list"),
+        ({"prompt": "p", "test_list": ["a"], "test_setup_code": []}, r"`test_setup_code` is \[\], expected str"),
         ({"prompt": "p", "test_list": [1]}, r"`test_list` is \[1\], expected a list of strings"),
         ([1], "holds list, expected an object"),
     ],
@@ -129,7 +130,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "x.jsonl")
 
 
-def test_programs_are_run_only_if_that_is_allowed(base: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_programs_are_run_only_if_that_is_allowed(
+    base: Path, folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upcycle.evaluation.tasks.passes", lambda answer, *_: "+ b" in answer)  # itself: test_code.py
     tasks = Path(shutil.copytree(folder, tmp_path / "tasks"))
     row = {"prompt": "add two numbers", "test_list": ["assert add(1, 2) == 3"], "test_setup_code": "", "answer": "-"}
     (tasks / "program.jsonl").write_text(json.dumps(row))
@@ -138,7 +142,7 @@ def test_programs_are_run_only_if_that_is_allowed(base: Path, folder: Path, tmp_
     assert list(read_tasks(tasks)) == ["choose", "say"]
     assert "program left out" in " ".join(capsys.readouterr().out.split())
     task = read_tasks(tasks, ["program"], allow_code=True)["program"]
-    assert "with your rights on files" in " ".join(capsys.readouterr().out.split())
+    assert "they can read what you can" in " ".join(capsys.readouterr().out.split())
     (document,) = task["custom_dataset"]()["test"]
     assert document["text"].endswith("passes these tests:\nassert add(1, 2) == 3\n")
     assert task["process_results"](document, ["def add(a, b): return a + b"]) == {"pass_at_1": 1.0}
@@ -156,6 +160,20 @@ def test_a_task_of_lm_eval_that_runs_code_is_refused(
     monkeypatch.setattr("lm_eval.simple_evaluate", refuse)
     with pytest.raises(UpcycleError, match=r"task humaneval would run code that the model writes.*--allow-code"):
         benchmark([Contender("base", base)], {"humaneval": "humaneval"}, tmp_path)
+
+
+def test_names_are_checked_before_a_model_is_loaded(base: Path, tmp_path: Path, folder: Path) -> None:
+    check_names(["arc_easy"])
+    for name, message in (("arc_esy", "no task arc_esy; near to it: .*arc_easy"), ("mmlu", "mmlu is a group")):
+        with pytest.raises(UpcycleError, match=message):
+            run_benchmark(["no model"], [name], None, False, tmp_path, None, chat_template=True)
+    row = {"prompt": "p", "test_list": ["assert f()"]}
+    (tmp_path / "program.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UpcycleError, match="no task is left of"):
+        run_benchmark(["no model"], [], tmp_path, False, tmp_path, None, chat_template=True)
+    shutil.copy(tmp_path / "program.jsonl", tmp_path / "program.jsonl.gz")
+    with pytest.raises(UpcycleError, match="a task needs a name of its own"):
+        read_tasks(tmp_path)
 
 
 def test_a_moe_has_its_routing_on_each_benchmark(

@@ -8,8 +8,9 @@ import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+from upcycle.artifacts import write_json
 from upcycle.cli import app
-from upcycle.evaluation.benchmark import main_figure
+from upcycle.evaluation.benchmark import main_figure, read_scores
 from upcycle.pipeline import run_stages
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.reporting.card import licence_of
@@ -51,7 +52,7 @@ def test_an_exported_run_has_a_card_that_the_hub_reads(finished: Path, tmp_path:
     assert load_recipe(str(recipe)) == load_recipe(str(finished / "recipe.yaml"))
 
 
-def test_card_and_report_have_the_benchmarks_of_the_run(finished: Path, tmp_path: Path) -> None:
+def test_card_and_report_have_the_benchmarks_of_the_run(finished: Path, tmp_path: Path, capsys: Any) -> None:
     rows = [{"prompt": f"copy {word}", "answer": word} for word in ("ab", "cd")]
     (tmp_path / "say.jsonl").write_text("\n".join(map(json.dumps, rows)))
     result = CliRunner().invoke(app, ["benchmark", str(finished), "--task-folder", str(tmp_path)])
@@ -64,6 +65,9 @@ def test_card_and_report_have_the_benchmarks_of_the_run(finished: Path, tmp_path
     page = (finished / "report.html").read_text()
     assert f"<td>MoE</td><td>{figure:.1%}</td><td>{figure:.1%} ± " in page
     assert '"say (benchmark)": [[' in page
+    write_json(finished / "benchmark" / "of.json", {"posttrain": "another"})
+    assert read_scores(finished) == {}
+    assert "is of another model than the run has now" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_licence_is_the_bases(tmp_path: Path) -> None:

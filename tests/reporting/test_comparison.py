@@ -63,6 +63,15 @@ def test_what_was_forced_is_marked(tmp_path: Path) -> None:
     assert "nan" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S)
 
 
+def test_variants_that_diverged_are_named_and_not_drawn(tmp_path: Path) -> None:
+    text = comparison({"a": cells(1.0, float("nan")), "b": cells(0.5, 0.6), "c": cells(0.7, 0.7)}, [], tmp_path)
+    assert "The lowest held-out loss, 0.5500 ± 0.0707, has b" in text
+    assert "No paired test could be made" in text
+    assert text.count("<rect ") == 2
+    text = comparison({"a": cells(float("nan")), "b": cells(float("nan"))}, [], tmp_path)
+    assert "No variant has a finite held-out loss" in text
+
+
 def test_a_sweep_has_a_line_for_each_setting(tmp_path: Path) -> None:
     axes = ["expand.num_experts=4,8,16", "route.start=upit,random"]
     points = [(m, start) for m in ("4", "8", "16") for start in ("upit", "random")]

@@ -9,14 +9,16 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from upcycle.artifacts import digest, hash_model, library_versions, write_json
-from upcycle.console import console, say, table
+from upcycle.artifacts import digest, hash_model, library_versions, read_manifest, write_json
+from upcycle.console import console, say, table, warn
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.score import routed_share
 from upcycle.models.folders import compute_dtype, load_model, num_experts, pick_device
@@ -24,8 +26,8 @@ from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
 
 MAIN = ("acc_norm,none", "acc,none", "exact_match,answer", "exact_match,none", "pass_at_1,none")
 """The figure of a task that a table shows: the first of these that it has."""
-FOLDER, SCORES = "benchmark", "benchmark.json"
-"""Where the scores of a single run lie."""
+FOLDER, SCORES, OF = "benchmark", "benchmark.json", "of.json"
+"""Where the scores of a single run lie, and which model they are of."""
 SHARE = "expert_share"
 """Of a MoE: share of a task's tokens per layer and expert."""
 BATCH_TOKENS = 4096
@@ -71,7 +73,12 @@ def benchmark(
         UpcycleError: a model without a chat template that is to be asked as a chat, or a task of lm-eval's that would
             run code that the model wrote.
     """
-    how = {"limit": limit, "chat_template": chat_template, "versions": library_versions(), "format": CACHE_FORMAT}
+    how = {
+        "limit": limit,
+        "chat_template": chat_template,
+        "versions": {**library_versions(), "lm_eval": version("lm_eval")},
+    }
+    how["format"] = CACHE_FORMAT
     contents = {name: _content(task) for name, task in tasks.items()}
     hashes = {folder: hash_model(folder) for folder in {contender.folder for contender in contenders}}
     found: dict[str, dict[str, Any]] = {}
@@ -141,13 +148,10 @@ def _score(
             bootstrap_iters=STDERR_RESAMPLES,
             apply_chat_template=chat,
         )
-    except ValueError as error:
-        if "marked as unsafe" not in str(error):
+    except Exception as error:
+        if own:
             raise
-        raise UpcycleError(
-            f"lm-eval's task {task} would run code that the model writes, with nothing to hold it: give its rows as a "
-            "file with `test_list` in --task-folder, and --allow-code"
-        ) from None
+        raise UpcycleError(_why_not(task, error)) from error  # lm-eval and what it loads raise any kind
     (name, scores), *_ = result["results"].items()
     figures: dict[str, Any] = {
         key: value for key, value in scores.items() if isinstance(value, (int, float)) and "," in key
@@ -158,6 +162,33 @@ def _score(
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         figures[SHARE] = routed_share(network, questions, BATCH_TOKENS, pad).tolist()
     return figures
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Names of lm-eval's own tasks, before any model is loaded.
+
+    Raises:
+        UpcycleError: lm-eval has no such task, or it is a group of tasks.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    for name in names:
+        if name in manager.all_subtasks:
+            continue
+        if name in manager.all_tasks:
+            raise UpcycleError(f"{name} is a group of lm-eval's tasks; name the tasks of it that you want")
+        near = ", ".join(get_close_matches(name, manager.all_subtasks)) or "see `lm-eval ls tasks`"
+        raise UpcycleError(f"lm-eval has no task {name}; near to it: {near}; for files of your own give --task-folder")
+
+
+def _why_not(task: str, error: Exception) -> str:
+    if "marked as unsafe" in str(error) or "code_eval" in str(error):
+        return (
+            f"lm-eval's task {task} would run code that the model writes, with nothing to hold it: give its rows as a "
+            "file with `test_list` in --task-folder, and --allow-code"
+        )
+    return f"lm-eval could not ask {task}: {type(error).__name__}: {error}"
 
 
 def _check_template(contender: Contender, tokenizer: Any, chat: bool) -> None:
@@ -184,10 +215,29 @@ def main_figure(scores: Mapping[str, Any]) -> tuple[float, float]:
     return scores[key], scores.get(f"{metric}_stderr,{kind}", float("nan"))
 
 
+def mark(run: Path) -> None:
+    """Note which model of a run its scores are of."""
+    write_json(run / FOLDER / OF, {"posttrain": _posttrained(run)})
+
+
 def read_scores(run: Path) -> dict[str, dict[str, Any]]:
-    """What `upcycle benchmark RUN` found of a run: model to task to figures; nothing if it has not been asked."""
-    path = run / FOLDER / SCORES
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What `upcycle benchmark RUN` found last of a run: model to task to figures; nothing if it has not been asked.
+
+    Scores of a model that was trained anew since are named, and not used.
+    """
+    path, of = run / FOLDER / SCORES, run / FOLDER / OF
+    if not (path.is_file() and of.is_file()):
+        return {}
+    if json.loads(of.read_text()) != {"posttrain": _posttrained(run)}:
+        warn(f"{path} is of another model than the run has now and is left out; `upcycle benchmark {run}` scores it")
+        return {}
+    scores: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    return scores
+
+
+def _posttrained(run: Path) -> str:
+    manifest = read_manifest(run / "posttrain")
+    return manifest.content if manifest else ""
 
 
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -201,7 +251,7 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def score_table(found: Mapping[str, Mapping[str, Any]], sign: str = "+-") -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: model, mean over tasks, each task's figure with its standard error; `*` marks a task's best."""
+    """Heads (with rows of each task) and rows: model, mean, figures with standard error; `*` marks a task's best."""
     tasks = list(next(iter(found.values())))
     best = {task: max(main_figure(scores[task])[0] for scores in found.values()) for task in tasks}
     rows = []
@@ -212,4 +262,5 @@ def score_table(found: Mapping[str, Mapping[str, Any]], sign: str = "+-") -> tup
             for task, (value, error) in zip(tasks, figures, strict=True)
         ]
         rows.append([model, f"{fmean(value for value, _ in figures):.1%}", *cells])
-    return ["model", "mean", *tasks], rows
+    asked = next(iter(found.values()))
+    return ["model", "mean", *(f"{task} ({asked[task]['rows']})" for task in tasks)], rows

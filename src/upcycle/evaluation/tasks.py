@@ -43,7 +43,12 @@ def read_tasks(folder: Path, names: Sequence[str] = (), allow_code: bool = False
         UpcycleError: no such task, one that would run code though that is not allowed, or a row that is not of one of
             the three kinds (file, line and field are named).
     """
-    files = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
+    files: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
+        name = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        if name in files:
+            raise UpcycleError(f"{folder} has {files[name].name} and {path.name}; a task needs a name of its own")
+        files[name] = path
     if unknown := sorted(set(names) - files.keys()):
         raise UpcycleError(f"{folder} has no task {unknown[0]}; it has {', '.join(files) or 'no *.jsonl files'}")
     try:
@@ -91,6 +96,8 @@ def check_row(row: Any, where: str) -> Row:
         count = len(row["choices"])
         if count < 2 or not 0 <= row["answer"] < count:
             raise UpcycleError(f"{where}: `answer` is {row['answer']}, expected the index of one of {count} `choices`")
+    if not isinstance(row.get("test_setup_code", ""), str):
+        raise UpcycleError(f"{where}: `test_setup_code` is {row['test_setup_code']!r}, expected str")
     if kind_of_row == "code" and not (row["test_list"] and all(isinstance(test, str) for test in row["test_list"])):
         raise UpcycleError(f"{where}: `test_list` is {row['test_list']!r}, expected a list of strings")
     if kind_of_row != "answer":

@@ -52,7 +52,9 @@ def summarise(found: Found) -> dict[str, Any]:
     """The lead sentence, why the variants are not comparable if they are not, a chart per metric."""
     draw = _lines if "axes" in found else _bars
     seeds = len(next(iter(found["variants"].values())))
+    fair = "axes" not in found and not found["not_comparable"]
     return {
+        "heading": "At equal training tokens" if fair else "Beside the other runs of the same folder",
         "lead": _lead(found, seeds),
         "problems": found.get("not_comparable", []),
         "charts": [{"title": TITLES[metric], "svg": safe(draw(found, metric))} for metric in _metrics(found)],
@@ -71,15 +73,19 @@ def _metrics(found: Found) -> list[str]:
 def _lead(found: Found, seeds: int) -> str:
     """The best variant by loss, and whether it is better than the first one by more than noise."""
     rows = found["summary"]
-    best = min(rows, key=lambda row: row["loss"]["mean"])
+    finite = [row for row in rows if math.isfinite(row["loss"]["mean"])]
+    if not finite:
+        return "No variant has a finite held-out loss: all of them diverged in some seed."
+    best = min(finite, key=lambda row: row["loss"]["mean"])
     loss = best["loss"]
     text = f"The lowest held-out loss, {_plus_minus(loss, METRICS['loss'])}, has {best['label']}"
     if "axes" in found:
-        return f"{text}. Points of a sweep may differ in training tokens: see the table of costs."
+        return f"{text}. Points of a sweep may differ in training tokens."
     if best is rows[0]:
         return f"{text}, the first one, with which the others are compared."
     if math.isnan(loss["p"]):
-        return f"{text}: {loss['difference']:+.4f} against {rows[0]['label']}. One seed says nothing about noise."
+        why = "One seed says nothing about noise." if seeds == 1 else "No paired test could be made."
+        return f"{text}: {loss['difference']:+.4f} against {rows[0]['label']}. {why}"
     verdict = "more than noise" if loss["p"] < 0.05 / (len(rows) - 1) else "not more than noise"
     return (
         f"{text}: {loss['difference']:+.4f} against {rows[0]['label']} (p {loss['p']:.3f}, paired by seed; with "
@@ -97,12 +103,16 @@ def _error(value: Mapping[str, float]) -> float:
 
 
 def _best(rows: Sequence[Found], metric: str) -> int:
-    choose = min if metric == "loss" else max
-    return choose(range(len(rows)), key=lambda i: rows[i][metric]["mean"])
+    """Place of the best row; a variant that diverged is none."""
+    sign = 1 if metric == "loss" else -1
+    return min(range(len(rows)), key=lambda i: (math.isnan(rows[i][metric]["mean"]), sign * rows[i][metric]["mean"]))
 
 
 def _bars(found: Found, metric: str) -> str:
-    rows = found["summary"]
+    """Bars of the variants that did not diverge."""
+    rows = [row for row in found["summary"] if math.isfinite(row[metric]["mean"])]
+    if not rows:
+        return ""
     bars = [(row["label"], row[metric]["mean"], _error(row[metric])) for row in rows]
     return bar_chart(bars, METRICS[metric], _best(rows, metric))
 
@@ -113,12 +123,12 @@ def _lines(found: Found, metric: str) -> str:
     names = list(dict.fromkeys(row["settings"][first] for row in found["summary"]))
     places = _places(names)
     lines: dict[str, list[tuple[float, float, float]]] = {}
-    for row in found["summary"]:
+    for row in (row for row in found["summary"] if math.isfinite(row[metric]["mean"])):
         label = ", ".join(f"{name}={row['settings'][name]}" for name in others) or first
         point = (places[row["settings"][first]], row[metric]["mean"], _error(row[metric]))
         lines.setdefault(label, []).append(point)
     ticks = [(place, name) for name, place in places.items()]
-    return point_chart(list(lines.items()), ticks)
+    return point_chart(list(lines.items()), ticks) if lines else ""
 
 
 def _places(names: Sequence[str]) -> dict[str, float]:

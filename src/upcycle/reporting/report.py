@@ -98,7 +98,7 @@ def _scores(run: Path) -> dict[str, Any]:
     charts = [{"title": title, "svg": safe(bar_chart(losses, "{:.3f}", best))}]
     tables = [_by_domain("Held-out loss", scores, "loss", "{:.3f}", min)]
     note = "Loss: mean over rows of the mean token loss of the answer."
-    if all("exact_match" in entry for entry in scores.values()):
+    if all(entry.get("exact_match") for entry in scores.values()):
         rows = next(iter(scores.values()))["exact_match_rows"]
         bars = [
             (name, e["exact_match"]["all"], standard_error(e["exact_match"]["all"], rows)) for name, e in scores.items()
