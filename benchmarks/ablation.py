@@ -1,6 +1,6 @@
 """Which of UpIT's parts does what? The paper's ablations, one part changed at a time, on the embedded model.
 
-    python benchmarks/ablation.py --seeds 5 --out runs/ablation        # about 40 minutes on one thread
+    python benchmarks/ablation.py --seeds 5 --out runs/ablation        # about 35 minutes on one thread
 
 The recipe `upit-paper` with half of the quickstart's rows: 2 epochs of full tuning leave 8 checkpoints, four of them
 (evenly spaced) are expanded to 8 experts, top-2; 2 epochs of post-training. All train on the same rows; the stages that

@@ -1,6 +1,6 @@
 """Every upcycling method at the same number of training tokens, on the embedded model.
 
-    python benchmarks/methods.py --seeds 5 --out runs/methods        # about two hours on one thread
+    python benchmarks/methods.py --seeds 5 --out runs/methods        # about 100 minutes on one thread
 
 Half of the quickstart's rows, a budget of 4 epochs, 8 experts top-2 (one for the dense baselines), held-out seed rows
 for all, so that all train on the same rows. Learning rate 1e-3 for full tensors, 3e-3 for adapters of rank 8. The first
