@@ -5,9 +5,9 @@
 
 DATA_FOLDER has `instruct/*.jsonl.gz`, `instruct_valid.jsonl.gz` and `bench/*.jsonl.gz`. Two settings as in the paper:
 whole FFNs as experts, 4 of them top-2, and LoRA experts, 8 of them top-2; half of a budget of 4 epochs is dense. The
-size `cpu` takes the FFN setting and 0.12% of the rows, about two hours on one core; `cpu-lora` the LoRA setting and 0.1%
-of the rows, of at most 96 tokens, about half an hour; `full` both settings at 10%, 50% and 100% of the rows, and scores
-every result on benchmarks too. Kill it and run it again: it goes on where it stopped.
+size `cpu` takes the FFN setting and 0.12% of the rows, about two hours on one core; `cpu-lora` the LoRA setting and
+0.1% of the rows, of at most 96 tokens, about half an hour; `full` both settings at 10%, 50% and 100% of the rows, and
+scores every result on benchmarks too. Kill it and run it again: it goes on where it stopped.
 """
 
 import argparse
