@@ -43,7 +43,10 @@ def comparison(variants: dict[str, list[dict[str, Any]]], problems: list[str], f
 def test_it_says_which_is_better_and_whether_that_is_noise(tmp_path: Path) -> None:
     variants = {"sft": cells(1.0, 1.2, 1.4), "<ours>: upit x=1": cells(0.8, 1.01, 1.19), "b: upit": cells(1.1, 1, 2)}
     text = comparison(variants, [], tmp_path)
-    assert "The lowest held-out loss, 1.0000 ± 0.1952, has &lt;ours&gt;: -0.2000 against sft (p 0.001, paired" in text
+    assert (
+        "The lowest held-out loss, 1.0000 ± 0.1952, is that of “&lt;ours&gt;”: -0.2000 against sft (p 0.001, paired"
+        in text
+    )
     assert "that is more than noise, after Bonferroni), 3 seeds" in text
     assert "NOT COMPARABLE" not in text
     assert "<td>sft</td><td>1.0000</td><td>1.2000</td><td>1.4000</td>" in text  # by seed
@@ -65,7 +68,7 @@ def test_what_was_forced_is_marked(tmp_path: Path) -> None:
 
 def test_variants_that_diverged_are_named_and_not_drawn(tmp_path: Path) -> None:
     text = comparison({"a": cells(1.0, float("nan")), "b": cells(0.5, 0.6), "c": cells(0.7, 0.7)}, [], tmp_path)
-    assert "The lowest held-out loss, 0.5500 ± 0.0707, has b" in text
+    assert "The lowest held-out loss, 0.5500 ± 0.0707, is that of “b”" in text
     assert "No paired test could be made" in text
     assert text.count("<rect ") == 2
     text = comparison({"a": cells(float("nan")), "b": cells(float("nan"))}, [], tmp_path)

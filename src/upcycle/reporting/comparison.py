@@ -78,7 +78,7 @@ def _lead(found: Found, seeds: int) -> str:
         return "No variant has a finite held-out loss: all of them diverged in some seed."
     best = min(finite, key=lambda row: row["loss"]["mean"])
     loss = best["loss"]
-    text = f"The lowest held-out loss, {_plus_minus(loss, METRICS['loss'])}, has {best['label']}"
+    text = f"The lowest held-out loss, {_plus_minus(loss, METRICS['loss'])}, is that of “{best['label']}”"
     if "axes" in found:
         return f"{text}. Points of a sweep may differ in training tokens."
     if best is rows[0]:
