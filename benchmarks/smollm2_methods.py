@@ -94,10 +94,15 @@ def methods(kind: str, seed_rows: int) -> dict[str, str]:
     }
 
 
+def inputs(base: Path, data: Path) -> str:
+    """The settings that name the model and all instruction rows of the data folder."""
+    train = ",".join(map(str, sorted((data / "instruct").glob("*.jsonl.gz"))))
+    return f"base={base} data.train=[{train}] data.validation={data / 'instruct_valid.jsonl.gz'}"
+
+
 def groups(size: Size, base: Path, data: Path) -> Iterator[tuple[str, float, dict[str, str]]]:
     """(kind of experts, share of the data, method to what `compare` runs)."""
-    train = ",".join(map(str, sorted((data / "instruct").glob("*.jsonl.gz"))))
-    common = f"base={base} data.train=[{train}] data.validation={data / 'instruct_valid.jsonl.gz'} {EVALUATE}"
+    common = f"{inputs(base, data)} {EVALUATE}"
     for kind in size.kinds:
         for fraction in size.fractions:
             rest = f"{common} {size.settings} data.fraction={fraction}"

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from router_starts import EXPERTS, STARTS
+from smollm2_methods import inputs
 
 from upcycle.compare import compare
 from upcycle.reporting.figures import comparison_figure
@@ -36,9 +37,7 @@ def main() -> None:
     parser.add_argument("--size", choices=VARIANTS, default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    train = ",".join(map(str, sorted((arguments.data / "instruct").glob("*.jsonl.gz"))))
-    data = f"data.train=[{train}] data.validation={arguments.data / 'instruct_valid.jsonl.gz'}"
-    common = f"smollm2-cpu base={arguments.base} {data} expand.num_experts=4 evaluate.models=ends"
+    common = f"smollm2-cpu {inputs(arguments.base, arguments.data)} expand.num_experts=4 evaluate.models=ends"
     variants = [f"{common} {variant}" for variant in VARIANTS[arguments.size]]
     found = compare(variants, arguments.seeds, arguments.out, force=False)
     comparison_figure(found, arguments.out / "comparison.png")

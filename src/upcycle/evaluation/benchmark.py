@@ -77,8 +77,8 @@ def benchmark(
         "limit": limit,
         "chat_template": chat_template,
         "versions": {**library_versions(), "lm_eval": version("lm_eval")},
+        "format": CACHE_FORMAT,
     }
-    how["format"] = CACHE_FORMAT
     contents = {name: _content(task) for name, task in tasks.items()}
     hashes = {folder: hash_model(folder) for folder in {contender.folder for contender in contenders}}
     found: dict[str, dict[str, Any]] = {}

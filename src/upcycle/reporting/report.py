@@ -11,6 +11,7 @@ from upcycle.artifacts import ExpansionPlan, read_manifest
 from upcycle.console import say
 from upcycle.costs import read_costs
 from upcycle.evaluation.benchmark import SHARE, read_scores, score_table
+from upcycle.evaluation.evaluate import best_checkpoint
 from upcycle.models.clients import CLIENTS, commands, limits
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.reporting.charts import bar_chart, line_chart
@@ -44,6 +45,7 @@ def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]]
     Args:
         samples: texts with their routing, as `evaluation.tokens.routed_tokens` gives them.
     """
+    asked = read_scores(run)
     page = render(
         "report.html.j2",
         title=f"{run.name}: {recipe.expand.num_experts} experts from {recipe.base}",
@@ -52,8 +54,8 @@ def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]]
         base=recipe.base,
         top_k=recipe.assemble.num_experts_per_tok,
         **_lineage(run),
-        **_scores(run),
-        **_experts(run, samples),
+        **_scores(run, asked),
+        **_experts(run, asked.get("MoE", {}), samples),
         **_training(run),
         **_cost(run),
         **_use(run),
@@ -89,7 +91,7 @@ def _tree(plan: ExpansionPlan) -> str:
     return items(-1)
 
 
-def _scores(run: Path) -> dict[str, Any]:
+def _scores(run: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The lead sentence, a chart per figure, a table per figure by domain."""
     scores = _read(run / "evaluate" / "scores.json")
     losses = [(name, entry["loss"]["all"], 0.0) for name, entry in scores.items() if name != "base"]
@@ -107,7 +109,6 @@ def _scores(run: Path) -> dict[str, Any]:
         charts.append({"title": "Exact match", "svg": safe(bar_chart(bars, "{:.1%}", best))})
         tables.append(_by_domain("Exact match", scores, "exact_match", "{:.1%}", max))
         note += f" Exact match: greedy answers to {rows} rows, ± one standard error."
-    asked = read_scores(run)
     benchmarks = table("Benchmarks (± one standard error; * the best)", *score_table(asked, "±")) if asked else None
     return {
         "lead": _lead(scores),
@@ -126,16 +127,14 @@ def standard_error(share: float, rows: int) -> float:
 def _lead(scores: Mapping[str, Any]) -> str:
     """Did it help, in one sentence; what the sentence cannot say is that the MoE has seen more tokens."""
     moe = scores["MoE"]["loss"]["all"]
-    dense = {
-        name: e["loss"]["all"] for name, e in scores.items() if name not in ("base", "MoE", "MoE before post-training")
-    }
     start = f"The mixture of experts has a held-out loss of {moe:.3f}"
-    if not dense:
+    name = best_checkpoint(dict(scores))
+    if name is None:
         return f"{start}; the base had {scores['base']['loss']['all']:.3f}."
-    name = min(dense, key=dense.__getitem__)
-    verdict = "below" if moe < dense[name] else "not below"
+    best = scores[name]["loss"]["all"]
+    verdict = "below" if moe < best else "not below"
     return (
-        f"{start}, {verdict} that of its best checkpoint ({name}, {dense[name]:.3f}), which has seen fewer training "
+        f"{start}, {verdict} that of its best checkpoint ({name}, {best:.3f}), which has seen fewer training "
         "tokens; for a fair comparison see `upcycle compare`."
     )
 
@@ -154,9 +153,8 @@ def _comparison(run: Path) -> dict[str, Any] | None:
     return summarise(_read(path)) if path else None
 
 
-def _experts(run: Path, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _experts(run: Path, asked: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shares = _read(run / "evaluate" / "scores.json")["MoE"]["expert_share"]
-    asked = read_scores(run).get("MoE", {})
     shares |= {f"{task} (benchmark)": figures[SHARE] for task, figures in asked.items() if SHARE in figures}
     plan = ExpansionPlan.load(run / "expand" / "plan.json")
     names = [f"E{i} {expert.name}" for i, expert in enumerate(plan.experts)]
