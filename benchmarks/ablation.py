@@ -12,8 +12,8 @@ from pathlib import Path
 
 from methods import COMMON, FULL
 
-from upcycle.compare import compare
 from upcycle.reporting.figures import comparison_figure
+from upcycle.studies.compare import compare
 
 FOUR = "expand.num_checkpoints=4"
 ABLATIONS = {

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from upcycle.artifacts import ExpansionPlan
 from upcycle.console import say, table
-from upcycle.models.folders import BUILTIN_BASE, find_model, write_config
-from upcycle.models.safetensors_io import ModelWriter, TensorSpec, pieces
+from upcycle.records.plan import ExpansionPlan
+from upcycle.weights.folders import BUILTIN_BASE, find_model, write_config
+from upcycle.weights.safetensors_io import ModelWriter, TensorSpec, pieces
 
 NUM_CHECKPOINTS, NUM_EXPERTS, DROP_RATE = 4, 8, 0.2
 CONFIG = {
@@ -47,9 +47,9 @@ OURS = """
 import gc, sys
 gc.set_threshold(100_000, 20, 20)  # as the command `upcycle` does
 from pathlib import Path
-from upcycle.artifacts import Checkpoint
-from upcycle.expert_expansion.expand import expand
-from upcycle.model_upcycling.assemble import assemble
+from upcycle.records.plan import Checkpoint
+from upcycle.stages.expert_expansion.expand import expand
+from upcycle.stages.model_upcycling.assemble import assemble
 from upcycle.settings import AssembleSettings, ExpandSettings
 base, out, *folders = map(Path, sys.argv[1:])
 checkpoints = [Checkpoint(f.name, str(f)) for f in folders]

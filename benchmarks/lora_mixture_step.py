@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from upcycle.model_upcycling.export import fold_mixture
 
 from upcycle.console import say, table
-from upcycle.model_upcycling.export import fold_mixture
-from upcycle.model_upcycling.posttrain import freeze
-from upcycle.models.adapters import ffn_shapes
-from upcycle.models.folders import compute_dtype, load_dense, load_model, pick_device, read_config
-from upcycle.models.mixture import LORA, MixtureConfig, lora_tensors, router_names, write_mixture
-from upcycle.models.routers import random_routers
+from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.experts.adapter_files import ffn_shapes
+from upcycle.experts.kinds import load_model
+from upcycle.experts.lora import LORA, lora_tensors
+from upcycle.experts.mixture import MixtureConfig, router_names, write_mixture
+from upcycle.routing.routers import freeze, random_routers
+from upcycle.weights.folders import load_dense, read_config
 
 NAMES = ("dense LoRA", "LoRA mixture", "full experts")
 FFN = ["gate_proj", "up_proj", "down_proj"]

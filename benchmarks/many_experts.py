@@ -14,12 +14,12 @@ from pathlib import Path
 
 import assembly_vs_mergekit as job
 
-from upcycle.artifacts import Checkpoint
 from upcycle.console import table
-from upcycle.expert_expansion.gram import task_vector_gram
-from upcycle.expert_expansion.plan import make_plan
-from upcycle.model_upcycling.assemble import assemble
+from upcycle.experts.gram import task_vector_gram
+from upcycle.records.plan import Checkpoint
 from upcycle.settings import AssembleSettings, ExpandSettings
+from upcycle.stages.expert_expansion.plan import make_plan
+from upcycle.stages.model_upcycling.assemble import assemble
 
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
 

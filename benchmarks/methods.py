@@ -10,8 +10,8 @@ row, dense tuning for the whole budget, is what the others are compared with. Re
 import argparse
 from pathlib import Path
 
-from upcycle.compare import compare
 from upcycle.reporting.figures import comparison_figure
+from upcycle.studies.compare import compare
 
 COMMON = (
     "base=builtin:tiny data.train=builtin:train data.validation=builtin:validation data.max_length=128 "

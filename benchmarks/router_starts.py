@@ -18,10 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from upcycle.compare import COMPARISON, compare, paired, spread
 from upcycle.console import say, table
+from upcycle.records.files import COMPARISON
+from upcycle.records.scores import MOE, MOE_INIT
 from upcycle.reporting.figures import comparison_figure
-from upcycle.run import MOE, MOE_INIT
+from upcycle.studies.compare import compare
+from upcycle.studies.statistics import paired, spread
 
 STARTS = ("random", "mean_hidden", "kmeans", "ridge", "upit", "contrastive")
 EXPERTS = ("none", "last")

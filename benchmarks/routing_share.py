@@ -13,10 +13,10 @@ import shlex
 from pathlib import Path
 
 from upcycle.console import say, table
-from upcycle.costs import read_costs
-from upcycle.pipeline import run_stages
+from upcycle.pipeline.costs import read_costs
+from upcycle.pipeline.resume import run_stages
+from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe
-from upcycle.run import Run
 
 EPOCHS, SEED_FRACTION = 2, 0.01
 SCHEDULE = (

@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from upcycle.artifacts import write_json
-from upcycle.benchmarking import run_benchmark
-from upcycle.compare import compare, show_sweep
+from upcycle.disk import write_json
 from upcycle.evaluation.benchmark import main_figure
+from upcycle.pipeline.run import Run
 from upcycle.reporting.figures import comparison_figure, sweep_figure
-from upcycle.run import Run
+from upcycle.studies.benchmark import run_benchmark
+from upcycle.studies.compare import compare
+from upcycle.studies.sweep import show_sweep
 
 SCHEDULE = "prepare.epochs=2 prepare.checkpoint_every=0.25"
 EVALUATE = "evaluate.models=ends evaluate.max_answer_tokens=8"

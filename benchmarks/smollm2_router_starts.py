@@ -14,8 +14,8 @@ from pathlib import Path
 from router_starts import EXPERTS, STARTS
 from smollm2_methods import inputs
 
-from upcycle.compare import compare
 from upcycle.reporting.figures import comparison_figure
+from upcycle.studies.compare import compare
 
 CPU = "data.fraction=0.002"
 FULL = (

@@ -15,18 +15,10 @@ os.environ["TQDM_DISABLE"] = "1"
 import torch
 from jaxtyping import install_import_hook
 
-with install_import_hook(
-    ["upcycle.merging", "upcycle.training.balance", "upcycle.data.batches", "upcycle.models.forward"],
-    "beartype.beartype",
-):
-    import upcycle.data.batches
-    import upcycle.merging.lineage
-    import upcycle.merging.linear
-    import upcycle.merging.ties
-    import upcycle.models.forward
-    import upcycle.training.balance  # noqa: F401
+# shapes and types of every function of the package are checked whenever a test calls it
+install_import_hook("upcycle", "typechecking.check")
 
-from upcycle.recipe import Recipe, parse_recipe
+from upcycle.recipe import Recipe, parse_recipe  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from two threads and lose much when another core is busy
 

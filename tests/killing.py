@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from upcycle.pipeline import run_stages
+from upcycle.pipeline.resume import run_stages
+from upcycle.pipeline.run import Run
 from upcycle.recipe import parse_recipe
-from upcycle.run import Run
 
 
 def _kill(*_: Any, **__: Any) -> None:
@@ -52,25 +52,25 @@ def arm(stage: str) -> None:
     """Patch the code of a stage so that it dies at one of `POINTS`."""
     import torch
 
-    from upcycle import artifacts
     from upcycle.evaluation import evaluate
-    from upcycle.expert_expansion import expand
-    from upcycle.expert_preparation import prepare
-    from upcycle.model_upcycling import posttrain
-    from upcycle.models import folders
-    from upcycle.models.safetensors_io import ModelWriter
+    from upcycle.experts import ffn
+    from upcycle.pipeline import manifest
+    from upcycle.stages.expert_expansion import expand
+    from upcycle.stages.expert_preparation import prepare
+    from upcycle.stages.model_upcycling import posttrain
     from upcycle.training.fine_tune import UpcyclingTrainer
+    from upcycle.weights.safetensors_io import ModelWriter
 
     if stage in ("prepare", "posttrain"):
         UpcyclingTrainer.training_step = _after(13, UpcyclingTrainer.training_step)  # step 7: past a checkpoint
     elif stage == "prepare tail":
         prepare._finish = _after(1, prepare._finish)  # the first of two checkpoints is finished
     elif stage == "posttrain tail":
-        folders.copy_companions = _kill  # the weights are written, the folder is not finished
+        ffn.copy_companions = _kill  # the weights are written, the folder is not finished
     elif stage == "posttrain rmtree":
         posttrain.shutil.rmtree = _after_some_files
     elif stage == "assemble seal":
-        artifacts.hash_file = _after(3, artifacts.hash_file)
+        manifest.hash_file = _after(3, manifest.hash_file)
     elif stage == "expand":
         expand.show_plan = _kill  # after plan.json is written, before the manifest
     elif stage == "assemble":

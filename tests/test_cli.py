@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from upcycle import cli
-from upcycle.pipeline import STAGE_NAMES
+from upcycle.pipeline.stages import stage_names
 from upcycle.recipe import shipped_recipes
 
 
@@ -30,7 +30,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_help_names_every_stage(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert call(monkeypatch, "--help") == 0
     printed = capsys.readouterr().out
-    assert all(stage in printed for stage in STAGE_NAMES)
+    assert all(stage in printed for stage in stage_names())
 
 
 def test_dry_run_prints_the_recipe_and_does_nothing(
@@ -40,7 +40,7 @@ def test_dry_run_prints_the_recipe_and_does_nothing(
     assert code == 0
     printed = capsys.readouterr().out
     assert "num_experts: 5" in printed
-    assert [line.split()[0] for line in printed.splitlines()[-6:]] == list(STAGE_NAMES)
+    assert [line.split()[0] for line in printed.splitlines()[-6:]] == list(stage_names())
     assert not (tmp_path / "run").exists()
 
 
@@ -116,7 +116,7 @@ def test_assembly_that_will_not_fit_is_refused_beforehand(
     import shutil
     from types import SimpleNamespace
 
-    from upcycle.models import folders
+    from upcycle.weights import folders
 
     usage = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=10), copyfile=shutil.copyfile)
     monkeypatch.setattr(folders, "shutil", usage)

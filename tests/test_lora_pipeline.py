@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.artifacts import read_manifest
 from upcycle.errors import UpcycleError
-from upcycle.expert_expansion.gram import adapter_gram
-from upcycle.model_upcycling.export import export
-from upcycle.models.folders import load_model
-from upcycle.models.mixture import MixtureConfig, expert_updates
-from upcycle.pipeline import run_stages
+from upcycle.experts.gram import adapter_gram
+from upcycle.experts.kinds import load_model
+from upcycle.experts.lora import expert_updates
+from upcycle.experts.mixture import MixtureConfig
+from upcycle.pipeline.manifest import read_manifest
+from upcycle.pipeline.resume import run_stages
+from upcycle.pipeline.run import Run
 from upcycle.recipe import parse_recipe
-from upcycle.run import Run
+from upcycle.stages.model_upcycling.export import export
 from worlds import IDS, logits, make_adapter, shrunk
 
 PLAIN = """

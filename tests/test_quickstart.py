@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from upcycle.data.chat import load_tokenizer
 from upcycle.data.splits import load_splits
-from upcycle.models.folders import BUILTIN_BASE, find_model, load_model
-from upcycle.pipeline import run_stages
+from upcycle.experts.kinds import load_model
+from upcycle.pipeline.resume import run_stages
+from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe
-from upcycle.run import Run
+from upcycle.weights.base import load_tokenizer
+from upcycle.weights.folders import BUILTIN_BASE, find_model
 
 SHORT = [
     "data.fraction=0.05",
@@ -31,7 +32,7 @@ def test_the_base_is_small_and_complete() -> None:
 
 def test_training_and_held_out_rows_share_no_question() -> None:
     splits = load_splits(load_recipe("quickstart"), load_tokenizer(find_model(BUILTIN_BASE), None), 256)
-    parts = [{s.question for s in p} for p in (splits.train, splits.seed_fit, splits.seed_test, splits.validation)]
+    parts = [{s.question for s in p} for p in (splits.train, splits.seed.fit, splits.seed.test, splits.validation)]
     assert sum(map(len, parts)) == len(set.union(*parts))
     assert len({s.domain for s in splits.validation}) >= 5
     assert max(len(s.answer) for s in splits.validation) <= 12

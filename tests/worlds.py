@@ -1,26 +1,56 @@
 """Assembled worlds that several tests share."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from upcycle.artifacts import ExpansionPlan, Expert
-from upcycle.model_upcycling.assemble import assemble
-from upcycle.model_upcycling.mixture import assemble_mixture
-from upcycle.models.folders import load_model
-from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
+from upcycle.data.chat import Sample
+from upcycle.experts.kinds import KINDS, load_model
 from upcycle.recipe import Recipe, load_recipe, parse_recipe
+from upcycle.records.plan import ExpansionPlan, Expert
+from upcycle.routing.routers import ForcedRouter, RowExperts, random_routers, swapped_routers
 from upcycle.settings import AssembleSettings, LoraSettings
+from upcycle.types import Model
+from upcycle.weights.base import Base
 
 IDS = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
 
 
-def plan_of(num_checkpoints: int) -> ExpansionPlan:
+def plan_of(num_checkpoints: int, **changes: Any) -> ExpansionPlan:
     """Every checkpoint an expert, no children."""
-    experts = tuple(Expert(f"c{i}", "checkpoint", checkpoint=i) for i in range(num_checkpoints))
-    return ExpansionPlan(experts, "dare", 0.2, 0, "cosine", ((0.0,) * num_checkpoints,) * num_checkpoints)
+    experts = tuple(Expert(name=f"c{i}", kind="checkpoint", checkpoint=i) for i in range(num_checkpoints))
+    gram = ((0.0,) * num_checkpoints,) * num_checkpoints
+    values = {"experts": experts, "merge": "dare", "drop_rate": 0.2, "seed": 0, "similarity": "cosine", "gram": gram}
+    return ExpansionPlan(**{**values, **changes})
+
+
+def a_sample(where: str = "a", domain: str = "x") -> Sample:
+    """A sample of which only its place and its domain matter."""
+    return Sample([3, 4], [-100, 4], domain, "q", "a", 1, where)
+
+
+def as_base(folder: Path) -> Base:
+    return Base(folder, str(folder))
+
+
+def assemble(
+    kind: str,
+    base: Path,
+    folders: list[Path],
+    plan: ExpansionPlan,
+    out: Path,
+    router_std: float = 0.02,
+    rank: int = 16,
+    **settings: Any,
+) -> Path:
+    """What the stage writes, with a random router of seed 0."""
+    out.mkdir(exist_ok=True)
+    dense = as_base(base)
+    layers, hidden = dense.config["num_hidden_layers"], dense.config["hidden_size"]
+    routers = random_routers(layers, len(plan.experts), hidden, router_std, 0)
+    KINDS[kind].assemble(dense, folders, plan, AssembleSettings(**settings), LoraSettings(rank=rank), routers, out)
+    return out
 
 
 def shrunk(name: str, tiny: dict[str, Any], **changes: Any) -> Recipe:
@@ -53,17 +83,12 @@ def make_adapter(base: Path, folder: Path, seed: int, rank: int = 4, **config: A
 
 def mixture(base: Path, folders: list[Path], out: Path, router_std: float = 0.5, **settings: Any) -> Path:
     """A mixture with an expert for each adapter."""
-    out.mkdir(exist_ok=True)
-    plan = replace(plan_of(len(folders)), adapters="average")
-    chosen = AssembleSettings(**settings)
-    assemble_mixture(base, str(base), folders, plan, chosen, LoraSettings(), False, None, router_std, 0, out)
-    return out
+    return assemble("lora", base, folders, plan_of(len(folders), adapters="average"), out, router_std, **settings)
 
 
 def assembled(base: Path, folders: list[Path], out: Path, router_std: float = 0.02, **settings: Any) -> Path:
-    out.mkdir(exist_ok=True)
-    assemble(base, folders, plan_of(len(folders)), AssembleSettings(**settings), None, router_std, 0, out)
-    return out
+    """A plain MoE with an expert for each checkpoint."""
+    return assemble("ffn", base, folders, plan_of(len(folders)), out, router_std, **settings)
 
 
 @torch.no_grad()
@@ -73,7 +98,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def forced_logits(model: Any, experts: list[int], num_experts: int) -> torch.Tensor:
+def forced_logits(model: Model, experts: list[int], num_experts: int) -> torch.Tensor:
     """Of a MoE for IDS, with every token of a row sent to the row's expert."""
     rows = RowExperts()
     rows.experts = torch.tensor(experts)

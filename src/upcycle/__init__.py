@@ -4,13 +4,13 @@ The names below are imported when they are first used, so `import upcycle` does 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from upcycle.errors import UpcycleError
-    from upcycle.pipeline import run_stages
+    from upcycle.pipeline.resume import run_stages
+    from upcycle.pipeline.run import Run
     from upcycle.recipe import Recipe, load_recipe
-    from upcycle.run import Run
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Run", "UpcycleError", "__version__", "load_recipe", "run_stages"]
@@ -18,13 +18,13 @@ __all__ = ["Recipe", "Run", "UpcycleError", "__version__", "load_recipe", "run_s
 _HOMES = {
     "Recipe": "recipe",
     "load_recipe": "recipe",
-    "Run": "run",
-    "run_stages": "pipeline",
+    "Run": "pipeline.run",
+    "run_stages": "pipeline.resume",
     "UpcycleError": "errors",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'upcycle' has no attribute '{name}'")
     return getattr(import_module(f"upcycle.{_HOMES[name]}"), name)

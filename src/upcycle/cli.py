@@ -13,9 +13,11 @@ import typer
 
 from upcycle import __version__
 from upcycle.errors import UpcycleError
-from upcycle.pipeline import STAGE_NAMES, run_stages, show_summary, status
+from upcycle.pipeline.resume import run_stages, status
+from upcycle.pipeline.run import Run, is_run, open_run
+from upcycle.pipeline.stages import STAGES, stage_names
 from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
-from upcycle.run import Run, open_run
+from upcycle.records.files import EVALUATE, POSTTRAIN, REPORT, RESULT
 
 ALMOST_FULL_BYTES = 32 << 20
 
@@ -50,15 +52,6 @@ KeepModelsOption = Annotated[
     bool, typer.Option(help="Without it the weights of a seed's runs are deleted once all of them are measured.")
 ]
 
-STAGE_HELP = {
-    "prepare": "Stage 1: instruction-tune the base and keep checkpoints, or take existing ones.",
-    "expand": "Stage 2: plan m experts from the n checkpoints (most dissimilar parents, DARE).",
-    "assemble": "Write the MoE: every expert's FFN side by side, in one streaming pass.",
-    "route": "Stage 3: give seed data to experts and start the router from them.",
-    "posttrain": "Stage 4: train the MoE with top-k routing and a load-balancing loss.",
-    "evaluate": "Score base, checkpoints and MoE on held-out rows, by domain.",
-}
-
 
 def _add_command(name: str, stages: tuple[str, ...], text: str) -> None:
     @app.command(name, help=text)
@@ -72,9 +65,9 @@ def _add_command(name: str, stages: tuple[str, ...], text: str) -> None:
         _execute(stages, recipe, run, overrides, dry_run, update)
 
 
-_add_command("run", STAGE_NAMES, "All stages of RECIPE in order. Run it again to resume: what is complete is kept.")
-for _stage in STAGE_NAMES:
-    _add_command(_stage, (_stage,), f"{STAGE_HELP[_stage]} One stage of `run`; earlier ones must be complete.")
+_add_command("run", stage_names(), "All stages of RECIPE in order. Run it again to resume: what is complete is kept.")
+for _stage in STAGES:
+    _add_command(_stage.name, (_stage.name,), f"{_stage.help} One stage of `run`; earlier ones must be complete.")
 
 
 @app.command()
@@ -108,7 +101,7 @@ def check(
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
     _quiet_libraries()
-    from upcycle.models.check import check
+    from upcycle.architectures.check import check
 
     check(model, num_experts, num_experts_per_tok, dtype)
 
@@ -131,11 +124,12 @@ def compare(
     if len(set(variants)) < 2:
         raise UpcycleError('compare needs two variants or more, such as "upit" "upit route.start=random"')
     _quiet_libraries()
-    from upcycle.compare import COMPARISON, compare
+    from upcycle.records.files import COMPARISON
     from upcycle.reporting.figures import comparison_figure
+    from upcycle.studies.compare import compare
 
     comparison_figure(compare(variants, seeds, out, force, keep_models), out / "comparison.png")
-    print(f"written: {out / COMPARISON}, {out / 'comparison.png'}")
+    print(f"written: {COMPARISON.of(out)}, {out / 'comparison.png'}")
 
 
 @app.command()
@@ -151,11 +145,12 @@ def sweep(
 ) -> None:
     """Run every combination of settings with several seeds: score against data size, experts, anything."""
     _quiet_libraries()
-    from upcycle.compare import SWEEP, sweep
+    from upcycle.records.files import SWEEP
     from upcycle.reporting.figures import sweep_figure
+    from upcycle.studies.sweep import sweep
 
     sweep_figure(sweep(recipe, axes, seeds, out, keep_models), out / "sweep.png")
-    print(f"written: {out / SWEEP}, {out / 'sweep.png'}")
+    print(f"written: {SWEEP.of(out)}, {out / 'sweep.png'}")
 
 
 @app.command()
@@ -187,10 +182,14 @@ def benchmark(
 ) -> None:
     """Score models on benchmarks through lm-evaluation-harness: base, checkpoints, experts and MoE of a run."""
     _quiet_libraries()
-    from upcycle.benchmarking import run_benchmark
+    from upcycle.reporting.figures import draw_benchmarks
+    from upcycle.studies.benchmark import choose_tasks, own_folder, run_benchmark
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    run_benchmark(models, names, task_folder, experts, out, limit, chat_template, allow_code)
+    chosen = choose_tasks(names, task_folder, allow_code)
+    out = out or own_folder(models)
+    draw_benchmarks(run_benchmark(models, chosen, experts, out, limit, chat_template), out)
+    print(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
 
 
 @app.command()
@@ -206,20 +205,22 @@ def report(
     """
     from upcycle.reporting.comparison import find_comparison, write_comparison_report
 
-    out = out or folder / "report.html"
-    if find_comparison(folder):
-        write_comparison_report(folder, out)
+    out = out or REPORT.of(folder)
+    if (found := find_comparison(folder)) is not None:
+        write_comparison_report(found, folder, out)
         return
-    run = open_run(folder, ("posttrain", "evaluate"))
+    run = open_run(folder, (POSTTRAIN, EVALUATE))
     _quiet_libraries()
+    from upcycle.distributed.device import compute_dtype, pick_device
     from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
-    from upcycle.models.folders import compute_dtype, load_model, pick_device
+    from upcycle.experts.kinds import kind_in, load_model
     from upcycle.reporting.report import write_report
 
-    device = pick_device()
-    model = load_model(folder / "posttrain", compute_dtype(device), device, run.base)
+    result, device = RESULT.of(folder), pick_device()
+    model = load_model(result, compute_dtype(device), device, run.base.folder)
     samples = one_of_each_domain(run.splits.validation, at_most=12, longest=400)
-    write_report(folder, run.recipe, routed_tokens(model, run.tokenizer, samples), out)
+    texts = routed_tokens(model, run.base.tokenizer, samples)
+    write_report(folder, run.recipe, kind_in(result).describe(result), texts, out)
 
 
 @app.command()
@@ -234,14 +235,15 @@ def export(
     """Write the finished model as a folder that stands alone, with its model card; upload it if wanted."""
     _check_dtype(dtype)
     _quiet_libraries()
-    from upcycle.model_upcycling.export import export
+    from upcycle.experts.kinds import kind_in
     from upcycle.reporting.card import write_card
+    from upcycle.stages.model_upcycling.export import export
 
-    run = open_run(source) if (source / "recipe.yaml").is_file() else None
-    export(source / "posttrain" if run else source, to, fold, dtype, base)
+    run = open_run(source) if is_run(source) else None
+    export(RESULT.of(source) if run else source, to, fold, dtype, base)
     if run:
-        write_card(to, source, run.recipe, run.base)
-        print(f"model card: {to / 'README.md'}")
+        card = write_card(to, source, run.recipe, run.base.folder, kind_in(to).describe(to))
+        print(f"model card: {card}")
     if push:
         _push(to, push)
 
@@ -278,7 +280,9 @@ def _execute(
         if isinstance(error, UpcycleError) or not _disk_full(folder):
             raise
         raise OSError(errno.ENOSPC, str(error)) from error  # libraries raise their own kinds on a full disk
-    if "evaluate" in stages:
+    if EVALUATE in stages:
+        from upcycle.pipeline.summary import show_summary
+
         show_summary(run)
 
 

@@ -45,7 +45,17 @@ class Recipe(Settings):
     @property
     def prepares(self) -> bool:
         """Whether anything is taken from a checkpoint; copies of the base alone need none."""
-        return not (self.expand.copies_of == "base" and (self.prepare.adapters or self.assemble.shared == "base"))
+        return not (self.expand.copies_of == "base" and (self.prepare.shares_base or self.assemble.shared == "base"))
+
+    @property
+    def tunes(self) -> bool:
+        """Whether preparation trains."""
+        return self.prepares and not self.prepare.checkpoints
+
+    @property
+    def kind_settings(self) -> dict[str, dict[str, Any]]:
+        """What decides the kind of the experts besides `prepare`: nothing for whole FFNs."""
+        return {"lora": {**self.lora.model_dump(), "kind": self.prepare.train}} if self.prepare.shares_base else {}
 
     @model_validator(mode="after")
     def _enough_checkpoints(self) -> "Recipe":
@@ -56,7 +66,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _copies_alone_are_perturbed(self) -> "Recipe":
         expand = self.expand
-        if expand.perturb != "none" and (expand.copies_of == "none" or self.prepare.adapters):
+        if expand.perturb != "none" and (expand.copies_of == "none" or self.prepare.shares_base):
             raise ValueError(
                 f"expand.perturb is {expand.perturb}, which makes copies of an FFN different; set "
                 "expand.copies_of=last or base (adapters differ already)"
@@ -65,14 +75,14 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> "Recipe":
-        if self.prepare.adapters and self.assemble.shared == "mean":
+        if self.prepare.shares_base and self.assemble.shared == "mean":
             raise ValueError("assemble.shared is mean, but adapters share the base's weights; leave it out")
-        if self.prepare.train == "bottleneck" and self.expand.copies_of != "base":
+        if self.prepare.starts_as_base and self.expand.copies_of != "base":
             raise ValueError(
                 "prepare.train is bottleneck: such experts start as copies of the base and are trained in the mixture "
                 "alone; set expand.copies_of=base"
             )
-        if self.lora.four_bit and not self.prepare.adapters:
+        if self.lora.four_bit and not self.prepare.shares_base:
             raise ValueError(
                 f"lora.four_bit needs prepare.train=lora; prepare.train={self.prepare.train} trains the FFN"
             )

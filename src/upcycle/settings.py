@@ -62,6 +62,11 @@ class TrainingSettings(Settings):
         return self
 
 
+SHARES_BASE = ("lora", "bottleneck")
+STARTS_AS_BASE = ("bottleneck",)
+"""Kinds of experts (`prepare.train`), as far as settings that must fit together ask; `experts.kinds` has all else."""
+
+
 class PrepareSettings(TrainingSettings):
     """Stage 1, expert preparation: one instruction-tuning run, or checkpoints that exist already."""
 
@@ -82,9 +87,14 @@ class PrepareSettings(TrainingSettings):
         return math.ceil(self.epochs / self.checkpoint_every - 1e-9)
 
     @property
-    def adapters(self) -> bool:
+    def shares_base(self) -> bool:
         """Whether an expert is an addition to the base's FFN, which all share, and not an FFN of its own."""
-        return self.train in ("lora", "bottleneck")
+        return self.train in SHARES_BASE
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether experts start as copies of the base, so that preparation has nothing to do."""
+        return self.train in STARTS_AS_BASE
 
 
 class LoraSettings(Settings):

@@ -17,8 +17,9 @@ from setup_clients import ROOT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import TEMPLATE, make_dense, perturbed
-from upcycle.models.clients import CLIENTS, limits
-from upcycle.models.folders import copy_companions, load_model
+from upcycle.architectures.clients import CLIENTS, limits
+from upcycle.experts.kinds import load_model
+from upcycle.weights.folders import copy_companions
 from worlds import assembled
 
 pytestmark = pytest.mark.clients

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from conftest import make_tokenizer
-from upcycle.data.chat import IGNORED, encode, load_tokenizer
+from upcycle.data.chat import encode
 from upcycle.data.sources import Row, read_rows, to_row
 from upcycle.errors import UpcycleError
+from upcycle.routing.batch import IGNORED
+from upcycle.weights.base import load_tokenizer, template_text
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_a_tokenizer_without_template_is_refused_unless_one_is_given(tmp_path: P
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UpcycleError, match=r"no chat template; give data\.chat_template"):
         load_tokenizer(tmp_path, None)
-    sample = encode(chat(("user", "a"), ("assistant", "b")), load_tokenizer(tmp_path, "chatml"))
+    sample = encode(chat(("user", "a"), ("assistant", "b")), load_tokenizer(tmp_path, template_text("chatml")))
     assert sample.answer == "b"
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from upcycle.data.chat import load_tokenizer
 from upcycle.data.splits import Splits, load_splits
 from upcycle.errors import UpcycleError
 from upcycle.recipe import parse_recipe
+from upcycle.weights.base import load_tokenizer
 
 
 def split(values: dict[str, Any], **changes: Any) -> Splits:
@@ -26,15 +26,15 @@ def questions(samples: list) -> set[str]:
 
 def test_held_out_parts_share_no_question(tiny_recipe: dict[str, Any]) -> None:
     splits = split(tiny_recipe)
-    parts = [questions(p) for p in (splits.train, splits.seed_fit, splits.seed_test, splits.validation)]
+    parts = [questions(p) for p in (splits.train, splits.seed.fit, splits.seed.test, splits.validation)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 96
-    assert len(splits.seed_fit) == 12  # 3 per expert is more than 1%
-    assert len(splits.seed_test) == 5  # 30% of the seed data
+    assert len(splits.seed.fit) == 12  # 3 per expert is more than 1%
+    assert len(splits.seed.test) == 5  # 30% of the seed data
 
 
 def test_seed_data_may_stay_in_the_training_set(tiny_recipe: dict[str, Any]) -> None:
     splits = split(tiny_recipe, route__seed_from="train")
-    assert questions(splits.seed_fit) < questions(splits.train)
+    assert questions(splits.seed.fit) < questions(splits.train)
 
 
 def test_repeated_questions_stay_on_one_side(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_repeated_questions_stay_on_one_side(tiny_recipe: dict[str, Any], tmp_pa
     path = tmp_path / "twice.jsonl"
     path.write_text("\n".join(lines + lines) + "\n")
     splits = split(tiny_recipe, data__train=str(path))
-    parts = [questions(p) for p in (splits.train, splits.seed_fit, splits.seed_test, splits.validation)]
+    parts = [questions(p) for p in (splits.train, splits.seed.fit, splits.seed.test, splits.validation)]
     assert sum(map(len, parts)) == len(set.union(*parts))
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle.benchmarking import contenders, run_benchmark
-from upcycle.data.chat import load_tokenizer
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import benchmark as module
-from upcycle.evaluation.benchmark import SHARE, Contender, benchmark, check_names, main_figure
+from upcycle.evaluation.benchmark import Contender, benchmark, check_names
 from upcycle.evaluation.tasks import check_row, read_rows, read_tasks
-from upcycle.models.folders import load_model
-from upcycle.models.routers import RouterRecorder
+from upcycle.experts.kinds import load_model
+from upcycle.records.files import BENCHMARK_SCORES
+from upcycle.reporting.figures import draw_benchmarks
+from upcycle.routing.routers import RouterRecorder
+from upcycle.studies.benchmark import choose_tasks, contenders, own_folder, run_benchmark
+from upcycle.weights.base import load_tokenizer
 from worlds import assembled
 
 CHOICES = [
@@ -51,10 +52,10 @@ def test_accuracy_is_that_of_the_likeliest_choice(base: Path, folder: Path, tmp_
     found = benchmark([Contender("base", base)], read_tasks(folder, ["choose"]), tmp_path)["base"]["choose"]
     model, tokenizer = load_model(base, torch.float32), load_tokenizer(base, None)
     hits = [max(range(3), key=loglikelihoods(model, tokenizer, row).__getitem__) == row["answer"] for row in CHOICES]
-    assert found["acc,none"] == pytest.approx(sum(hits) / len(hits))
-    assert found["rows"] == 6
-    p = found["acc,none"]
-    assert found["acc_stderr,none"] == pytest.approx((p * (1 - p) / 5) ** 0.5)
+    assert found.figures["acc,none"] == pytest.approx(sum(hits) / len(hits))
+    assert found.rows == 6
+    p = found.figures["acc,none"]
+    assert found.figures["acc_stderr,none"] == pytest.approx((p * (1 - p) / 5) ** 0.5)
 
 
 def test_an_expert_alone_scores_like_its_checkpoint(
@@ -69,24 +70,25 @@ def test_an_expert_alone_scores_like_its_checkpoint(
     tasks = read_tasks(folder)
     found = benchmark(models, tasks, tmp_path / "out")
     assert all(found[f"c{i}"] == found[f"E{i}"] for i in range(3))
-    monkeypatch.setattr(module, "load_model", None)  # would fail if called: all is kept
+    monkeypatch.setattr("upcycle.evaluation.benchmark.load_model", None)  # would fail if called: all is kept
     assert benchmark(models, tasks, tmp_path / "out") == found
-    assert json.loads((tmp_path / "out" / "benchmark.json").read_text()) == found
+    assert BENCHMARK_SCORES.read(tmp_path / "out") == found
 
 
 def test_any_of_several_answers_counts(base: Path, folder: Path, tmp_path: Path) -> None:
     scores = benchmark([Contender("base", base)], read_tasks(folder, ["say"]), tmp_path, limit=2)["base"]["say"]
-    assert scores["rows"] == 2
-    assert main_figure(scores)[0] == scores["exact_match,answer"]
+    assert scores.rows == 2
+    assert scores.main[0] == scores.figures["exact_match,answer"]
 
 
 def test_a_folder_of_a_model_is_scored_and_drawn(base: Path, folder: Path, tmp_path: Path) -> None:
-    run_benchmark([str(base)], ["choose"], folder, False, tmp_path, 2, chat_template=False)
+    tasks = choose_tasks(["choose"], folder, False)
+    draw_benchmarks(run_benchmark([str(base)], tasks, False, tmp_path, 2, chat_template=False), tmp_path)
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UpcycleError, match="has no task chose; it has choose, say"):
-        run_benchmark([str(base)], ["chose"], folder, False, tmp_path, 2, chat_template=False)
+        choose_tasks(["chose"], folder, False)
     with pytest.raises(UpcycleError, match="no task: give --tasks"):
-        run_benchmark([str(base)], [], None, False, tmp_path, 2, chat_template=False)
+        choose_tasks([], None, False)
     with pytest.raises(UpcycleError, match="two models are called"):
         contenders([str(base), str(base)], experts=False)
 
@@ -148,7 +150,7 @@ def test_programs_are_run_only_if_that_is_allowed(
     assert task["process_results"](document, ["def add(a, b): return a + b"]) == {"pass_at_1": 1.0}
     assert task["process_results"](document, ["def add(a, b): return a"]) == {"pass_at_1": 0.0}
     scores = benchmark([Contender("base", base)], {"program": task}, tmp_path / "out")["base"]["program"]
-    assert main_figure(scores)[0] == scores["pass_at_1,none"] == 0.0
+    assert scores.main[0] == scores.figures["pass_at_1,none"] == 0.0
 
 
 def test_a_task_of_lm_eval_that_runs_code_is_refused(
@@ -162,15 +164,15 @@ def test_a_task_of_lm_eval_that_runs_code_is_refused(
         benchmark([Contender("base", base)], {"humaneval": "humaneval"}, tmp_path)
 
 
-def test_names_are_checked_before_a_model_is_loaded(base: Path, tmp_path: Path, folder: Path) -> None:
+def test_names_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     check_names(["arc_easy"])
     for name, message in (("arc_esy", "no task arc_esy; near to it: .*arc_easy"), ("mmlu", "mmlu is a group")):
         with pytest.raises(UpcycleError, match=message):
-            run_benchmark(["no model"], [name], None, False, tmp_path, None, chat_template=True)
+            choose_tasks([name], None, False)
     row = {"prompt": "p", "test_list": ["assert f()"]}
     (tmp_path / "program.jsonl").write_text(json.dumps(row))
     with pytest.raises(UpcycleError, match="no task is left of"):
-        run_benchmark(["no model"], [], tmp_path, False, tmp_path, None, chat_template=True)
+        choose_tasks([], tmp_path, False)
     shutil.copy(tmp_path / "program.jsonl", tmp_path / "program.jsonl.gz")
     with pytest.raises(UpcycleError, match="a task needs a name of its own"):
         read_tasks(tmp_path)
@@ -181,9 +183,9 @@ def test_a_moe_has_its_routing_on_each_benchmark(
 ) -> None:
     moe = assembled(base, checkpoints, tmp_path / "moe")
     scores = benchmark([Contender("moe", moe), Contender("base", base)], read_tasks(folder), tmp_path / "out")
-    assert all(SHARE not in figures for figures in scores["base"].values())
+    assert all(found.expert_share is None for found in scores["base"].values())
     for task, ask in (("choose", "Question: spell {}\nAnswer:"), ("say", "copy {}")):
-        found = torch.tensor(scores["moe"][task][SHARE])
+        found = torch.tensor(scores["moe"][task].expert_share)
         assert found.shape == (2, 3)
         tokenizer, model, counts = load_tokenizer(base, None), load_model(moe, torch.float32), torch.zeros(2, 3)
         for word in "abcdef" if task == "choose" else "abcd":
@@ -197,9 +199,9 @@ def test_a_moe_has_its_routing_on_each_benchmark(
         assert torch.allclose(found, counts / counts.sum(dim=1, keepdim=True), atol=1e-6)
 
 
-def test_a_single_run_has_a_place_for_its_scores(base: Path, folder: Path) -> None:
+def test_a_single_run_has_a_place_for_its_scores(base: Path) -> None:
     with pytest.raises(UpcycleError, match="--out is needed"):
-        run_benchmark([str(base)], [], folder, False, None, 2, chat_template=True)
+        own_folder([str(base)])
 
 
 def test_a_gap_in_the_question_stands_for_the_choice(tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
 """Scores against one sample at a time, without padding."""
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from upcycle.data.chat import Sample, load_tokenizer
+from upcycle.data.chat import Sample
 from upcycle.data.splits import load_splits
-from upcycle.evaluation.evaluate import best_checkpoint
 from upcycle.evaluation.score import exact_matches, held_out, score, short_answers
-from upcycle.models.folders import load_model
+from upcycle.experts.kinds import load_model
 from upcycle.recipe import Recipe
+from upcycle.records.scores import ModelScores, best_checkpoint
 from upcycle.settings import EvaluateSettings
+from upcycle.weights.base import load_tokenizer
 
 SETTINGS = EvaluateSettings(max_answer_tokens=9, tokens_per_batch=150)
 
@@ -25,7 +26,7 @@ def samples(recipe: Recipe, base: Path) -> list[Sample]:
 def test_loss_is_the_mean_over_samples_by_domain(base: Path, samples: list[Sample]) -> None:
     model, tokenizer = load_model(base, torch.float32), load_tokenizer(base, None)
     settings = SETTINGS.model_copy(update={"exact_match": False})
-    found = score(model, tokenizer, samples, settings, "base", is_moe=False)["loss"]
+    found = score(model, tokenizer, samples, settings, "base").loss
     alone = []
     for sample in samples:
         with torch.no_grad():
@@ -44,9 +45,9 @@ def test_batched_greedy_answers_equal_those_of_one_prompt(base: Path, samples: l
         output = model.generate(ids, max_new_tokens=9, do_sample=False, attention_mask=torch.ones_like(ids))
         expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
     # the references are replaced by what the model says: now all must match, and none with another reference
-    said = [SimpleNamespace(**{**vars(s), "answer": e}) for s, e in zip(samples, expected, strict=True)]
+    said = [replace(s, answer=e) for s, e in zip(samples, expected, strict=True)]
     assert exact_matches(model, tokenizer, said, SETTINGS, "base") == [1.0] * len(samples)
-    other = [SimpleNamespace(**{**vars(s), "answer": e + "!"}) for s, e in zip(samples, expected, strict=True)]
+    other = [replace(s, answer=e + "!") for s, e in zip(samples, expected, strict=True)]
     assert exact_matches(model, tokenizer, other, SETTINGS, "base") == [0.0] * len(samples)
 
 
@@ -64,20 +65,17 @@ def test_shares_count_the_routed_slots_without_padding(
 
     assembled(base, checkpoints, tmp_path, router_std=0.5)
     model = load_model(tmp_path, torch.float32)
-    _, together = held_out(model, samples, SETTINGS, 0, "moe", is_moe=True)
+    _, together = held_out(model, samples, SETTINGS, 0, "moe")
     counts = torch.zeros(2, 3)
     for sample in samples:
-        _, alone = held_out(model, [sample], SETTINGS, 0, "moe", is_moe=True)
+        _, alone = held_out(model, [sample], SETTINGS, 0, "moe")
         counts += alone["all"] * len(sample.input_ids)
     torch.testing.assert_close(together["all"], counts / sum(len(s.input_ids) for s in samples), atol=1e-5, rtol=0)
     assert set(together) == {"all", "copy", "reverse"}
 
 
 def test_best_checkpoint_is_the_one_with_the_lowest_loss() -> None:
-    scores = {
-        "base": {"loss": {"all": 0.1}},
-        "c1": {"loss": {"all": 2.0}},
-        "c2": {"loss": {"all": 1.0}},
-        "MoE": {"loss": {"all": 0.5}, "expert_share": {}},
-    }
+    losses = {"base": 0.1, "c1": 2.0, "c2": 1.0, "MoE": 0.5}
+    scores = {name: ModelScores(loss={"all": loss}) for name, loss in losses.items()}
+    scores["MoE"] = scores["MoE"].model_copy(update={"expert_share": {"all": [[1.0]]}})
     assert best_checkpoint(scores) == "c2"

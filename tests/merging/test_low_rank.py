@@ -7,11 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from upcycle.experts.adapter_files import read_adapter
+from upcycle.experts.kinds import load_model
 from upcycle.merging.dare import dare
 from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import LowRank, inner, materialise_adapters, merge_adapters, truncated
-from upcycle.models.adapters import read_adapter
-from upcycle.models.folders import load_model, read_config
+from upcycle.weights.folders import read_config
 from worlds import make_adapter
 
 KEYS = [(7, 2, 0), (7, 2, 1)]

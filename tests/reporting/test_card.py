@@ -8,13 +8,14 @@ import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from upcycle.artifacts import write_json
 from upcycle.cli import app
-from upcycle.evaluation.benchmark import main_figure, read_scores
-from upcycle.pipeline import run_stages
+from upcycle.disk import write_json
+from upcycle.pipeline.benchmarks import read_scores
+from upcycle.pipeline.resume import run_stages
+from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe, parse_recipe
+from upcycle.records.files import BENCHMARK_SCORES
 from upcycle.reporting.card import licence_of
-from upcycle.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_card_and_report_have_the_benchmarks_of_the_run(finished: Path, tmp_path
     assert result.exit_code == 0, result.output
     assert (finished / "benchmark" / "routing-MoE.png").read_bytes().startswith(b"\x89PNG")
     assert CliRunner().invoke(app, ["export", str(finished), "--to", str(tmp_path / "moe")]).exit_code == 0
-    figure = main_figure(json.loads((finished / "benchmark" / "benchmark.json").read_text())["MoE"]["say"])[0]
+    figure = BENCHMARK_SCORES.read_of(finished)["MoE"]["say"].main[0]
     assert f"| MoE | {figure:.1%} | {figure:.1%} +- " in (tmp_path / "moe" / "README.md").read_text()
     assert CliRunner().invoke(app, ["report", str(finished)]).exit_code == 0
     page = (finished / "report.html").read_text()

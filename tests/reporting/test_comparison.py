@@ -2,42 +2,44 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from browser import CHROMIUM, in_browser
-from upcycle.artifacts import write_json
 from upcycle.cli import app
-from upcycle.compare import COMPARISON, SWEEP, summary
+from upcycle.records.comparison import Comparison, Dense, Measures, Sweep
+from upcycle.records.files import COMPARISON, SWEEP
+from upcycle.reporting.comparison import find_comparison, summarise
+from upcycle.studies.cells import labels
+from upcycle.studies.statistics import summary
 
 FITS = "<script>document.title = document.documentElement.scrollWidth <= innerWidth;</script>"
 
 
-def cells(*losses: float, tokens: int = 1000) -> list[dict[str, Any]]:
+def cells(*losses: float, tokens: int = 1000) -> list[Measures]:
     return [
-        {
-            "seed": seed,
-            "data": "0123456789abcdef",
-            "tokens": {"prepare": tokens, "posttrain": tokens},
-            "loss": {"all": loss, "math": loss + 0.1, **({"logic": loss - 0.1} if seed else {})},
-            "dense": {"base": {"loss": {"all": 3.0}}, "checkpoint-9": {"loss": {"all": 1.5}}},
-        }
+        Measures(
+            seed=seed,
+            data="0123456789abcdef",
+            tokens={"prepare": tokens, "posttrain": tokens},
+            loss={"all": loss, "math": loss + 0.1, **({"logic": loss - 0.1} if seed else {})},
+            dense={"base": Dense(loss={"all": 3.0}), "checkpoint-9": Dense(loss={"all": 1.5})},
+        )
         for seed, loss in enumerate(losses)
     ]
 
 
-def written(found: dict[str, Any], path: Path) -> str:
-    write_json(path, found)
-    result = CliRunner().invoke(app, ["report", str(path.parent)])
+def written(folder: Path) -> str:
+    result = CliRunner().invoke(app, ["report", str(folder)])
     assert result.exit_code == 0, result.output
-    return (path.parent / "report.html").read_text()
+    return (folder / "report.html").read_text()
 
 
-def comparison(variants: dict[str, list[dict[str, Any]]], problems: list[str], folder: Path) -> str:
-    found = {"variants": variants, "summary": summary(variants), "not_comparable": problems}
-    return written(found, folder / COMPARISON)
+def comparison(variants: dict[str, list[Measures]], problems: list[str], folder: Path) -> str:
+    rows = summary(variants, labels(list(variants)))
+    COMPARISON.write(folder, Comparison(variants=variants, summary=rows, not_comparable=problems))
+    return written(folder)
 
 
 def test_it_says_which_is_better_and_whether_that_is_noise(tmp_path: Path) -> None:
@@ -79,12 +81,10 @@ def test_a_sweep_has_a_line_for_each_setting(tmp_path: Path) -> None:
     axes = ["expand.num_experts=4,8,16", "route.start=upit,random"]
     points = [(m, start) for m in ("4", "8", "16") for start in ("upit", "random")]
     variants = {f"r e={m} s={start}": cells(1 / int(m), 1.1 / int(m)) for m, start in points}
-    rows = summary(variants)
-    for row, (m, start) in zip(rows, points, strict=True):
-        row["settings"] = {"expand.num_experts": m, "route.start": start}
     names = ["expand.num_experts", "route.start"]
-    found = {"recipe": "r", "grid": axes, "axes": names, "variants": variants, "summary": rows}
-    text = written(found, tmp_path / SWEEP)
+    rows = summary(variants, labels(list(variants)), [dict(zip(names, point, strict=True)) for point in points])
+    SWEEP.write(tmp_path, Sweep(recipe="r", grid=axes, axes=names, variants=variants, summary=rows))
+    text = written(tmp_path)
     lines = [line.split() for line in re.findall(r'<polyline points="([^"]*)"', text)]
     assert [len(line) for line in lines] == [3, 3]
     across = [float(point.split(",")[0]) for point in lines[0]]
@@ -101,10 +101,9 @@ def test_it_works_in_a_browser(size: str, tmp_path: Path) -> None:
 
 
 def test_a_run_shows_the_comparison_that_it_is_part_of(tmp_path: Path) -> None:
-    from upcycle.reporting.report import _comparison
-
     comparison({"a": cells(1.0, 1.1), "b": cells(0.5, 0.4)}, [], tmp_path)
     (tmp_path / "1-seed0").mkdir()
-    shown = _comparison(tmp_path / "1-seed0")
-    assert shown["lead"].startswith("The lowest held-out loss, 0.4500")
-    assert _comparison(tmp_path) is None
+    found = find_comparison((tmp_path / "1-seed0").parent)
+    assert found is not None
+    assert summarise(found).lead.startswith("The lowest held-out loss, 0.4500")
+    assert find_comparison(tmp_path.parent) is None

@@ -8,26 +8,35 @@ import numpy as np
 import pytest
 import torch
 
-from upcycle.artifacts import Checkpoint
+from upcycle.architectures.check import check
 from upcycle.console import console
 from upcycle.errors import UpcycleError
-from upcycle.expert_expansion.expand import expand
-from upcycle.model_upcycling.assemble import assemble
-from upcycle.models.check import check
-from upcycle.models.folders import load_model
-from upcycle.models.safetensors_io import ModelReader
+from upcycle.experts.kinds import KINDS, load_model
+from upcycle.records.files import LOG, PLAN, SCORES
+from upcycle.records.plan import Checkpoint, ExpansionPlan
+from upcycle.records.scores import ModelScores
+from upcycle.records.training import LogEntry, TrainingRecord
 from upcycle.reporting.figures import expert_distances
 from upcycle.reporting.inspect import find_plan, inspect, lineage_tree
-from upcycle.settings import AssembleSettings, ExpandSettings
+from upcycle.settings import ExpandSettings
+from upcycle.stages.expert_expansion.expand import expand
+from upcycle.weights.safetensors_io import ModelReader
+from worlds import as_base, assemble
+
+
+def plan_with_base(base: Path, checkpoints: list[Path], out: Path, **settings: Any) -> ExpansionPlan:
+    """Six experts: three checkpoints, the base and two children."""
+    chosen = ExpandSettings(num_experts=6, keep_base=True, **settings)
+    named = [Checkpoint(name=f.name, path=str(f)) for f in checkpoints]
+    return expand(KINDS["ffn"], as_base(base), named, checkpoints, chosen, 0, out)
 
 
 @pytest.fixture
 def moe(base: Path, checkpoints: list[Path], tmp_path: Path) -> Path:
     out = tmp_path / "moe"
     out.mkdir()
-    settings = ExpandSettings(num_experts=6, keep_base=True)
-    plan = expand(base, [Checkpoint(f.name, str(f)) for f in checkpoints], checkpoints, settings, False, 0, out)
-    assemble(base, checkpoints, plan, AssembleSettings(), None, 0.02, 0, out)
+    plan = plan_with_base(base, checkpoints, out)
+    assemble("ffn", base, checkpoints, plan, out)
     (out / "plan.json").unlink()
     return out
 
@@ -43,9 +52,7 @@ def test_a_moe_carries_its_lineage_with_it(moe: Path, tmp_path: Path, capsys: An
 
 
 def test_the_tree_puts_a_child_under_its_younger_parent(moe: Path) -> None:
-    from upcycle.artifacts import ExpansionPlan
-
-    plan = ExpansionPlan.load(find_plan(moe))
+    plan = find_plan(moe)
     with console.capture() as capture:
         console.print(lineage_tree(plan))
     lines = capture.get().splitlines()
@@ -61,8 +68,7 @@ def test_the_tree_puts_a_child_under_its_younger_parent(moe: Path) -> None:
 def test_distances_are_a_metric_that_a_dendrogram_can_use(
     kind: str, base: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
-    settings = ExpandSettings(num_experts=6, keep_base=True, similarity=kind)
-    plan = expand(base, [Checkpoint(f.name, str(f)) for f in checkpoints], checkpoints, settings, False, 0, tmp_path)
+    plan = plan_with_base(base, checkpoints, tmp_path, similarity=kind)
     distances = expert_distances(plan)
     assert np.isfinite(distances).all()
     assert (distances >= 0).all()
@@ -103,10 +109,11 @@ def test_a_run_has_pictures_of_its_routing_and_load(moe: Path, tmp_path: Path) -
     run = tmp_path / "run"
     for stage in ("expand", "evaluate", "posttrain"):
         (run / stage).mkdir(parents=True)
-    (run / "expand" / "plan.json").write_text(find_plan(moe).read_text())
+    PLAN.write(run / "expand", find_plan(moe))
     shares = {"all": [[0.5, 0.5]] * 5, "a": [[0.9, 0.1]] * 5}
-    (run / "evaluate" / "scores.json").write_text(json.dumps({"base": {}, "MoE": {"expert_share": shares}}))
-    log = [{"step": i, "load": [[1.5, 0.5], [1.0, 1.0]], "balance_loss": 1.0} for i in (1, 2)]
-    (run / "posttrain" / "log.json").write_text(json.dumps({"log": log}))
+    loss = {"all": 1.0}
+    SCORES.write(run / "evaluate", {"base": ModelScores(loss=loss), "MoE": ModelScores(loss=loss, expert_share=shares)})
+    log = [LogEntry(step=i, epoch=i, loss=1.0, load=[[1.5, 0.5], [1.0, 1.0]], balance_loss=1.0) for i in (1, 2)]
+    LOG.write(run / "posttrain", TrainingRecord(rows=1, tokens=2, answer_tokens=1, steps=2, log=log))
     inspect(run, tmp_path / "picture.png")
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["picture-load.png", "picture-routing.png", "picture.png"]

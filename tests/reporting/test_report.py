@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from browser import CHROMIUM, in_browser
 from upcycle.cli import app
-from upcycle.pipeline import run_stages
+from upcycle.pipeline.resume import run_stages
+from upcycle.pipeline.run import Run
 from upcycle.recipe import parse_recipe
+from upcycle.records.scores import standard_error
 from upcycle.reporting.charts import bar_chart, line_chart
-from upcycle.reporting.report import standard_error
-from upcycle.run import Run
 
 PROBE = """<script>{
 const slider = document.getElementById("layer");

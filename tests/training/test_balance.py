@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle.model_upcycling.posttrain import freeze
-from upcycle.models.folders import load_model, routers
-from upcycle.models.routers import RouterRecorder
+from upcycle.experts.kinds import load_model
+from upcycle.routing.routers import RouterRecorder, freeze, routers
 from upcycle.training.balance import load_balancing_loss, router_z_loss
 from upcycle.training.loss_free import LossFreeBias
 from worlds import assembled
@@ -119,7 +118,7 @@ def test_the_bias_balances_what_is_uneven(moe: Path) -> None:
 @pytest.mark.parametrize("what", ["none", "router", "experts", "shared"])
 def test_freeze_leaves_one_part_as_it_is(what: str, moe: Path) -> None:
     model = load_model(moe, torch.float32)
-    freeze(model, what)
+    freeze(model, {what})
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     gates = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
     experts = {name for name, _ in model.named_parameters() if ".experts." in name}

@@ -8,19 +8,20 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from upcycle.data.chat import Sample, load_tokenizer
+from upcycle.data.chat import Sample
 from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
-from upcycle.expert_preparation.prepare import _trainable, tune
-from upcycle.model_upcycling.posttrain import freeze
-from upcycle.models.folders import load_model
+from upcycle.experts.kinds import KINDS, load_model
 from upcycle.recipe import Recipe
+from upcycle.routing.routers import freeze
 from upcycle.settings import LoraSettings, PosttrainSettings, PrepareSettings, TrainingSettings
-from upcycle.training import fine_tune as module
+from upcycle.stages.expert_preparation.prepare import tune
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint
-from upcycle.training.fine_tune import fine_tune
-from worlds import assembled, make_adapter, mixture
+from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.training.fine_tune import fine_tune as module
+from upcycle.weights.base import load_tokenizer
+from worlds import as_base, assembled, make_adapter, mixture
 
 SETTINGS = TrainingSettings(epochs=1, checkpoint_every=0.25, learning_rate=1e-3, batch_size=8, micro_batch_size=4)
 
@@ -76,13 +77,13 @@ def test_an_interrupted_training_ends_in_the_same_weights(
 
     def train(out: Path):
         if kind == "lora":
-            model = _trainable(base, PrepareSettings(train="lora"), LoraSettings(rank=4, dropout=0.1), 0)
+            model = KINDS["lora"].trainable(as_base(base), LoraSettings(rank=4, dropout=0.1), 0)
         else:
             model = load_model(folder, torch.float32).train()
         if "adapters" in kind:
-            freeze(model, "none")
-        log = fine_tune(model, tokenizer, samples, SETTINGS, out, 3, "test", balance=balance)
-        return weights(model), log
+            freeze(model, KINDS["lora"].frozen)
+        record = fine_tune(model, tokenizer, samples, Training(SETTINGS, 3, "test", out, balance=balance))
+        return weights(model), record
 
     expected = train(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -105,7 +106,7 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
 
 def test_ffn_only_tuning_leaves_everything_else_as_the_base(base: Path, samples: list[Sample], tmp_path: Path) -> None:
     settings = PrepareSettings(**SETTINGS.model_dump(), train="ffn")
-    made = tune(base, "base", load_tokenizer(base, None), None, samples, settings, LoraSettings(), 0, tmp_path)
+    made = tune(KINDS["ffn"], as_base(base), samples, settings, LoraSettings(), 0, tmp_path)
     assert [c.epoch for c in made] == [0.25, 0.5, 0.75, 1.0]
     before = load_model(base, torch.float32).state_dict()
     after = load_model(tmp_path / made[-1].path, torch.float32).state_dict()
@@ -120,7 +121,7 @@ def test_ffn_only_tuning_leaves_everything_else_as_the_base(base: Path, samples:
 def test_loss_is_on_the_answers_tokens_only(base: Path, samples: list[Sample], tmp_path: Path) -> None:
     model = load_model(base, torch.float32)
     one_step = TrainingSettings(epochs=1, checkpoint_every=1, batch_size=8, micro_batch_size=8, learning_rate=1e-9)
-    log = fine_tune(model, load_tokenizer(base, None), samples[:8], one_step, tmp_path, 0, "test")
+    log = fine_tune(model, load_tokenizer(base, None), samples[:8], Training(one_step, 0, "test", tmp_path)).log
     total, count = 0.0, 0
     for sample in samples[:8]:
         with torch.no_grad():
@@ -128,7 +129,7 @@ def test_loss_is_on_the_answers_tokens_only(base: Path, samples: list[Sample], t
         labels = torch.tensor(sample.labels[1:])
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += int((labels != -100).sum())
-    assert log[0]["loss"] == pytest.approx(total / count, abs=1e-4)
+    assert log[0].loss == pytest.approx(total / count, abs=1e-4)
 
 
 def test_balance_loss_is_added_with_its_coefficient(
@@ -139,27 +140,19 @@ def test_balance_loss_is_added_with_its_coefficient(
     for coef in (0.0, 0.5):
         model = load_model(moe, torch.float32).train()
         out = tmp_path / str(coef)
-        log = fine_tune(
-            model,
-            load_tokenizer(base, None),
-            samples[:8],
-            step,
-            out,
-            0,
-            "test",
-            balance=PosttrainSettings(router_aux_loss_coef=coef),
-        )
-        logs.append(log[0])
-    assert logs[0]["balance_loss"] == pytest.approx(logs[1]["balance_loss"], rel=1e-5)
-    assert logs[1]["loss"] - logs[0]["loss"] == pytest.approx(0.5 * logs[0]["balance_loss"], rel=1e-3)
+        training = Training(step, 0, "test", out, balance=PosttrainSettings(router_aux_loss_coef=coef))
+        logs.append(fine_tune(model, load_tokenizer(base, None), samples[:8], training).log[0])
+    assert logs[0].balance_loss == pytest.approx(logs[1].balance_loss, rel=1e-5)
+    assert logs[1].loss - logs[0].loss == pytest.approx(0.5 * logs[0].balance_loss, rel=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(
     base: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
     wild = SETTINGS.model_copy(update={"learning_rate": 1e30, "warmup_fraction": 0.9})
+    model, training = load_model(base, torch.float32), Training(wild, 0, "test", tmp_path)
     with pytest.raises(UpcycleError, match=r"is not finite at step \d+ of 8; .*[Ll]ower the learning rate"):
-        fine_tune(load_model(base, torch.float32), load_tokenizer(base, None), samples, wild, tmp_path, 0, "test")
+        fine_tune(model, load_tokenizer(base, None), samples, training)
     kept = last_checkpoint(tmp_path)
     if kept:
         assert all(torch.isfinite(p).all() for p in load_model(kept, torch.float32).parameters())

@@ -4,23 +4,13 @@ Legend: B samples in a batch, S tokens of the longest one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from upcycle.data.chat import IGNORED, Sample
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded samples; `indices` are their places in the list that was batched."""
-
-    indices: list[int]
-    input_ids: Int[Tensor, "B S"]
-    attention_mask: Int[Tensor, "B S"]
-    labels: Int[Tensor, "B S"]
+from upcycle.data.chat import Sample
+from upcycle.routing.batch import IGNORED, Batch
 
 
 def token_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

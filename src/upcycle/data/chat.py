@@ -1,17 +1,12 @@
 """Chat rows to tokens, with a label on the assistant's tokens only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from upcycle.data.sources import Row
+from upcycle.data.sources import Message, Row
 from upcycle.errors import UpcycleError
-
-IGNORED = -100
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+from upcycle.routing.batch import IGNORED
+from upcycle.types import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,46 +28,7 @@ class Sample:
         return sum(label != IGNORED for label in self.labels)
 
 
-def load_tokenizer(folder: Path, chat_template: str | None) -> Any:
-    """The base's tokenizer with the chat template in force.
-
-    Raises:
-        UpcycleError: it has no template and none is asked for, or it gives no character offsets.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # missing files surface as several kinds
-        raise UpcycleError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
-    if chat_template is not None:
-        tokenizer.chat_template = template_text(chat_template)
-    if not tokenizer.chat_template:
-        raise UpcycleError(
-            f"the tokenizer of {folder} has no chat template; give data.chat_template: a Jinja file, or chatml"
-        )
-    if not tokenizer.is_fast:
-        raise UpcycleError(f"the tokenizer of {folder} has no fast version, which the answer mask needs")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def template_text(name: str) -> str:
-    """The Jinja text of a `data.chat_template` setting.
-
-    Raises:
-        UpcycleError: no such file.
-    """
-    if name == "chatml":
-        return CHATML
-    path = Path(name)
-    if not path.is_file():
-        raise UpcycleError(f"data.chat_template: no file {name} (or use chatml)")
-    return path.read_text()
-
-
-def encode(row: Row, tokenizer: Any) -> Sample:
+def encode(row: Row, tokenizer: Tokenizer) -> Sample:
     """Render and tokenise a chat; every assistant turn, its end-of-turn token included, gets labels.
 
     Raises:
@@ -92,7 +48,7 @@ def encode(row: Row, tokenizer: Any) -> Sample:
     return Sample(ids, labels, row.domain, row.question, answer.strip(), start, row.where)
 
 
-def _span(tokenizer: Any, row: Row, turn: int, text: str) -> tuple[int, int]:
+def _span(tokenizer: Tokenizer, row: Row, turn: int, text: str) -> tuple[int, int]:
     """Character range of an assistant turn: from behind the generation prompt to its end-of-turn token."""
     before = _render(tokenizer, row.messages[:turn], row.where, add_generation_prompt=True)
     until = _render(tokenizer, row.messages[: turn + 1], row.where)
@@ -104,7 +60,7 @@ def _span(tokenizer: Any, row: Row, turn: int, text: str) -> tuple[int, int]:
     return len(before), len(until.rstrip())
 
 
-def _render(tokenizer: Any, messages: Any, where: str, add_generation_prompt: bool = False) -> str:
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], where: str, add_generation_prompt: bool = False) -> str:
     try:
         return str(
             tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)

@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from upcycle.artifacts import digest, hash_file
+from upcycle.disk import digest, hash_file
 from upcycle.errors import UpcycleError
 
 BUILTIN = "builtin:"
 ROLES = ("system", "user", "assistant", "tool")
 
 
+Message = dict[str, str]
+"""`role` and `content`."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A chat: its messages, its domain label, and where it was read."""
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     domain: str
     where: str
 

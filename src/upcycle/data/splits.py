@@ -4,13 +4,26 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from upcycle.console import say, track, warn
 from upcycle.data.chat import Sample, encode
 from upcycle.data.sources import Row, read_rows
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
+from upcycle.types import Tokenizer
+
+Asked = TypeVar("Asked", Row, Sample)
+
+
+@dataclass(frozen=True)
+class SeedData:
+    """Samples for the router's initialization."""
+
+    fit: list[Sample]
+    """The router is started from them."""
+    test: list[Sample]
+    """They only measure it."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +31,11 @@ class Splits:
     """Disjoint by question, except that `seed_from: train` leaves the seed data in `train`."""
 
     train: list[Sample]
-    seed_fit: list[Sample]
-    """Seed data that the router is pre-optimised on."""
-    seed_test: list[Sample]
-    """Seed data that only measure the router."""
+    seed: SeedData
     validation: list[Sample]
 
 
-def load_splits(recipe: Recipe, tokenizer: Any, context_length: int) -> Splits:
+def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Splits:
     """Read, encode and split the data of a recipe; says what was left out and why.
 
     Raises:
@@ -42,9 +52,9 @@ def load_splits(recipe: Recipe, tokenizer: Any, context_length: int) -> Splits:
     validation = _encode_all(held_out[: data.max_validation], tokenizer, limit, "validation")
     seed, rest = _seed_data(train, recipe)
     fit, test = split_questions(seed, seed_sizes(len(train), recipe)[0])
-    splits = Splits(rest if recipe.route.seed_from == "held_out" else train, fit, test, validation)
+    splits = Splits(rest if recipe.route.seed_from == "held_out" else train, SeedData(fit, test), validation)
     say(
-        f"data: {len(splits.train)} training rows, {len(splits.seed_fit)} + {len(splits.seed_test)} seed rows "
+        f"data: {len(splits.train)} training rows, {len(fit)} + {len(test)} seed rows "
         f"({recipe.route.seed_from.replace('_', ' ')}), {len(validation)} validation rows"
     )
     return splits
@@ -62,7 +72,7 @@ def in_hash_order(rows: Sequence[Row], seed: int) -> list[Row]:
     return sorted(rows, key=lambda row: hashlib.blake2b(f"{seed}\n{row.question}".encode()).digest())
 
 
-def split_questions(rows: Sequence[Any], size: int) -> tuple[list[Any], list[Any]]:
+def split_questions(rows: Sequence[Asked], size: int) -> tuple[list[Asked], list[Asked]]:
     """The first `size` rows and the rest, the cut moved on so that no question is on both sides."""
     while 0 < size < len(rows) and rows[size].question == rows[size - 1].question:
         size += 1
@@ -77,7 +87,7 @@ def _without_questions(rows: list[Row], held_out: list[Row]) -> list[Row]:
     return kept
 
 
-def _encode_all(rows: list[Row], tokenizer: Any, limit: int, name: str) -> list[Sample]:
+def _encode_all(rows: list[Row], tokenizer: Tokenizer, limit: int, name: str) -> list[Sample]:
     answered = [row for row in rows if row.has_answer]
     if len(answered) < len(rows):
         first = next(row for row in rows if not row.has_answer)

@@ -4,7 +4,6 @@ The only place that imports lm_eval. A score is kept by the hash of the model an
 twice and an interrupted benchmark goes on where it stopped.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,24 +11,28 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from upcycle.artifacts import digest, hash_model, library_versions, read_manifest, write_json
-from upcycle.console import console, say, table, warn
+from upcycle.console import console, say, table
+from upcycle.disk import digest
+from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.score import routed_share
-from upcycle.models.folders import compute_dtype, load_model, num_experts, pick_device
-from upcycle.models.routers import ForcedRouter, RowExperts, swapped_routers
+from upcycle.experts.kinds import load_model
+from upcycle.records.benchmark import BenchmarkScores, TaskScores, score_table
+from upcycle.records.files import BENCHMARK_SCORES, cached_score
+from upcycle.records.manifest import library_versions
+from upcycle.records.record import read_record, write_record
+from upcycle.routing.routers import ForcedRouter, RowExperts, num_experts, swapped_routers
+from upcycle.types import Model, Tokenizer
+from upcycle.weights.hashing import hash_model
 
-MAIN = ("acc_norm,none", "acc,none", "exact_match,answer", "exact_match,none", "pass_at_1,none")
-"""The figure of a task that a table shows: the first of these that it has."""
-FOLDER, SCORES, OF = "benchmark", "benchmark.json", "of.json"
-"""Where the scores of a single run lie, and which model they are of."""
-SHARE = "expert_share"
-"""Of a MoE: share of a task's tokens per layer and expert."""
+Task = dict[str, Any] | str
+"""A configuration of ours for lm-eval, or the name of a task that it knows."""
+BATCH_SIZE = 16
+"""Rows."""
 BATCH_TOKENS = 4096
 CACHE_FORMAT = 2
 MEAN_WIDTH, CELL_WIDTH = 8, 18
@@ -52,22 +55,17 @@ class Contender:
 
 def benchmark(
     contenders: Sequence[Contender],
-    tasks: Mapping[str, dict[str, Any] | str],
+    tasks: Mapping[str, Task],
     out_dir: Path,
     limit: int | None = None,
     chat_template: bool = True,
-    batch_size: int = 16,
-) -> dict[str, dict[str, Any]]:
+) -> BenchmarkScores:
     """Score every model on every task; write `benchmark.json` and print a table with standard errors.
 
     Args:
         tasks: name to a configuration of ours, or to a name that lm-eval knows.
         limit: only so many rows of each task.
         chat_template: ask as a chat; without, as plain text.
-
-    Returns:
-        Model name to task name to {metric: value, metric's standard error, rows, and of a MoE `expert_share`: share of
-        the questions' tokens per layer and expert}.
 
     Raises:
         UpcycleError: a model without a chat template that is to be asked as a chat, or a task of lm-eval's that would
@@ -81,15 +79,15 @@ def benchmark(
     }
     contents = {name: _content(task) for name, task in tasks.items()}
     hashes = {folder: hash_model(folder) for folder in {contender.folder for contender in contenders}}
-    found: dict[str, dict[str, Any]] = {}
+    found: BenchmarkScores = {}
     for contender in contenders:
         scores = found[contender.name] = {}
         model = digest([hashes[contender.folder], contender.expert])
         missing = {}
         for name, content in contents.items():
-            place = out_dir / "cache" / f"{digest([model, name, content, how])}.json"
+            place = cached_score(out_dir, digest([model, name, content, how]))
             if place.exists():
-                scores[name] = json.loads(place.read_text())
+                scores[name] = read_record(place, TaskScores)
             else:
                 missing[name] = place
         if missing:
@@ -98,17 +96,17 @@ def benchmark(
                 routed = contender.expert is None and num_experts(network) > 1
                 for name, place in missing.items():
                     say(f"benchmark: {contender.name} on {name} ...")
-                    scores[name] = _score(network, tokenizer, tasks[name], limit, chat_template, batch_size, routed)
+                    scores[name] = _score(network, tokenizer, tasks[name], limit, chat_template, routed)
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(place, scores[name])
+                    write_record(place, scores[name])
     ordered = {model: {name: scores[name] for name in tasks} for model, scores in found.items()}
-    write_json(out_dir / SCORES, ordered)
+    BENCHMARK_SCORES.write(out_dir, ordered)
     show(ordered)
     return ordered
 
 
 @contextmanager
-def _loaded(contender: Contender) -> Iterator[tuple[Any, Any]]:
+def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
     """The model, forced to an expert if asked, and its tokenizer."""
     from transformers import AutoTokenizer
 
@@ -125,18 +123,16 @@ def _loaded(contender: Contender) -> Iterator[tuple[Any, Any]]:
         yield model, tokenizer
 
 
-def _score(
-    network: Any, tokenizer: Any, task: Any, limit: int | None, chat: bool, batch_size: int, routed: bool
-) -> dict[str, Any]:
+def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, chat: bool, routed: bool) -> TaskScores:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     length = network.config.max_position_embeddings
-    lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, max_length=length)
+    lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=BATCH_SIZE, max_length=length)
     own = isinstance(task, dict)
-    if own and task["output_type"] == "generate_until":
+    if isinstance(task, dict) and task["output_type"] == "generate_until":
         asked = task["generation_kwargs"]
         task = {**task, "generation_kwargs": {**asked, "max_gen_toks": min(asked["max_gen_toks"], length // 2)}}
     try:
@@ -151,17 +147,15 @@ def _score(
     except Exception as error:
         if own:
             raise
-        raise UpcycleError(_why_not(task, error)) from error  # lm-eval and what it loads raise any kind
+        raise UpcycleError(_why_not(str(task), error)) from error  # lm-eval and what it loads raise any kind
     (name, scores), *_ = result["results"].items()
-    figures: dict[str, Any] = {
-        key: value for key, value in scores.items() if isinstance(value, (int, float)) and "," in key
-    }
-    figures["rows"] = result["n-samples"][name]["effective"]
+    figures = {key: float(value) for key, value in scores.items() if isinstance(value, (int, float)) and "," in key}
+    share = None
     if routed:
         questions = [lm.tok_encode(sample["arguments"][0][0])[-length:] for sample in result["samples"][name]]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        figures[SHARE] = routed_share(network, questions, BATCH_TOKENS, pad).tolist()
-    return figures
+        share = routed_share(network, questions, BATCH_TOKENS, pad).tolist()
+    return TaskScores(rows=result["n-samples"][name]["effective"], expert_share=share, **figures)
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -191,7 +185,7 @@ def _why_not(task: str, error: Exception) -> str:
     return f"lm-eval could not ask {task}: {type(error).__name__}: {error}"
 
 
-def _check_template(contender: Contender, tokenizer: Any, chat: bool) -> None:
+def _check_template(contender: Contender, tokenizer: Tokenizer, chat: bool) -> None:
     if chat and not tokenizer.chat_template:
         raise UpcycleError(
             f"{contender.folder} has no chat template; ask it as plain text with --no-chat-template, or give the model "
@@ -199,48 +193,14 @@ def _check_template(contender: Contender, tokenizer: Any, chat: bool) -> None:
         )
 
 
-def _content(task: dict[str, Any] | str) -> Any:
+def _content(task: Task) -> Task:
     if isinstance(task, str):
         return task
     plain = {key: value for key, value in task.items() if not callable(value)}
     return {**plain, "rows": task["custom_dataset"]()["test"].to_list()}
 
 
-def main_figure(scores: Mapping[str, Any]) -> tuple[float, float]:
-    """The figure that a table shows, and its standard error."""
-    key = next((key for key in MAIN if key in scores), None)
-    if key is None:
-        key = next(key for key in scores if "stderr" not in key and "," in key)
-    metric, _, kind = key.partition(",")
-    return scores[key], scores.get(f"{metric}_stderr,{kind}", float("nan"))
-
-
-def mark(run: Path) -> None:
-    """Note which model of a run its scores are of."""
-    write_json(run / FOLDER / OF, {"posttrain": _posttrained(run)})
-
-
-def read_scores(run: Path) -> dict[str, dict[str, Any]]:
-    """What `upcycle benchmark RUN` found last of a run: model to task to figures; nothing if it has not been asked.
-
-    Scores of a model that was trained anew since are named, and not used.
-    """
-    path, of = run / FOLDER / SCORES, run / FOLDER / OF
-    if not (path.is_file() and of.is_file()):
-        return {}
-    if json.loads(of.read_text()) != {"posttrain": _posttrained(run)}:
-        warn(f"{path} is of another model than the run has now and is left out; `upcycle benchmark {run}` scores it")
-        return {}
-    scores: dict[str, dict[str, Any]] = json.loads(path.read_text())
-    return scores
-
-
-def _posttrained(run: Path) -> str:
-    manifest = read_manifest(run / "posttrain")
-    return manifest.content if manifest else ""
-
-
-def show(found: Mapping[str, Mapping[str, Any]]) -> None:
+def show(found: BenchmarkScores) -> None:
     """Model by task, with standard errors; the best of each task is marked."""
     heads, rows = score_table(found)
     at_once = max(1, (console.width - max(len(row[0]) for row in rows) - MEAN_WIDTH) // CELL_WIDTH)
@@ -248,19 +208,3 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> None:
         chosen = [0, 1, *range(first, min(first + at_once, len(heads)))]
         title = "benchmarks (mean of all; accuracy, exact match or pass@1 +- standard error, * best)"
         table(title if first == 2 else "", [heads[i] for i in chosen], [[row[i] for i in chosen] for row in rows])
-
-
-def score_table(found: Mapping[str, Mapping[str, Any]], sign: str = "+-") -> tuple[list[str], list[list[str]]]:
-    """Heads (with rows of each task) and rows: model, mean, figures with standard error; `*` marks a task's best."""
-    tasks = list(next(iter(found.values())))
-    best = {task: max(main_figure(scores[task])[0] for scores in found.values()) for task in tasks}
-    rows = []
-    for model, scores in found.items():
-        figures = [main_figure(scores[task]) for task in tasks]
-        cells = [
-            f"{value:.1%} {sign} {error:.1%}" + "*" * (value == best[task])
-            for task, (value, error) in zip(tasks, figures, strict=True)
-        ]
-        rows.append([model, f"{fmean(value for value, _ in figures):.1%}", *cells])
-    asked = next(iter(found.values()))
-    return ["model", "mean", *(f"{task} ({asked[task]['rows']})" for task in tasks)], rows

@@ -1,23 +1,34 @@
 """The evaluation of a run: base, checkpoints and mixture of experts on the same held-out rows."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from upcycle.artifacts import write_json
 from upcycle.console import say, table
+from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
+from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.evaluation.routing import regressions, routing_metrics, specialisation
-from upcycle.evaluation.score import ALL, score
-from upcycle.models.folders import compute_dtype, load_model, load_routers, pick_device
-from upcycle.models.ranking import ranking
+from upcycle.evaluation.score import score
+from upcycle.experts.kinds import load_model, load_routers
+from upcycle.records.files import ROUTING, SCORES, scored_model
+from upcycle.records.record import ALL, ByDomain, Shares, read_record, write_record
+from upcycle.records.scores import (
+    AGAINST_BEST,
+    STEP_0,
+    AgainstDense,
+    ModelRouting,
+    ModelScores,
+    Routing,
+    Scored,
+    Scores,
+    best_checkpoint,
+    checkpoint_names,
+)
+from upcycle.routing.ranking import ranking
 from upcycle.settings import EvaluateSettings
-
-SCORES = "scores.json"
-ROUTING = "routing.json"
+from upcycle.weights.base import Base
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,7 @@ class Candidate:
 
     name: str
     folder: Path
-    is_moe: bool = False
     router: Path | None = None
-    base: Path | None = None
-    """The dense model of adapters."""
 
 
 @dataclass(frozen=True)
@@ -43,90 +51,89 @@ class Assigned:
 
 
 def evaluate(
+    base: Base,
     candidates: Sequence[Candidate],
-    tokenizer: Any,
     samples: Sequence[Sample],
     settings: EvaluateSettings,
     out_dir: Path,
     assigned: Assigned | None = None,
-) -> dict[str, Any]:
+) -> Scores:
     """Score every candidate; a model scored before an interruption is not scored again.
 
     Writes `scores.json` (losses, exact match, share of tokens per expert) and `routing.json` (what the routers do with
     it, what the MoE lost against the best expert of each domain, and against the dense model that it came from).
     """
-    scores = {}
+    found: dict[str, Scored] = {}
     for number, candidate in enumerate(candidates):
-        done = out_dir / "models" / f"{number}.json"
+        done = scored_model(out_dir, number)
         if not done.exists():
             done.parent.mkdir(exist_ok=True)
-            write_json(done, _score(candidate, tokenizer, samples, settings, assigned))
-        scores[candidate.name] = json.loads(done.read_text())
-    routing = {name: entry.pop("routing") for name, entry in scores.items() if "routing" in entry}
+            write_record(done, _score(base, candidate, samples, settings, assigned))
+        found[candidate.name] = read_record(done, Scored)
+    scores: Scores = {
+        name: ModelScores(**{field: getattr(entry, field) for field in ModelScores.model_fields})
+        for name, entry in found.items()
+    }
+    routing: Routing = {name: entry.routing for name, entry in found.items() if entry.routing is not None}
     routing |= against_dense(scores)
-    write_json(out_dir / SCORES, scores)
-    write_json(out_dir / ROUTING, routing)
+    SCORES.write(out_dir, scores)
+    ROUTING.write(out_dir, routing)
     show_scores(scores)
     show_routing(routing)
     return scores
 
 
 def _score(
+    base: Base,
     candidate: Candidate,
-    tokenizer: Any,
     samples: Sequence[Sample],
     settings: EvaluateSettings,
     assigned: Assigned | None,
-) -> dict[str, Any]:
+) -> Scored:
     device = pick_device()
-    model = load_model(candidate.folder, compute_dtype(device), device, candidate.base)
+    model = load_model(candidate.folder, compute_dtype(device), device, base.folder)
     if candidate.router:
         load_routers(model, candidate.router)
-    result = score(model, tokenizer, samples, settings, candidate.name, candidate.is_moe)
-    if candidate.is_moe:
-        shares = result["expert_share"]
-        result["routing"] = {"by_domain": routing_metrics(shares), "specialisation": specialisation(shares, ALL)}
+    scores = score(model, base.tokenizer, samples, settings, candidate.name)
+    routing = None
+    if scores.expert_share is not None:
+        agreement = None
         if assigned:
-            limit, pad = settings.tokens_per_batch, tokenizer.pad_token_id
-            agreement = ranking(model, assigned.samples, assigned.experts, assigned.tokens, limit, pad)
-            result["routing"]["agreement"] = agreement
-    return result
+            batches = make_batches(assigned.samples, settings.tokens_per_batch, base.pad_token_id, model.device)
+            agreement = ranking(model, batches, assigned.experts, assigned.tokens)
+        shares = scores.expert_share
+        routing = ModelRouting(
+            by_domain=routing_metrics(shares), specialisation=specialisation(shares, ALL), agreement=agreement
+        )
+    return Scored(**dict(scores), routing=routing)
 
 
-def against_dense(scores: dict[str, Any]) -> dict[str, Any]:
+def against_dense(scores: Scores) -> Routing:
     """What the MoE lost against the last checkpoint at step 0, and in the end against the best expert per domain."""
-    moes = [name for name, entry in scores.items() if "expert_share" in entry]
-    dense = {name: entry["loss"] for name, entry in scores.items() if name not in moes and name != "base"}
+    moes = [name for name, entry in scores.items() if entry.expert_share is not None]
+    dense = {name: scores[name].loss for name in checkpoint_names(scores)}
     if not moes or not dense:
         return {}
     last = list(dense)[-1]
-    start, came_from = scores[moes[0]]["loss"][ALL], dense[last][ALL]
-    step_0 = {"loss": start, "dense": last, "dense_loss": came_from, "difference": start - came_from}
-    return {"step_0": step_0, "against_best_expert": regressions(scores[moes[-1]]["loss"], dense)}
+    start, came_from = scores[moes[0]].loss[ALL], dense[last][ALL]
+    step_0 = AgainstDense(loss=start, dense=last, dense_loss=came_from, difference=start - came_from)
+    return {STEP_0: step_0, AGAINST_BEST: regressions(scores[moes[-1]].loss, dense)}
 
 
-def best_checkpoint(scores: dict[str, Any]) -> str | None:
-    """The checkpoint with the lowest held-out loss: chosen after the fact, so it flatters the checkpoints."""
-    checkpoints = [n for n, s in scores.items() if "expert_share" not in s and n != "base"]
-    return min(checkpoints, key=lambda name: scores[name]["loss"][ALL], default=None)
-
-
-def show_scores(scores: dict[str, Any]) -> None:
+def show_scores(scores: Scores) -> None:
     """The tables on the terminal: loss, exact match, share of tokens per expert, by domain."""
     best = best_checkpoint(scores)
-    for metric, title, pattern in (
-        ("loss", "held-out loss (mean token loss of the answer; lower is better)", "{:.3f}"),
-        ("exact_match", "exact match of greedy answers (higher is better)", "{:.1%}"),
-    ):
-        measured = {name: s[metric] for name, s in scores.items() if s.get(metric)}
-        if measured:
-            _show_metric(title, measured, pattern, best)
+    losses = {name: entry.loss for name, entry in scores.items()}
+    matches = {name: entry.exact_match for name, entry in scores.items() if entry.exact_match}
+    _show_metric("held-out loss (mean token loss of the answer; lower is better)", losses, "{:.3f}", best)
+    if matches:
+        _show_metric("exact match of greedy answers (higher is better)", matches, "{:.1%}", best)
     for name, entry in scores.items():
-        if "expert_share" in entry:
-            _show_shares(name, entry["expert_share"])
+        if entry.expert_share is not None:
+            _show_shares(name, entry.expert_share)
 
 
-def _show_metric(title: str, measured: dict[str, Any], pattern: str, best: str | None) -> None:
+def _show_metric(title: str, measured: Mapping[str, ByDomain], pattern: str, best: str | None) -> None:
     domains = _domains(next(iter(measured.values())))
     rows = [
         (f"{name} (best)" if name == best else name, *(pattern.format(values[d]) for d in domains))
@@ -135,7 +142,7 @@ def _show_metric(title: str, measured: dict[str, Any], pattern: str, best: str |
     table(title, ("model", *domains), rows)
 
 
-def _show_shares(name: str, shares: dict[str, Any]) -> None:
+def _show_shares(name: str, shares: Mapping[str, Shares]) -> None:
     """Mean over layers; 1 / num_experts each when balanced."""
     num_experts = len(shares[ALL][0])
     rows = []
@@ -150,27 +157,26 @@ def _show_shares(name: str, shares: dict[str, Any]) -> None:
     )
 
 
-def show_routing(routing: dict[str, Any]) -> None:
+def show_routing(routing: Routing) -> None:
     """Balance and specialisation, mean over layers; losses against the dense models."""
     rows = []
     for name, entry in routing.items():
-        if "by_domain" in entry:
-            whole = entry["by_domain"][ALL]
-            means = [fmean(values) for values in (whole["entropy"], whole["max_over_mean"], entry["specialisation"])]
-            agreement = entry.get("agreement")
-            shown = f"{agreement['accuracy']:.1%} ({agreement['chance']:.1%})" if agreement else ""
-            rows.append((name, *(f"{mean:.3f}" for mean in means), f"{sum(whole['dead']):.0f}", shown))
+        if isinstance(entry, ModelRouting):
+            whole, agreement = entry.by_domain[ALL], entry.agreement
+            means = [fmean(values) for values in (whole.entropy, whole.max_over_mean, entry.specialisation)]
+            shown = f"{agreement.accuracy:.1%} ({agreement.chance:.1%})" if agreement else ""
+            rows.append((name, *(f"{mean:.3f}" for mean in means), f"{sum(whole.dead)}", shown))
     columns = ("model", "entropy", "max over mean load", "specialisation", "dead", "ranks assigned first (chance)")
     if rows:
         table("routing, mean over layers", columns, rows)
-    if "step_0" in routing:
-        step_0, worse = routing["step_0"], routing["against_best_expert"]
+    step_0, worse = routing.get(STEP_0), routing.get(AGAINST_BEST)
+    if isinstance(step_0, AgainstDense) and isinstance(worse, dict):
         say(
-            f"before post-training the MoE's loss is {step_0['difference']:+.3f} against {step_0['dense']}, which it "
+            f"before post-training the MoE's loss is {step_0.difference:+.3f} against {step_0.dense}, which it "
             "came from; after it, by domain against the best single expert: "
-            + ", ".join(f"{domain} {entry['loss_above_it']:+.3f}" for domain, entry in sorted(worse.items()))
+            + ", ".join(f"{domain} {entry.loss_above_it:+.3f}" for domain, entry in sorted(worse.items()))
         )
 
 
-def _domains(values: dict[str, Any]) -> list[str]:
+def _domains(values: Mapping[str, object]) -> list[str]:
     return [ALL, *sorted(d for d in values if d != ALL)]

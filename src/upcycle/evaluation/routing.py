@@ -4,23 +4,21 @@ Legend: L layers, E experts.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from upcycle.models.routers import DEAD
-
-Shares = Sequence[Sequence[float]]
-"""Share of the routed slots per layer and expert: (L, E), rows sum to 1."""
+from upcycle.records.record import ByDomain, Shares
+from upcycle.records.scores import AgainstBest, LayerFigures
+from upcycle.routing.load import DEAD
 
 
-def routing_metrics(shares: dict[str, Shares]) -> dict[str, dict[str, list[float]]]:
-    """Per domain, a figure for each layer: `entropy` (1 when even), `max_over_mean` load, number of `dead` experts."""
+def routing_metrics(shares: Mapping[str, Shares]) -> dict[str, LayerFigures]:
+    """Per domain, figures for each layer."""
     return {
-        domain: {
-            "entropy": [entropy(layer) for layer in layers],
-            "max_over_mean": [max(layer) * len(layer) for layer in layers],
-            "dead": [sum(share * len(layer) < DEAD for share in layer) for layer in layers],
-        }
+        domain: LayerFigures(
+            entropy=[entropy(layer) for layer in layers],
+            max_over_mean=[max(layer) * len(layer) for layer in layers],
+            dead=[sum(share * len(layer) < DEAD for share in layer) for layer in layers],
+        )
         for domain, layers in shares.items()
     }
 
@@ -32,7 +30,7 @@ def entropy(shares: Sequence[float]) -> float:
     return -sum(s * math.log(s) for s in shares if s > 0) / math.log(len(shares))
 
 
-def specialisation(shares: dict[str, Shares], everything: str) -> list[float]:
+def specialisation(shares: Mapping[str, Shares], everything: str) -> list[float]:
     """Per layer, the mean over domains of the total variation distance between a domain's shares and those of all.
 
     0: every domain is routed alike; 1 - 1/E at most when each domain has experts of its own.
@@ -45,10 +43,10 @@ def specialisation(shares: dict[str, Shares], everything: str) -> list[float]:
     ]
 
 
-def regressions(moe: dict[str, float], experts: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+def regressions(moe: ByDomain, experts: Mapping[str, ByDomain]) -> dict[str, AgainstBest]:
     """Per domain: the single expert with the lowest held-out loss, and by how much the MoE's is higher (or lower)."""
     found = {}
     for domain, loss in moe.items():
         best = min(experts, key=lambda name: experts[name][domain])
-        found[domain] = {"best_expert": best, "loss_above_it": loss - experts[best][domain]}
+        found[domain] = AgainstBest(best_expert=best, loss_above_it=loss - experts[best][domain])
     return found

@@ -6,7 +6,6 @@ Legend: L layers, E experts, B samples in a batch, S tokens.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,50 +13,40 @@ from torch import Tensor
 
 from upcycle.console import Progress
 from upcycle.data.batches import make_batches, token_batches
-from upcycle.data.chat import IGNORED, Sample
-from upcycle.models.forward import answer_losses
-from upcycle.models.routers import RouterRecorder
+from upcycle.data.chat import Sample
+from upcycle.records.record import ALL
+from upcycle.records.scores import ModelScores
+from upcycle.routing.answers import answer_losses
+from upcycle.routing.batch import IGNORED
+from upcycle.routing.routers import RouterRecorder, num_experts
 from upcycle.settings import EvaluateSettings
-
-ALL = "all"
-"""The entry over all domains."""
+from upcycle.types import Model, Tokenizer
 
 
 def score(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], settings: EvaluateSettings, name: str, is_moe: bool
-) -> dict[str, Any]:
-    """Scores of one model by domain: `loss`, `exact_match` (with the number of rows) and `expert_share`.
-
-    `loss` is the mean over samples of the mean token loss of the answer; `expert_share` has a list of experts
-    per layer, over all tokens but padding.
-    """
-    losses, shares = held_out(model, samples, settings, tokenizer.pad_token_id, name, is_moe)
-    result: dict[str, Any] = {"loss": _by_domain(zip(samples, losses, strict=True))}
-    if is_moe:
-        result["expert_share"] = {domain: share.tolist() for domain, share in shares.items()}
-    if settings.exact_match:
-        chosen = short_answers(samples, settings)
-        result["exact_match"] = _by_domain(
-            zip(chosen, exact_matches(model, tokenizer, chosen, settings, name), strict=True)
-        )
-        result["exact_match_rows"] = len(chosen)
-    return result
+    model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], settings: EvaluateSettings, name: str
+) -> ModelScores:
+    """Scores of one model by domain; of a MoE the share of tokens of each expert too."""
+    losses, shares = held_out(model, samples, settings, tokenizer.pad_token_id, name)
+    chosen = short_answers(samples, settings) if settings.exact_match else None
+    matches = None if chosen is None else exact_matches(model, tokenizer, chosen, settings, name)
+    return ModelScores(
+        loss=_by_domain(zip(samples, losses, strict=True)),
+        expert_share={domain: share.tolist() for domain, share in shares.items()} if shares else None,
+        exact_match=None if chosen is None or matches is None else _by_domain(zip(chosen, matches, strict=True)),
+        exact_match_rows=None if chosen is None else len(chosen),
+    )
 
 
 @torch.no_grad()
 def held_out(
-    model: Any,
-    samples: Sequence[Sample],
-    settings: EvaluateSettings,
-    pad_token_id: int,
-    name: str,
-    is_moe: bool,
+    model: Model, samples: Sequence[Sample], settings: EvaluateSettings, pad_token_id: int, name: str
 ) -> tuple[list[float], dict[str, Float[Tensor, "L E"]]]:
     """Loss of each sample, and for a MoE the share of routed slots per layer and expert of each domain."""
     losses = torch.zeros(len(samples))
-    counts: dict[str, Any] = defaultdict(float)
+    counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     batches = make_batches(samples, settings.tokens_per_batch, pad_token_id, model.device)
-    recorder = RouterRecorder(model) if is_moe else None
+    recorder = RouterRecorder(model) if num_experts(model) else None
     with recorder or nullcontext(), Progress(f"evaluate {name}: loss", len(batches)) as bar:
         for batch in batches:
             if recorder:
@@ -74,7 +63,7 @@ def held_out(
 
 @torch.no_grad()
 def routed_share(
-    model: Any, sequences: Sequence[list[int]], tokens_per_batch: int, pad_token_id: int
+    model: Model, sequences: Sequence[list[int]], tokens_per_batch: int, pad_token_id: int
 ) -> Float[Tensor, "L E"]:
     """Share of routed slots per layer and expert over all tokens of some sequences."""
     samples = [Sample(ids, [IGNORED] * len(ids), "", "", "", len(ids), "") for ids in sequences]
@@ -105,7 +94,7 @@ def short_answers(samples: Sequence[Sample], settings: EvaluateSettings) -> list
 
 @torch.no_grad()
 def exact_matches(
-    model: Any, tokenizer: Any, samples: Sequence[Sample], settings: EvaluateSettings, name: str
+    model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], settings: EvaluateSettings, name: str
 ) -> list[float]:
     """1.0 where the greedy answer to the prompt equals the reference (white space at the ends aside)."""
     matches = [0.0] * len(samples)
@@ -120,7 +109,7 @@ def exact_matches(
     return matches
 
 
-def _greedy(model: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
+def _greedy(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
     longest = max(s.answer_start for s in samples)
     pad = tokenizer.pad_token_id
     prompts = [s.input_ids[: s.answer_start] for s in samples]

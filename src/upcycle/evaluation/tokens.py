@@ -1,29 +1,25 @@
 """Which expert reads which token: sample texts with the routing of every layer."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from upcycle.data.chat import Sample
-from upcycle.models.routers import RouterRecorder
+from upcycle.records.description import RoutedText
+from upcycle.routing.routers import RouterRecorder
+from upcycle.types import Model, Tokenizer
 
 
 @torch.no_grad()
-def routed_tokens(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Of each sample its `domain`, the texts of its `tokens`, and `experts`: per layer each token's first choice."""
+def routed_tokens(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample]) -> list[RoutedText]:
+    """Of each sample the texts of its tokens, and per layer each token's first choice."""
     found = []
     with RouterRecorder(model) as recorder:
         for sample in samples:
             recorder.clear()
             model(torch.tensor([sample.input_ids], device=model.device), use_cache=False)
-            found.append(
-                {
-                    "domain": sample.domain,
-                    "tokens": [str(tokenizer.decode([token])) for token in sample.input_ids],
-                    "experts": [layer[:, 0].tolist() for layer in recorder.indices],
-                }
-            )
+            tokens = [str(tokenizer.decode([token])) for token in sample.input_ids]
+            found.append(RoutedText(sample.domain, tokens, [layer[:, 0].tolist() for layer in recorder.indices]))
     return found
 
 

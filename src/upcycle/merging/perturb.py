@@ -18,18 +18,18 @@ def perturbed(
     how: str,
     rate: float,
     std: float,
-    seed: int,
-    expert: int,
-    name: str,
+    key: tuple[int, int, str],
 ) -> Float[Tensor, "rows columns"]:
     """A copy's weight, in fp32: the same for any order of the work.
 
     Args:
         channels: the dimension of the channels: 0 in gate and up (I, H), 1 in down (H, I).
         how: `noise` or `drop`.
-        name: of the tensor; what is before `.mlp.` or the like names the layer, whose weights lose the same channels.
+        key: (seed, expert, name of the tensor); what is before `.mlp.` or the like names the layer, whose weights lose
+            the same channels.
     """
-    draw = _generator((seed, expert, name))
+    seed, expert, name = key
+    draw = _generator(key)
     if how == "noise":
         return add_noise(weight.float(), rate, std, draw)
     layer = ".".join(name.split(".")[:3])

@@ -1,19 +1,19 @@
 """The model card of an exported model: what it was made from, how, and how good it is."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from upcycle.artifacts import ExpansionPlan, read_manifest
-from upcycle.evaluation.benchmark import read_scores, score_table
-from upcycle.models.clients import commands
-from upcycle.models.folders import LINEAGE
+from huggingface_hub import ModelCard, ModelCardData
+
+from upcycle.architectures.clients import commands
+from upcycle.disk import write_text
+from upcycle.pipeline.benchmarks import read_scores
 from upcycle.recipe import Recipe, dump_recipe
-from upcycle.reporting.inspect import expert_line
-from upcycle.reporting.report import standard_error
+from upcycle.records.benchmark import score_table
+from upcycle.records.description import Description
+from upcycle.records.files import CARD, LINEAGE, MANIFEST, RESULT, SCORES
+from upcycle.records.record import ALL
+from upcycle.records.scores import ModelScores, standard_error
 
-CARD = "README.md"
 PAPER = """@inproceedings{hui2025upcycling,
   title = {Upcycling Instruction Tuning from Dense to Mixture-of-Experts via Parameter Merging},
   author = {Hui and Zhang and Wang and Sun and Wu and Su},
@@ -23,44 +23,38 @@ PAPER = """@inproceedings{hui2025upcycling,
 }"""
 
 
-def write_card(folder: Path, run: Path, recipe: Recipe, base: Path) -> None:
-    """Write README.md into an exported model folder.
+def write_card(folder: Path, run: Path, recipe: Recipe, base: Path, made: Description) -> Path:
+    """Write the card into an exported model folder.
 
     Args:
         run: the finished run that it comes from.
         base: the dense model's folder, whose licence is inherited.
+        made: what the folder holds.
     """
-    (folder / CARD).write_text(card_text(folder, run, recipe, licence_of(base)))
+    path = CARD.of(folder)
+    write_text(path, card_text(folder, run, recipe, licence_of(base), made))
+    return path
 
 
 def licence_of(base: Path) -> str | None:
     """What the base's own model card says; None if it has none."""
-    from huggingface_hub import ModelCard
-
-    if not (base / CARD).is_file():
-        return None
-    licence = ModelCard.load(base / CARD).data.license
+    path = CARD.of(base)
+    licence = ModelCard.load(path).data.license if path.is_file() else None
     return str(licence) if licence else None
 
 
-def card_text(folder: Path, run: Path, recipe: Recipe, licence: str | None) -> str:
+def card_text(folder: Path, run: Path, recipe: Recipe, licence: str | None, made: Description) -> str:
     """Metadata, lineage, scores with errors, recipe, versions, citation."""
-    from huggingface_hub import ModelCardData
-
-    compact = not (folder / "config.json").is_file()
     data = ModelCardData(
         base_model=recipe.base if recipe.base.count("/") == 1 and not Path(recipe.base).exists() else None,
         license=licence,
-        library_name=None if compact else "transformers",
+        library_name="transformers" if made.plain else None,
         pipeline_tag="text-generation",
         tags=["moe", "mixture-of-experts", "upcycling", "upit"],
     )
-    plan = ExpansionPlan.load(folder / LINEAGE)
-    kind = _kind(folder, plan, compact)
-    lineage = "\n".join(f"- {expert_line(i, expert)}" for i, expert in enumerate(plan.experts))
-    manifest = read_manifest(run / "posttrain")
-    assert manifest is not None
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    plan = LINEAGE.read(folder)
+    lineage = "\n".join(f"- {line}" for line in plan.lines)
+    versions = ", ".join(f"{name} {version}" for name, version in MANIFEST.read(RESULT.of(run)).versions.items())
     inherited = (
         f"The base's: {licence}." if licence else "Not stated by the base's folder: look it up before you publish."
     )
@@ -70,7 +64,7 @@ def card_text(folder: Path, run: Path, recipe: Recipe, licence: str | None) -> s
 
 # {folder.name}
 
-{kind}, made of `{recipe.base}`: {_source(recipe)}
+{made.what}, made of `{recipe.base}`: {_source(recipe)}
 
 ## Lineage of the experts
 
@@ -84,7 +78,7 @@ Children: {plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed}. Similarity
 
 ## Use
 
-{_use(compact)}
+{_use(made)}
 
 ## Licence and data
 
@@ -106,19 +100,14 @@ Save as `recipe.yaml`, then `upcycle run recipe.yaml --run FOLDER` ({versions}):
 """
 
 
-def _use(compact: bool) -> str:
-    if compact:
+def _use(made: Description) -> str:
+    if made.plain:
+        return f"Any program that loads it with transformers, or:\n\n```sh\n{commands('FOLDER')}\n```"
+    if made.folds:
         return (
             "Fold it into a plain mixture of experts first: `upcycle export FOLDER --fold --to PLAIN` (with its base)."
         )
-    return f"Any program that loads it with transformers, or:\n\n```sh\n{commands('FOLDER')}\n```"
-
-
-def _kind(folder: Path, plan: ExpansionPlan, compact: bool) -> str:
-    if compact:
-        return f"A mixture of {len(plan.experts)} adapters in compact form (it needs its base and upcycle)"
-    config = json.loads((folder / "config.json").read_text())
-    return f"A {config['model_type']} mixture of {len(plan.experts)} experts, top-{config['num_experts_per_tok']}"
+    return "It loads with upcycle alone, on its base: its experts are not linear, so no plain model computes the same."
 
 
 def _source(recipe: Recipe) -> str:
@@ -134,14 +123,12 @@ def _source(recipe: Recipe) -> str:
 
 
 def _scores(run: Path) -> str:
-    path = run / "evaluate" / "scores.json"
-    if not path.is_file():
+    scores = SCORES.known_of(run)
+    if scores is None:
         return "Not evaluated."
-    scores = json.loads(path.read_text())
-    benchmarks = read_scores(run)
     lines = ["| model | loss | exact match |", "| --- | --: | --: |"]
-    lines += [f"| {name} | {_loss(entry)} | {_exact(entry)} |" for name, entry in scores.items()]
-    if benchmarks:
+    lines += [f"| {name} | {entry.loss[ALL]:.3f} | {_exact(entry)} |" for name, entry in scores.items()]
+    if benchmarks := read_scores(run):
         heads, rows = score_table(benchmarks)
         cells = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
         lines += ["", "## Benchmarks (lm-evaluation-harness, * the best)", ""]
@@ -149,16 +136,12 @@ def _scores(run: Path) -> str:
     return "\n".join(lines)
 
 
-def _loss(entry: Mapping[str, Any]) -> str:
-    return f"{entry['loss']['all']:.3f}"
-
-
-def _exact(entry: Mapping[str, Any]) -> str:
+def _exact(entry: ModelScores) -> str:
     """With the standard error of a share of that many rows."""
-    if not entry.get("exact_match_rows"):
+    if not (entry.exact_match and entry.exact_match_rows):
         return ""
-    share, rows = entry["exact_match"]["all"], entry["exact_match_rows"]
-    return f"{share:.1%} +- {standard_error(share, rows):.1%}"
+    share = entry.exact_match[ALL]
+    return f"{share:.1%} +- {standard_error(share, entry.exact_match_rows):.1%}"
 
 
 def _listed(sources: str | list[str]) -> str:

@@ -1,15 +1,19 @@
 """Pictures, as PNG, drawn without a display."""
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from upcycle.artifacts import ExpansionPlan
-from upcycle.compare import METRICS
-from upcycle.evaluation.benchmark import main_figure
-from upcycle.expert_expansion.plan import expert_similarities
+from upcycle.records.benchmark import BenchmarkScores
+from upcycle.records.comparison import Comparison, Summary, Sweep
+from upcycle.records.plan import ExpansionPlan, Gram
+from upcycle.records.record import ALL, Shares
+from upcycle.records.training import LogEntry
 
 MAX_LABELLED = 16
 """Experts up to which the cells of the heat map carry their numbers."""
@@ -17,56 +21,49 @@ MAX_LABELLED = 16
 
 def similarity_figure(plan: ExpansionPlan, path: Path) -> None:
     """A heat map of the similarity of all experts, and a dendrogram (average linkage) of what is near to what."""
-    from matplotlib.figure import Figure
-
-    similarity = expert_similarities(plan)
-    names = [f"E{i} {expert.name}" for i, expert in enumerate(plan.experts)]
+    names = plan.labels
     side = max(4.0, 0.42 * len(names))
     figure = Figure(figsize=(2 * side + 2.5, side + 1.2), layout="constrained")
     heat, tree = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _heat_map(heat, similarity, names, plan.similarity)
-    _dendrogram(tree, plan, names)
+    _heat_map(heat, plan)
+    _dendrogram(tree, plan)
     figure.suptitle(f"{len(names)} experts from {len(plan.sources)} ({plan.merge}, drop rate {plan.drop_rate})")
     figure.savefig(path, dpi=120)
 
 
-def comparison_figure(found: dict[str, Any], path: Path) -> None:
+def comparison_figure(found: Comparison, path: Path) -> None:
     """The loss (and exact match) of each variant: a dot per seed, its mean and standard deviation."""
-    from matplotlib.figure import Figure
-
-    rows = found["summary"]
-    metrics = [metric for metric in METRICS if metric in rows[0]]
-    labels = 0.09 * max(len(row["label"]) for row in rows)
+    rows, metrics = found.summary, found.metrics
+    labels = 0.09 * max(len(row.label) for row in rows)
     figure = Figure(figsize=(4.5 * len(metrics) + labels, 0.45 * len(rows) + 1.8), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics, strict=True):
         for place, row in enumerate(rows):
-            values = [run[metric]["all"] for run in found["variants"][row["variant"]]]
-            axes.errorbar(row[metric]["mean"], place, xerr=row[metric]["std"], fmt="D", color="black", capsize=3)
-            axes.plot(values, [place] * len(values), "o", alpha=0.5)
-        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+            value = row.metric(metric)
+            by_domain = [run.metric(metric) for run in found.variants[row.variant]]
+            axes.errorbar(value.mean, place, xerr=value.std, fmt="D", color="black", capsize=3)
+            axes.plot([entry[ALL] for entry in by_domain if entry], [place] * len(by_domain), "o", alpha=0.5)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_xlabel(metric.replace("_", " "))
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
-    figure.suptitle(f"{rows[0]['tokens']:,} training tokens each" + " (NOT COMPARABLE)" * bool(found["not_comparable"]))
+    figure.suptitle(f"{rows[0].tokens:,} training tokens each" + " (NOT COMPARABLE)" * bool(found.not_comparable))
     figure.savefig(path, dpi=120)
 
 
-def sweep_figure(found: dict[str, Any], path: Path) -> None:
+def sweep_figure(found: Sweep, path: Path) -> None:
     """Scores along the first axis, a line for each combination of the others (UpIT, figures 3 and 4)."""
-    from matplotlib.figure import Figure
-
-    first, *others = found["axes"]
-    metrics = [metric for metric in METRICS if metric in found["summary"][0]]
-    figure = Figure(figsize=(5 * len(metrics), 4), layout="constrained")
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in found["summary"]:
-        lines.setdefault(", ".join(f"{name}={row['settings'][name]}" for name in others), []).append(row)
-    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+    first, *others = found.axes
+    figure = Figure(figsize=(5 * len(found.metrics), 4), layout="constrained")
+    lines: dict[str, list[Summary]] = {}
+    for row in found.summary:
+        lines.setdefault(", ".join(f"{name}={row.setting(name)}" for name in others), []).append(row)
+    for axes, metric in zip(figure.subplots(1, len(found.metrics), squeeze=False)[0], found.metrics, strict=True):
         for label, rows in lines.items():
-            names = [row["settings"][first] for row in rows]
+            names = [row.setting(first) for row in rows]
             places = [float(name) for name in names] if all(map(_is_number, names)) else list(range(len(names)))
-            means, spreads = ([row[metric][key] for row in rows] for key in ("mean", "std"))
-            axes.errorbar(places, means, yerr=np.nan_to_num(spreads), fmt="o-", capsize=3, label=label or None)
+            values = [row.metric(metric) for row in rows]
+            errors = np.nan_to_num([value.std for value in values])
+            axes.errorbar(places, [v.mean for v in values], yerr=errors, fmt="o-", capsize=3, label=label or None)
         axes.set_xticks(places, names)
         axes.set_xlabel(first)
         axes.set_ylabel(metric.replace("_", " "))
@@ -84,15 +81,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def routing_figure(shares: dict[str, Any], path: Path, kind: str = "domain") -> None:
+def routing_figure(shares: Mapping[str, Shares], path: Path, kind: str = "domain") -> None:
     """Share of tokens per expert by domain or benchmark, a heat map for each layer (UpIT, figure 5).
 
     Args:
         shares: domain or benchmark to (layers, experts).
         kind: what they are called.
     """
-    from matplotlib.figure import Figure
-
     domains = list(shares)
     table = np.array([shares[domain] for domain in domains])  # (domains, layers, experts)
     width, height = 0.4 * table.shape[2] + 0.6, 0.35 * len(domains) + 0.8
@@ -113,17 +108,24 @@ def routing_figure(shares: dict[str, Any], path: Path, kind: str = "domain") -> 
     figure.savefig(path, dpi=120)
 
 
-def benchmark_figure(found: dict[str, Any], path: Path) -> None:
+def draw_benchmarks(found: BenchmarkScores, out: Path) -> None:
+    """In a benchmark's folder: the scores, and for each MoE which expert gets which benchmark."""
+    benchmark_figure(found, out / "benchmark.png")
+    for model, scores in found.items():
+        shares = {task: entry.expert_share for task, entry in scores.items() if entry.expert_share is not None}
+        if shares:
+            name = re.sub(r"[^A-Za-z0-9]+", "-", model)
+            routing_figure(shares, out / f"routing-{name}.png", "benchmark")
+
+
+def benchmark_figure(found: BenchmarkScores, path: Path) -> None:
     """Score of each model on each benchmark, a heat map; the best models of a benchmark are framed (UpIT, figure 2).
 
     Args:
         found: model to benchmark to scores.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
     models, tasks = list(found), list(next(iter(found.values())))
-    values = np.array([[main_figure(found[model][task])[0] for task in tasks] for model in models])
+    values = np.array([[found[model][task].main[0] for task in tasks] for model in models])
     figure = Figure(figsize=(0.9 * len(tasks) + 4, 0.4 * len(models) + 2), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=max(values.max(), 1e-9), aspect="auto")
@@ -140,17 +142,15 @@ def benchmark_figure(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def load_figure(log: list[dict[str, Any]], path: Path) -> None:
+def load_figure(log: Sequence[LogEntry], path: Path) -> None:
     """Over training: the load of each expert (mean over layers), the balance loss, the largest load of each layer."""
-    from matplotlib.figure import Figure
-
-    load = np.array([entry["load"] for entry in log])  # (steps, layers, experts)
-    steps = [entry["step"] for entry in log]
+    load = np.array([entry.load for entry in log])  # (steps, layers, experts)
+    steps = [entry.step for entry in log]
     figure = Figure(figsize=(12, 4), layout="constrained")
     lines, layers = figure.subplots(1, 2)
     for expert, values in enumerate(load.mean(axis=1).T):
         lines.plot(steps, values, label=f"E{expert}", linewidth=1)
-    lines.plot(steps, [entry["balance_loss"] for entry in log], label="balance loss", color="black", linestyle=":")
+    lines.plot(steps, [entry.balance_loss for entry in log], label="balance loss", color="black", linestyle=":")
     lines.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     lines.set_xlabel("step")
     lines.set_ylabel("load, mean over layers (1: even)")
@@ -168,38 +168,38 @@ def load_figure(log: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _heat_map(axes: Any, similarity: NDArray[np.float64], names: list[str], kind: str) -> None:
+def _heat_map(axes: Axes, plan: ExpansionPlan) -> None:
+    similarity, names, cosine = plan.similarities, plan.labels, plan.similarity == "cosine"
     others = similarity[~np.eye(len(names), dtype=bool)]
     image = axes.imshow(similarity, cmap="viridis", vmin=np.nanmin(others), vmax=np.nanmax(similarity))
     axes.set_xticks(range(len(names)), [name.split()[0] for name in names])
     axes.set_yticks(range(len(names)), names)
-    axes.set_title("similarity: " + ("cosine" if kind == "cosine" else "-L2²") + " of FFN task vectors")
+    axes.set_title("similarity: " + ("cosine" if cosine else "-L2²") + " of FFN task vectors")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     if len(names) <= MAX_LABELLED:
         middle = (np.nanmin(others) + np.nanmax(similarity)) / 2
         for (row, column), value in np.ndenumerate(similarity):
             colour = "black" if value > middle else "white"
             if not np.isnan(value):
-                text = f"{value:.2f}" if kind == "cosine" else f"{value:.2g}"
+                text = f"{value:.2f}" if cosine else f"{value:.2g}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
 
 
-def _dendrogram(axes: Any, plan: ExpansionPlan, names: list[str]) -> None:
+def _dendrogram(axes: Axes, plan: ExpansionPlan) -> None:
     from scipy.cluster.hierarchy import dendrogram, linkage
     from scipy.spatial.distance import squareform
 
-    distances = expert_distances(plan)
-    dendrogram(linkage(squareform(distances, checks=False), "average"), labels=names, orientation="left", ax=axes)
+    pairs = squareform(expert_distances(plan), checks=False)
+    dendrogram(linkage(pairs, "average"), labels=plan.labels, orientation="left", ax=axes)
     axes.set_title("which experts are near to each other")
     axes.set_xlabel("1 - cosine" if plan.similarity == "cosine" else "L2 distance")
 
 
-def expert_distances(plan: ExpansionPlan) -> NDArray[np.float64]:
+def expert_distances(plan: ExpansionPlan) -> Gram:
     """(m, m): 1 - cosine, or the L2 distance; a base among the experts, which has no direction, is at 1 from all."""
-    similarity = expert_similarities(plan)
     if plan.similarity == "cosine":
-        distances = 1 - np.nan_to_num(similarity, nan=0.0)
+        distances = 1 - np.nan_to_num(plan.similarities, nan=0.0)
     else:
-        distances = np.sqrt(np.maximum(-similarity, 0))
+        distances = np.sqrt(np.maximum(-plan.similarities, 0))
     np.fill_diagonal(distances, 0)
     return np.maximum(distances, 0)

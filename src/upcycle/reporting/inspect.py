@@ -6,16 +6,13 @@ from pathlib import Path
 import numpy as np
 from rich.tree import Tree
 
-from upcycle.artifacts import ExpansionPlan, Expert, read_manifest
 from upcycle.console import console, say, table
 from upcycle.errors import UpcycleError
-from upcycle.expert_expansion.expand import PLAN, merged_from
-from upcycle.expert_expansion.plan import expert_similarities
-from upcycle.models.folders import LINEAGE
+from upcycle.pipeline.manifest import read_manifest
+from upcycle.records.files import LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
+from upcycle.records.plan import ExpansionPlan
+from upcycle.records.record import read_record
 from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
-
-PLACES = (PLAN, LINEAGE, f"expand/{PLAN}", f"../expand/{PLAN}")
-"""Where a plan lies: in the stage's folder, in a MoE's, in a run's, beside a stage's."""
 
 
 def inspect(path: Path, figure: Path) -> None:
@@ -27,15 +24,11 @@ def inspect(path: Path, figure: Path) -> None:
     Raises:
         UpcycleError: nothing here has experts.
     """
-    file = find_plan(path)
+    plan = find_plan(path)
     describe(path)
-    plan = ExpansionPlan.load(file)
-    similarity = expert_similarities(plan)
     console.print(lineage_tree(plan))
-    names = [f"E{i}" for i in range(len(plan.experts))]
-    rows = [
-        (f"{name} {e.name}", *map(_cell, row)) for name, e, row in zip(names, plan.experts, similarity, strict=True)
-    ]
+    names = [label.split()[0] for label in plan.labels]
+    rows = [(label, *map(_cell, row)) for label, row in zip(plan.labels, plan.similarities, strict=True)]
     table(f"similarity of experts ({plan.similarity} of FFN task vectors)", ("", *names), rows)
     similarity_figure(plan, figure)
     say(f"heat map and dendrogram: {figure}")
@@ -44,38 +37,41 @@ def inspect(path: Path, figure: Path) -> None:
 
 def draw_routing(run: Path, figure: Path) -> None:
     """Beside `figure`, of a run that has come so far: who gets which domain, and the load over training."""
-    scores, log = run / "evaluate" / "scores.json", run / "posttrain" / "log.json"
-    if scores.is_file():
-        shares = {
-            name: entry["expert_share"]
-            for name, entry in json.loads(scores.read_text()).items()
-            if "expert_share" in entry
-        }
+    scores, record = SCORES.known_of(run), LOG.known(run / POSTTRAIN)
+    if scores is not None:
+        shares = [entry.expert_share for entry in scores.values() if entry.expert_share is not None]
         place = figure.with_name(f"{figure.stem}-routing.png")
-        routing_figure(shares[list(shares)[-1]], place)
+        routing_figure(shares[-1], place)
         say(f"share of tokens per expert, by domain and layer: {place}")
-    if log.is_file():
+    if record is not None:
         place = figure.with_name(f"{figure.stem}-load.png")
-        load_figure(json.loads(log.read_text())["log"], place)
+        load_figure(record.log, place)
         say(f"load of the experts over training: {place}")
 
 
-def find_plan(path: Path) -> Path:
+def find_plan(path: Path) -> ExpansionPlan:
     """The plan at, in or beside a path.
 
     Raises:
         UpcycleError: there is none.
     """
     if path.is_file() and path.suffix == ".json":
-        return path
-    found = [path / place for place in PLACES if (path / place).is_file()]
-    if not found:
-        what = "has no expansion plan" if path.exists() else "does not exist"
-        raise UpcycleError(
-            f"{path} {what}; expected a run folder, its stage folders expand, assemble or posttrain, a mixture of "
-            f"experts made by upcycle (it carries {LINEAGE}), or a plan.json"
-        )
-    return found[0]
+        found: ExpansionPlan = read_record(path, ExpansionPlan)
+        return found
+    places: list[tuple[RecordFile[ExpansionPlan], Path]] = [
+        (PLAN, path),  # the stage's own folder
+        (LINEAGE, path),  # a MoE's
+        (PLAN, path / PLAN.stage),  # a run
+        (PLAN, path.parent / PLAN.stage),  # beside a stage's
+    ]
+    for file, folder in places:
+        if (plan := file.known(folder)) is not None:
+            return plan
+    what = "has no expansion plan" if path.exists() else "does not exist"
+    raise UpcycleError(
+        f"{path} {what}; expected a run folder, its stage folders expand, assemble or posttrain, a mixture of "
+        f"experts made by upcycle (it carries {LINEAGE.name}), or a plan.json"
+    )
 
 
 def describe(path: Path) -> None:
@@ -98,18 +94,10 @@ def lineage_tree(plan: ExpansionPlan) -> Tree:
     """Each expert under the younger of its parents, the sources at the root."""
     root = Tree(f"lineage ({plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed})")
     branches: list[Tree] = []
-    for index, expert in enumerate(plan.experts):
+    for line, expert in zip(plan.lines, plan.experts, strict=True):
         above = branches[max(expert.parents)] if expert.parents else root
-        branches.append(above.add(expert_line(index, expert)))
+        branches.append(above.add(line))
     return root
-
-
-def expert_line(index: int, expert: Expert) -> str:
-    """`E5 child-5 = 0.26 E0 + 0.74 E1 (their similarity 0.65)`."""
-    line = f"E{index} {expert.name}"
-    if not expert.parents:
-        return line
-    return f"{line} = {merged_from(expert)} (their similarity {expert.similarity:.3f})"
 
 
 def _cell(value: float) -> str:

@@ -1,31 +1,44 @@
 """What the HTML reports share: templates, and markup of ours that needs no escaping."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Table = dict[str, Any]
-"""`title`, `heads`, `rows` of cells, and `best`, the places of the rows that stand out."""
+import jinja2
+import markupsafe
 
 
-def render(template: str, **values: Any) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Cells under heads."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    best: Sequence[int] = ()
+    """Places of the rows that stand out."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture under its title."""
+
+    title: str
+    svg: markupsafe.Markup
+
+
+def render(template: str, **values: object) -> str:
     """A page of `templates/`; texts are escaped."""
-    import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template(template).render(**values)
 
 
-def safe(markup: str) -> Any:
+def safe(markup: str) -> markupsafe.Markup:
     """Our own markup, whose texts are escaped already."""
-    import markupsafe
-
     return markupsafe.Markup(markup)
 
 
-def table(title: str, heads: list[str], rows: list[list[str]], best: list[int] | None = None) -> Table:
-    return {"title": title, "heads": heads, "rows": rows, "best": best or []}
-
-
-def made_with(versions: dict[str, str]) -> str:
+def made_with(versions: Mapping[str, str]) -> str:
     return f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}."

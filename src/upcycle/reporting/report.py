@@ -1,33 +1,33 @@
 """`upcycle report`: one HTML file that stands alone and says what a run made, whether it helped, and what it cost."""
 
+import html
 import json
-import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from upcycle.artifacts import ExpansionPlan, read_manifest
+from upcycle.architectures.clients import commands
 from upcycle.console import say
-from upcycle.costs import read_costs
-from upcycle.evaluation.benchmark import SHARE, read_scores, score_table
-from upcycle.evaluation.evaluate import best_checkpoint
-from upcycle.models.clients import CLIENTS, commands, limits
+from upcycle.disk import write_text
+from upcycle.pipeline.benchmarks import read_scores
+from upcycle.pipeline.costs import read_costs
+from upcycle.pipeline.manifest import read_manifest
+from upcycle.pipeline.stages import stage_names
 from upcycle.recipe import Recipe, dump_recipe
+from upcycle.records.benchmark import BenchmarkScores, score_table
+from upcycle.records.cost import Cost
+from upcycle.records.description import Description, RoutedText
+from upcycle.records.files import LOG, PLAN, POSTTRAIN, ROUTE_REPORT, SCORES
+from upcycle.records.manifest import Manifest
+from upcycle.records.plan import ExpansionPlan
+from upcycle.records.record import ALL, ByDomain, Shares
+from upcycle.records.scores import BASE, MOE, Scores, best_checkpoint, standard_error
+from upcycle.records.training import TrainingRecord
 from upcycle.reporting.charts import bar_chart, line_chart
 from upcycle.reporting.comparison import find_comparison, summarise
-from upcycle.reporting.inspect import expert_line
-from upcycle.reporting.page import Table, made_with, render, safe, table
+from upcycle.reporting.page import Chart, Table, made_with, render, safe
 
-STAGES = ("prepare", "expand", "assemble", "route", "posttrain", "evaluate")
-COST_COLUMNS = {
-    "seconds": ("seconds", ".0f"),
-    "memory_gb": ("GB resident", ".2f"),
-    "gpu_gb": ("GB on the GPU", ".2f"),
-    "tokens": ("training tokens", ",.0f"),
-    "steps": ("steps", ",.0f"),
-    "written": ("MB written", ".0f"),
-}
 SECTIONS = (
     ("lineage", "Lineage"),
     ("scores", "Scores"),
@@ -37,15 +37,19 @@ SECTIONS = (
     ("use", "Use"),
     ("reproduce", "Reproduce"),
 )
+Values = dict[str, object]
+"""What a template is filled with."""
 
 
-def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]], out: Path) -> None:
+def write_report(run: Path, recipe: Recipe, made: Description, texts: Sequence[RoutedText], out: Path) -> None:
     """Write the report of a finished run.
 
     Args:
-        samples: texts with their routing, as `evaluation.tokens.routed_tokens` gives them.
+        made: what the run made.
+        texts: samples with their routing.
     """
-    asked = read_scores(run)
+    plan, scores, asked = PLAN.read_of(run), SCORES.read_of(run), read_scores(run)
+    comparison = find_comparison(run.resolve().parent)  # of a run that is a cell of one
     page = render(
         "report.html.j2",
         title=f"{run.name}: {recipe.expand.num_experts} experts from {recipe.base}",
@@ -53,63 +57,47 @@ def write_report(run: Path, recipe: Recipe, samples: Sequence[Mapping[str, Any]]
         recipe=dump_recipe(recipe),
         base=recipe.base,
         top_k=recipe.assemble.num_experts_per_tok,
-        **_lineage(run),
-        **_scores(run, asked),
-        **_experts(run, asked.get("MoE", {}), samples),
+        plan=plan,
+        tree=safe(_tree(plan)),
+        experts=plan.labels,
+        **_scores(scores, asked),
+        **_experts(plan, scores, asked, texts),
         **_training(run),
         **_cost(run),
-        **_use(run),
-        comparison=_comparison(run),
+        use=_use(run, made),
+        warnings=made.warnings,
+        comparison=summarise(comparison) if comparison else None,
     )
-    out.write_text(page)
+    write_text(out, page)
     say(f"report: {out}")
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def _lineage(run: Path) -> dict[str, Any]:
-    plan = ExpansionPlan.load(run / "expand" / "plan.json")
-    return {"plan": plan, "tree": safe(_tree(plan)), "experts": [f"E{i} {e.name}" for i, e in enumerate(plan.experts)]}
 
 
 def _tree(plan: ExpansionPlan) -> str:
     """Nested lists: each expert under the younger of its parents, as `upcycle inspect` prints it."""
-    import html
-
     below: dict[int, list[int]] = {}
     for index, expert in enumerate(plan.experts):
         below.setdefault(max(expert.parents, default=-1), []).append(index)
+    lines = [html.escape(line) for line in plan.lines]
 
     def items(parent: int) -> str:
-        if parent not in below:
-            return ""
-        inner = (f"<li>{html.escape(expert_line(i, plan.experts[i]))}{items(i)}</li>" for i in below[parent])
-        return f"<ul>{''.join(inner)}</ul>"
+        inner = "".join(f"<li>{lines[i]}{items(i)}</li>" for i in below.get(parent, ()))
+        return f"<ul>{inner}</ul>" if inner else ""
 
     return items(-1)
 
 
-def _scores(run: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(scores: Scores, asked: BenchmarkScores) -> Values:
     """The lead sentence, a chart per figure, a table per figure by domain."""
-    scores = _read(run / "evaluate" / "scores.json")
-    losses = [(name, entry["loss"]["all"], 0.0) for name, entry in scores.items() if name != "base"]
-    best = min(range(len(losses)), key=lambda i: losses[i][1])
-    title = "Held-out loss (lower is better; the base is left out of the picture)"
-    charts = [{"title": title, "svg": safe(bar_chart(losses, "{:.3f}", best))}]
-    tables = [_by_domain("Held-out loss", scores, "loss", "{:.3f}", min)]
+    losses = {name: entry.loss for name, entry in scores.items()}
+    charts, tables = [_loss_chart(losses)], [_by_domain("Held-out loss", losses, "{:.3f}", min)]
     note = "Loss: mean over rows of the mean token loss of the answer."
-    if all(entry.get("exact_match") for entry in scores.values()):
-        rows = next(iter(scores.values()))["exact_match_rows"]
-        bars = [
-            (name, e["exact_match"]["all"], standard_error(e["exact_match"]["all"], rows)) for name, e in scores.items()
-        ]
-        best = max(range(len(bars)), key=lambda i: bars[i][1])
-        charts.append({"title": "Exact match", "svg": safe(bar_chart(bars, "{:.1%}", best))})
-        tables.append(_by_domain("Exact match", scores, "exact_match", "{:.1%}", max))
+    matches = {name: entry.exact_match for name, entry in scores.items() if entry.exact_match}
+    rows = scores[MOE].exact_match_rows
+    if rows and len(matches) == len(scores):
+        charts.append(_match_chart(matches, rows))
+        tables.append(_by_domain("Exact match", matches, "{:.1%}", max))
         note += f" Exact match: greedy answers to {rows} rows, ± one standard error."
-    benchmarks = table("Benchmarks (± one standard error; * the best)", *score_table(asked, "±")) if asked else None
+    benchmarks = Table("Benchmarks (± one standard error; * the best)", *score_table(asked, "±")) if asked else None
     return {
         "lead": _lead(scores),
         "charts": charts,
@@ -119,19 +107,27 @@ def _scores(run: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def standard_error(share: float, rows: int) -> float:
-    """Of a share of that many rows."""
-    return math.sqrt(share * (1 - share) / rows) if rows else 0.0
+def _loss_chart(losses: Mapping[str, ByDomain]) -> Chart:
+    bars = [(name, values[ALL], 0.0) for name, values in losses.items() if name != BASE]
+    best = min(range(len(bars)), key=lambda i: bars[i][1])
+    title = "Held-out loss (lower is better; the base is left out of the picture)"
+    return Chart(title, safe(bar_chart(bars, "{:.3f}", best)))
 
 
-def _lead(scores: Mapping[str, Any]) -> str:
+def _match_chart(matches: Mapping[str, ByDomain], rows: int) -> Chart:
+    bars = [(name, values[ALL], standard_error(values[ALL], rows)) for name, values in matches.items()]
+    best = max(range(len(bars)), key=lambda i: bars[i][1])
+    return Chart("Exact match", safe(bar_chart(bars, "{:.1%}", best)))
+
+
+def _lead(scores: Scores) -> str:
     """Did it help, in one sentence; what the sentence cannot say is that the MoE has seen more tokens."""
-    moe = scores["MoE"]["loss"]["all"]
+    moe = scores[MOE].loss[ALL]
     start = f"The mixture of experts has a held-out loss of {moe:.3f}"
-    name = best_checkpoint(dict(scores))
+    name = best_checkpoint(scores)
     if name is None:
-        return f"{start}; the base had {scores['base']['loss']['all']:.3f}."
-    best = scores[name]["loss"]["all"]
+        return f"{start}; the base had {scores[BASE].loss[ALL]:.3f}."
+    best = scores[name].loss[ALL]
     verdict = "below" if moe < best else "not below"
     return (
         f"{start}, {verdict} that of its best checkpoint ({name}, {best:.3f}), which has seen fewer training "
@@ -139,85 +135,85 @@ def _lead(scores: Mapping[str, Any]) -> str:
     )
 
 
-def _by_domain(title: str, scores: Mapping[str, Any], metric: str, pattern: str, choose: Any) -> Table:
-    domains = list(next(iter(scores.values()))[metric])
-    values = [entry[metric]["all"] for entry in scores.values()]
-    rows = [[name, *(pattern.format(e[metric][d]) for d in domains)] for name, e in scores.items()]
+def _by_domain(
+    title: str, measured: Mapping[str, ByDomain], pattern: str, choose: Callable[[Sequence[float]], float]
+) -> Table:
+    domains = list(next(iter(measured.values())))
+    values = [by_domain[ALL] for by_domain in measured.values()]
+    rows = [[name, *(pattern.format(by_domain[d]) for d in domains)] for name, by_domain in measured.items()]
     best = [place for place, value in enumerate(values) if value == choose(values)]
-    return table(title, ["model", *domains], rows, best)
+    return Table(title, ["model", *domains], rows, best)
 
 
-def _comparison(run: Path) -> dict[str, Any] | None:
-    """Of a run that is a cell of a comparison: how all variants fare."""
-    path = find_comparison(run.resolve().parent)
-    return summarise(_read(path)) if path else None
-
-
-def _experts(run: Path, asked: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    shares = _read(run / "evaluate" / "scores.json")["MoE"]["expert_share"]
-    shares |= {f"{task} (benchmark)": figures[SHARE] for task, figures in asked.items() if SHARE in figures}
-    plan = ExpansionPlan.load(run / "expand" / "plan.json")
-    names = [f"E{i} {expert.name}" for i, expert in enumerate(plan.experts)]
+def _experts(plan: ExpansionPlan, scores: Scores, asked: BenchmarkScores, texts: Sequence[RoutedText]) -> Values:
+    """Who reads what, as data for the page's script."""
+    shares: dict[str, Shares] = dict(scores[MOE].expert_share or {})
+    for task, found in asked.get(MOE, {}).items():
+        if found.expert_share is not None:
+            shares[f"{task} (benchmark)"] = found.expert_share
     rounded = {d: [[round(s, 4) for s in layer] for layer in layers] for d, layers in shares.items()}
-    text = json.dumps({"experts": names, "shares": rounded, "samples": list(samples)})
+    text = json.dumps({"experts": plan.labels, "shares": rounded, "samples": [asdict(text) for text in texts]})
     # within a script element only `<` could end it
     return {"layers": len(next(iter(shares.values()))), "data": safe(text.replace("<", "\\u003c"))}
 
 
-def _training(run: Path) -> dict[str, Any]:
-    curves = []
-    for stage, title in (("prepare", "Dense model: loss"), ("posttrain", "Mixture of experts: loss")):
-        log = run / stage / "log.json"
-        if log.is_file():
-            losses = [entry["loss"] for entry in _read(log)["log"]]
-            curves.append({"title": title, "svg": safe(line_chart([("training loss", losses)], "step"))})
-    log = _read(run / "posttrain" / "log.json")["log"]
-    balance = [
-        (name.replace("_", " "), [entry[name] for entry in log]) for name in ("max_load", "min_load", "balance_loss")
+def _training(run: Path) -> Values:
+    """Loss of every training, load of the experts, the seed samples of each."""
+    records = {stage: record for stage in stage_names() if (record := LOG.known(run / stage)) is not None}
+    curves = [
+        Chart(f"{stage}: training loss", safe(line_chart([("training loss", [e.loss for e in record.log])], "step")))
+        for stage, record in records.items()
     ]
-    curves.append({"title": "Load of the experts (1: even)", "svg": safe(line_chart(balance, "step"))})
-    report = _read(run / "route" / "report.json")
-    domains = sorted({domain for bucket in report["buckets"] for domain in bucket["domains"]})
+    curves.append(_load_chart(records[POSTTRAIN]))
+    buckets = ROUTE_REPORT.read_of(run).buckets
+    domains = sorted({domain for bucket in buckets for domain in bucket.domains})
     rows = [
-        [
-            f"E{b['expert']} {b['name']}",
-            b["samples"],
-            *(b["domains"].get(d, 0) for d in domains),
-            f"{b['mean_loss']:.3f}",
-        ]
-        for b in report["buckets"]
+        [f"E{b.expert} {b.name}", b.samples, *(b.domains.get(d, 0) for d in domains), f"{b.mean_loss:.3f}"]
+        for b in buckets
     ]
-    return {"curves": curves, "buckets": table("seed samples", ["expert", "samples", *domains, "loss on all"], rows)}
+    return {"curves": curves, "buckets": Table("seed samples", ["expert", "samples", *domains, "loss on all"], rows)}
 
 
-def _use(run: Path) -> dict[str, Any]:
-    """The commands that serve the result and talk to it, and which of the programs compute something else."""
-    config = run / "posttrain" / "config.json"
-    compact = not config.is_file()
-    export = f"upcycle export {shlex.quote(str(run))} {'--fold ' * compact}--to FOLDER"
-    found = [] if compact else limits(_read(config))
-    return {
-        "use": f"{export}\n{commands('FOLDER')}",
-        "warnings": [f"{CLIENTS[limit.client]} and this {limit.moe}: {limit.what}." for limit in found],
+def _load_chart(record: TrainingRecord) -> Chart:
+    lines = {
+        "max load": [entry.max_load for entry in record.log],
+        "min load": [entry.min_load for entry in record.log],
+        "balance loss": [entry.balance_loss for entry in record.log],
     }
+    known = [(name, [value for value in values if value is not None]) for name, values in lines.items()]
+    return Chart("Load of the experts (1: even)", safe(line_chart(known, "step")))
 
 
-def _cost(run: Path) -> dict[str, Any]:
+def _use(run: Path, made: Description) -> str:
+    """The commands that export the result, serve it and talk to it."""
+    export = f"upcycle export {shlex.quote(str(run))} {'--fold ' * made.folds}--to FOLDER"
+    return f"{export}\n{commands('FOLDER')}" if made.plain or made.folds else export
+
+
+Column = Callable[[Manifest, Cost | None, TrainingRecord | None], str]
+COST_COLUMNS: dict[str, Column] = {
+    "seconds": lambda _, cost, __: f"{cost.seconds:.0f}" if cost else "",
+    "GB resident": lambda _, cost, __: f"{cost.memory_gb:.2f}" if cost else "",
+    "GB on the GPU": lambda _, cost, __: f"{cost.gpu_gb:.2f}" if cost and cost.gpu_gb is not None else "",
+    "training tokens": lambda _, __, record: f"{record.tokens:,}" if record else "",
+    "steps": lambda _, __, record: f"{record.steps:,}" if record else "",
+    "MB written": lambda manifest, _, __: f"{sum(file.bytes for file in manifest.files.values()) / 1e6:.0f}",
+}
+
+
+def _cost(run: Path) -> Values:
     """A row per stage, with the columns of which something is known; hashes and versions."""
-    costs, manifests = read_costs(run), {stage: read_manifest(run / stage) for stage in STAGES}
-    made = {stage: manifest for stage, manifest in manifests.items() if manifest}
-    known = {}
-    for stage, manifest in made.items():
-        log = run / stage / "log.json"
-        written = sum(entry["bytes"] for entry in manifest.files.values()) / 1e6
-        known[stage] = {**costs.get(stage, {}), **(_read(log) if log.is_file() else {}), "written": written}
-    columns = {key: column for key, column in COST_COLUMNS.items() if any(key in cost for cost in known.values())}
-    rows = [
-        [stage, *(format(cost[key], form) if key in cost else "" for key, (_, form) in columns.items())]
-        for stage, cost in known.items()
-    ]
+    costs = read_costs(run)
+    made = {stage: m for stage in stage_names() if (m := read_manifest(run / stage)) is not None}
+    cells = {
+        stage: [column(m, costs.get(stage), LOG.known(run / stage)) for column in COST_COLUMNS.values()]
+        for stage, m in made.items()
+    }
+    known = [i for i in range(len(COST_COLUMNS)) if any(row[i] for row in cells.values())]
+    heads = [list(COST_COLUMNS)[i] for i in known]
+    rows = [[stage, *(row[i] for i in known)] for stage, row in cells.items()]
     return {
-        "costs": table("cost", ["stage", *(head for head, _ in columns.values())], rows),
+        "costs": Table("cost", ["stage", *heads], rows),
         "hashes": "\n".join(f"{stage:10} {manifest.content}" for stage, manifest in made.items()),
-        "versions": made_with(made["posttrain"].versions),
+        "versions": made_with(made[POSTTRAIN].versions),
     }

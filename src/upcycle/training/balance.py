@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from upcycle.routing.load import expert_share
+
 
 def load_balancing_loss(
     logits: Sequence[Float[Tensor, "T E"]],
@@ -36,13 +38,6 @@ def router_z_loss(logits: Sequence[Float[Tensor, "T E"]], mask: Int[Tensor, " T"
     weights = mask.float()
     squares = [torch.logsumexp(layer.float(), dim=-1).square() for layer in logits]
     return torch.stack([(square * weights).sum() / weights.sum().clamp(min=1) for square in squares]).mean()
-
-
-def expert_share(indices: Int[Tensor, "T k"], mask: Int[Tensor, " T"], num_experts: int) -> Float[Tensor, " E"]:
-    """Share of the routed slots of unmasked tokens that each expert gets; sums to 1."""
-    slots = torch.nn.functional.one_hot(indices, num_experts).sum(dim=1)
-    counts = (slots * mask[:, None]).sum(dim=0)
-    return counts / counts.sum().clamp(min=1)
 
 
 def masked_mean(values: Float[Tensor, "T E"], mask: Int[Tensor, " T"]) -> Float[Tensor, " E"]:

@@ -4,22 +4,18 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from upcycle.console import Progress, warn
 from upcycle.errors import UpcycleError
-from upcycle.models.routers import DEAD
-from upcycle.training.balance import expert_share
+from upcycle.routing.load import DEAD, OVERLOADED, expert_share
 from upcycle.training.checkpoints import step_of, strip_resume_files
 from upcycle.training.loss_free import LossFreeBias
 
-OVERLOADED = 2.0
-"""An expert with more than this many times the mean load is called overloaded."""
 WINDOW = 20
 """Steps over which an expert's load is judged."""
 
@@ -48,10 +44,12 @@ class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
         self._every = checkpoint_every
         self._steps: list[int] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._steps = checkpoint_steps(state.max_steps, self._epochs, self._every)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step in self._steps:
             control.should_save = True
 
@@ -64,16 +62,18 @@ class ShowProgress(TrainerCallback):  # type: ignore[misc]
         self._bar: Progress | None = None
         self._loss = ""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self._bar = Progress(self._description, state.max_steps, done=state.global_step).__enter__()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._bar:
             self._bar.advance(note=self._loss)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self._loss = f"(loss {logs['loss']:.3f})"
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.log_history and "loss" in state.log_history[-1]:
+            self._loss = f"(loss {state.log_history[-1]['loss']:.3f})"
 
     def close(self) -> None:
         """Also when training ends in an error, so that the terminal is left in order."""
@@ -87,14 +87,14 @@ class StepBias(TrainerCallback):  # type: ignore[misc]
     def __init__(self, bias: LossFreeBias) -> None:
         self._bias = bias
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._bias.step(state.global_step / state.max_steps)
 
 
 class StripOlder(TrainerCallback):  # type: ignore[misc]
     """Only the newest checkpoint keeps what a resume needs."""
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         for folder in Path(args.output_dir).glob("checkpoint-*"):
             if step_of(folder) < state.global_step:
                 strip_resume_files(folder)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+STATE = "trainer_state.json"
 RESUME_FILES = (
     "optimizer.pt",
     "scheduler.pt",
@@ -38,10 +39,16 @@ def strip_resume_files(folder: Path) -> None:
             path.unlink()
 
 
+def finish(folder: Path) -> None:
+    """Leave nothing of the Trainer's in a checkpoint of a finished training."""
+    strip_resume_files(folder)
+    (folder / STATE).unlink(missing_ok=True)
+
+
 def _is_complete(folder: Path) -> bool:
     # the Trainer writes trainer_state.json last
     try:
-        json.loads((folder / "trainer_state.json").read_text())
+        json.loads((folder / STATE).read_text())
     except (OSError, json.JSONDecodeError):
         return False
     return True

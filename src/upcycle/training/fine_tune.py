@@ -5,6 +5,7 @@ The only place that imports TRL.
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,25 @@ from trl import SFTConfig, SFTTrainer
 from upcycle.console import say
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
-from upcycle.models.folders import load_model
-from upcycle.models.mixture import load_tensors, mixture_of, save_mixture
-from upcycle.models.routers import RouterRecorder
+from upcycle.experts.kinds import kind_of
+from upcycle.records.training import TrainingRecord, log_entry
+from upcycle.routing.routers import RouterRecorder
 from upcycle.settings import PosttrainSettings, TrainingSettings
 from upcycle.training.balance import load_balancing_loss, router_z_loss
 from upcycle.training.callbacks import CheckpointSchedule, LoadMonitor, ShowProgress, StepBias, StripOlder
 from upcycle.training.checkpoints import last_checkpoint
 from upcycle.training.loss_free import LossFreeBias
+from upcycle.types import Model, Tokenizer
 
 NEVER = 10**9
-NOT_REPRODUCED = ("runtime", "per_second", "flos", "num_tokens")
+Inputs = dict[str, torch.Tensor]
+"""A batch, as the model takes it."""
 
 
 class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that resumes a MoE with its experts, balances its routers per layer and stops at NaN."""
 
-    def __init__(self, model: Any, balance: PosttrainSettings | None, **arguments: Any):
+    def __init__(self, model: Model, balance: PosttrainSettings | None, **arguments: Any):
         self.balance = balance
         self.recorder = RouterRecorder(model) if balance else None
         self.load_monitor = LoadMonitor() if balance else None
@@ -40,7 +43,7 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         self.bias = LossFreeBias(model, rate) if rate else None
         super().__init__(model=model, **arguments)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Model, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> torch.Tensor:
         """TRL's loss plus what keeps a MoE's routers balanced."""
         if self.recorder is None:
             return self._finite(super().compute_loss(model, inputs, return_outputs, **kwargs))
@@ -49,7 +52,7 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         # the language-model loss is already divided by the tokens of the whole step: so is this, by its parts
         return self._finite(loss + self._router_loss(inputs) / self.current_gradient_accumulation_steps)
 
-    def _router_loss(self, inputs: Any) -> torch.Tensor:
+    def _router_loss(self, inputs: Inputs) -> torch.Tensor:
         """`router_aux_loss_coef` times the per-layer load-balancing loss, and the z-loss; counts the load."""
         assert self.recorder is not None
         assert self.balance is not None
@@ -78,7 +81,7 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs | self.load_monitor.take(), start_time)
         self.state.log_history[-1]["load"] = self.load_monitor.load
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
+    def create_model_card(self, *_: object, **__: object) -> None:
         """No card per checkpoint: the run's own says where a model comes from."""
 
     def _finite(self, loss: torch.Tensor) -> torch.Tensor:
@@ -86,19 +89,20 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
             self._stop_at("the loss is not finite")
         return loss
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: Model, trial: object) -> None:
         if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
             self._stop_at("a weight is not finite")
         if self.bias:  # before the rest, which says that the checkpoint is complete
             self.bias.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A mixture of adapters is saved in its compact form."""
-        if mixture_of(self.model):
-            save_mixture(self.model, Path(output_dir or self.args.output_dir), "float32")
-        else:
+    def _save(self, output_dir: str | None = None, state_dict: Inputs | None = None) -> None:
+        """As the kind of experts wants it."""
+        save = kind_of(self.model).save_checkpoint
+        if save is None:
             super()._save(output_dir, state_dict)
+        else:
+            save(self.model, Path(output_dir or self.args.output_dir))
 
     def _stop_at(self, problem: str) -> None:
         last = last_checkpoint(Path(self.args.output_dir))
@@ -108,92 +112,75 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
             "Lower the learning rate, or look at the data around that step"
         )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load through from_pretrained, which maps the per-expert names on disk to the fused ones in memory.
-
-        The stock method does not (transformers 5.23): it would go on from the initial experts.
-        """
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model | None = None) -> None:
+        """The stock method (transformers 5.23) would go on from a MoE's initial experts."""
         target = model if model is not None else self.model
         if self.bias:
             self.bias.load(Path(resume_from_checkpoint))
-        if mixture_of(target):
-            load_tensors(target, Path(resume_from_checkpoint))
-            return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(target, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        source = load_model(Path(resume_from_checkpoint), dtype=torch.float32)
-        target.load_state_dict(source.state_dict(), strict=True)
+        else:
+            kind_of(target).resume(target, Path(resume_from_checkpoint))
 
 
-def fine_tune(
-    model: Any,
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    settings: TrainingSettings,
-    out_dir: Path,
-    seed: int,
-    description: str,
-    keep: int | None = None,
-    balance: PosttrainSettings | None = None,
-) -> list[dict[str, float]]:
-    """Train `model` in place; goes on from the last complete checkpoint in `out_dir` if there is one.
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained, and where its checkpoints go."""
 
-    Args:
-        keep: how many checkpoints stay (None: all; only the newest keeps its optimizer state).
-        balance: how a MoE's routers are balanced; None for a dense model.
+    settings: TrainingSettings
+    seed: int
+    title: str
+    """What progress is called."""
+    out_dir: Path
+    keep: int | None = None
+    """How many checkpoints stay (None: all; only the newest keeps its optimizer state)."""
+    balance: PosttrainSettings | None = None
+    """How a MoE's routers are balanced; None for a dense model."""
+
+
+def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], training: Training) -> TrainingRecord:
+    """Train `model` in place; goes on from the last complete checkpoint if there is one.
 
     Returns:
-        The Trainer's log without wall-clock figures: a list of {step, epoch, loss, ...}.
+        What was trained on, and the Trainer's log without wall-clock figures.
 
     Raises:
         UpcycleError: the loss or a weight is not finite, or the checkpoints would be less than a step apart.
     """
-    bar = ShowProgress(description)
+    settings, bar = training.settings, ShowProgress(training.title)
     trainer = UpcyclingTrainer(
         model=model,
-        balance=balance,
-        args=_arguments(settings, out_dir, seed, keep, balance.report_to if balance else "none"),
+        balance=training.balance,
+        args=_arguments(training),
         train_dataset=Dataset.from_dict(
             {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
         ),
         processing_class=tokenizer,
-        callbacks=[
-            CheckpointSchedule(settings.epochs, settings.checkpoint_every),
-            bar,
-            StripOlder(),
-        ],
+        callbacks=[CheckpointSchedule(settings.epochs, settings.checkpoint_every), bar, StripOlder()],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.bias:
         trainer.add_callback(StepBias(trainer.bias))
-    resume = last_checkpoint(out_dir)
+    resume = last_checkpoint(training.out_dir)
     if resume:
-        say(f"{description}: resuming from {resume.name}")
+        say(f"{training.title}: resuming from {resume.name}")
     with trainer.watching(), closing(bar):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return [_without_runtime(entry) for entry in trainer.state.log_history if "loss" in entry]
+    log = [log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
+    return TrainingRecord(
+        rows=len(samples),
+        tokens=round(settings.epochs * sum(len(s.input_ids) for s in samples)),
+        answer_tokens=round(settings.epochs * sum(s.num_answer_tokens for s in samples)),
+        steps=len(log),
+        log=log,
+    )
 
 
-def training_record(samples: Sequence[Sample], settings: TrainingSettings, log: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a training stage saw, and its log."""
-    return {
-        "rows": len(samples),
-        "tokens": round(settings.epochs * sum(len(s.input_ids) for s in samples)),
-        "answer_tokens": round(settings.epochs * sum(s.num_answer_tokens for s in samples)),
-        "steps": len(log),
-        "log": log,
-    }
-
-
-def _without_runtime(entry: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in sorted(entry.items()) if not any(part in k for part in NOT_REPRODUCED)}
-
-
-def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, keep: int | None, report_to: str) -> SFTConfig:
+def _arguments(training: Training) -> SFTConfig:
+    settings, seed = training.settings, training.seed
     accelerator = torch.accelerator.is_available()
     return SFTConfig(
-        output_dir=str(out_dir),
+        output_dir=str(training.out_dir),
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.micro_batch_size,
@@ -210,10 +197,10 @@ def _arguments(settings: TrainingSettings, out_dir: Path, seed: int, keep: int |
         router_aux_loss_coef=0.0,  # ours is per layer
         save_strategy="steps",
         save_steps=NEVER,  # CheckpointSchedule decides
-        save_total_limit=keep,
+        save_total_limit=training.keep,
         logging_steps=1,  # a longer window would start anew at a resume, and the log differ
         logging_nan_inf_filter=False,
-        report_to=report_to,
+        report_to=training.balance.report_to if training.balance else "none",
         disable_tqdm=True,
         dataloader_pin_memory=accelerator,
     )

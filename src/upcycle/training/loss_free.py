@@ -5,15 +5,16 @@ Legend: T tokens, E experts, k experts per token, L layers.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from upcycle.models.folders import router_modules
-from upcycle.training.balance import expert_share
+from upcycle.routing.load import expert_share
+from upcycle.routing.routers import num_experts, router_modules
+from upcycle.types import Model
 
 FILE = "router_bias.safetensors"
 DECAY_FROM = 0.75
@@ -29,12 +30,11 @@ class LossFreeBias:
     training.
     """
 
-    def __init__(self, model: Any, rate: float) -> None:
+    def __init__(self, model: Model, rate: float) -> None:
         self._gates = router_modules(model)
         self._rate = rate
-        self._handles: list[Any] = []
-        num_experts = self._gates[0].weight.shape[0]
-        self.bias: Float[Tensor, "L E"] = torch.zeros(len(self._gates), num_experts, device=model.device)
+        self._handles: list[RemovableHandle] = []
+        self.bias: Float[Tensor, "L E"] = torch.zeros(len(self._gates), num_experts(model), device=model.device)
         self.strength = 1.0
         self._load = torch.zeros_like(self.bias)
 

@@ -1,0 +1,142 @@
+"""Is the MoE the dense model where it must be? Logits of a cut-down copy with equal experts against the dense ones.
+
+The names of tensors and fields do not tell: several architectures load without a complaint and compute something else
+(windows, rotary positions, norms). So the comparison is made for every real model, on a copy that is small however
+large the model is: its first layers (one of each kind), 64 FFN channels, 256 rows of the vocabulary, windows and
+original positions shortened, so that the text is longer than any of them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from upcycle.architectures.families import moe_config
+from upcycle.architectures.layouts import EMBEDDINGS, Region, layer_of, router_tensors
+from upcycle.architectures.mapping import Mapping
+from upcycle.errors import UpcycleError
+from upcycle.types import Config
+from upcycle.weights.folders import load_state
+
+CHANNELS, TOKENS, WINDOW, LENGTH = 64, 256, 8, 48
+TOLERANCE = 1e-4
+"""Of the largest logit: fp32 rounding is 1e-6, a lost field 1e-2 and more."""
+
+Read = Callable[[Region], Tensor]
+"""A region's values, in the region's shape."""
+
+
+def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int) -> float:
+    """Compare the logits of the dense model with those of the MoE whose experts are all `expert`.
+
+    Args:
+        moe: the assembled MoE; None to make it here from the dense tensors.
+
+    Returns:
+        The largest difference over the largest logit.
+
+    Raises:
+        UpcycleError: it is more than TOLERANCE, or a tensor has no place in one of the models.
+    """
+    small = _cut_mapping(mapping)
+    family, config, where = mapping.family, small.config, mapping.where
+    dense_state: dict[str, Tensor] = {}
+    moe_state = {name: torch.zeros(shape) for name, shape in small.zeros.items()}
+    for region, cut, targets, cut_targets in _moves(mapping, small, expert):
+        values = _corner(dense(region), cut.shape)
+        _put(dense_state, cut, values)
+        for target, cut_target in zip(targets, cut_targets, strict=True):
+            _put(moe_state, cut_target, values if moe is None else _corner(moe(target), cut.shape))
+    generator = torch.Generator().manual_seed(0)
+    for name in router_tensors(family.moe.layout, config):
+        moe_state[name] = torch.randn(2, config["hidden_size"], generator=generator)
+    ids = torch.randint(config["vocab_size"], (1, LENGTH), generator=generator)
+    expected = _logits(config, dense_state, ids, f"{where} (dense)")
+    found = _logits(moe_config(family, config, 2, 2, "float32"), moe_state, ids, f"{where} as {family.moe.model_type}")
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE:
+        raise UpcycleError(
+            f"{where}: as {family.moe.model_type} with equal experts its logits differ from the dense model's by "
+            f"{difference:.1e} of the largest (expected at most {TOLERANCE:.0e}), so the mapping is not exact for this "
+            "model; please report its config.json"
+        )
+    return difference
+
+
+def cut_down(config: Config) -> Config:
+    """The configuration of the copy."""
+    layers = _layers_of_every_kind(config)
+    small = {
+        **config,
+        "num_hidden_layers": layers,
+        "intermediate_size": min(CHANNELS, config["intermediate_size"]),
+        "vocab_size": min(TOKENS, config["vocab_size"]),
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **{name: config[name][:layers] for name in ("layer_types", "no_rope_layers") if config.get(name)},
+    }
+    if config.get("sliding_window"):
+        small["sliding_window"] = min(WINDOW, config["sliding_window"])
+    return _shorten_positions(small)
+
+
+def _shorten_positions(config: Config) -> Config:
+    """Positions from which scaled rotary embeddings behave otherwise come within the text."""
+    rope = dict(config["rope_parameters"])
+    original = rope.get("original_max_position_embeddings")
+    if original:
+        ratio = config["max_position_embeddings"] / original
+        rope["original_max_position_embeddings"] = 2 * WINDOW
+        if "original_max_position_embeddings" in config:
+            config["original_max_position_embeddings"] = 2 * WINDOW
+        return {**config, "rope_parameters": rope, "max_position_embeddings": round(2 * WINDOW * ratio)}
+    return {**config, "max_position_embeddings": 2 * WINDOW}
+
+
+def _layers_of_every_kind(config: Config) -> int:
+    kinds = list(zip(*(config[name] for name in ("layer_types", "no_rope_layers") if config.get(name)), strict=True))
+    firsts = [kinds.index(kind) + 1 for kind in set(kinds)]
+    return int(min(config["num_hidden_layers"], max([2, *firsts])))
+
+
+def _cut_mapping(mapping: Mapping) -> Mapping:
+    """The copy's, with two experts."""
+    config = cut_down(mapping.config)
+    shapes = {
+        name: _cut_shape(name, shape, config)
+        for name, shape in mapping.shapes.items()
+        if (layer_of(name) or 0) < config["num_hidden_layers"]
+    }
+    return replace(mapping, config=config, shapes=shapes, num_experts=2)
+
+
+def _moves(
+    mapping: Mapping, small: Mapping, expert: int
+) -> Iterator[tuple[Region, Region, list[Region], list[Region]]]:
+    """(dense, its cut, places in the MoE, their cuts) of every region that the copy has."""
+    kept = [move for move in mapping.shared if move.dense.tensor in small.shapes]
+    for move, cut in zip(kept, small.shared, strict=True):
+        yield move.dense, cut.dense, [move.moe], [cut.moe]
+    for ffn, ffn_cut in zip(mapping.ffn, small.ffn, strict=False):  # the copy has the first layers
+        yield ffn.dense, ffn_cut.dense, [ffn.experts[expert]] * 2, list(ffn_cut.experts)
+
+
+def _cut_shape(name: str, shape: tuple[int, ...], small: Config) -> tuple[int, ...]:
+    return (small["vocab_size"], *shape[1:]) if name in EMBEDDINGS else shape
+
+
+def _corner(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return values[tuple(slice(n) for n in shape)].float()
+
+
+def _put(state: dict[str, Tensor], region: Region, values: Tensor) -> None:
+    tensor = state.setdefault(region.tensor, torch.zeros(region.full))
+    tensor.view(-1)[region.element : region.element + region.count] = values.reshape(-1)
+
+
+@torch.no_grad()
+def _logits(config: Config, state: dict[str, Tensor], ids: Tensor, what: str) -> Tensor:
+    logits: Tensor = load_state(config, state, what)(ids).logits
+    return logits

@@ -1,0 +1,105 @@
+"""A dense model and its MoE, tensor by tensor."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upcycle.architectures.families import Family, family_of
+from upcycle.architectures.layouts import (
+    FfnMove,
+    Region,
+    SharedMove,
+    ffn_moves,
+    ffn_tensors,
+    router_tensors,
+    shared_moves,
+    zero_tensors,
+)
+from upcycle.errors import UpcycleError
+from upcycle.types import Config
+from upcycle.weights.folders import read_config
+from upcycle.weights.safetensors_io import ModelReader, TensorSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Where every tensor of a dense model goes in a MoE of `num_experts` experts."""
+
+    where: Path
+    family: Family
+    config: Config
+    """The dense one, with every field written out."""
+    shapes: Shapes
+    """The dense tensors outside the FFNs."""
+    num_experts: int
+
+    @cached_property
+    def shared(self) -> list[SharedMove]:
+        return shared_moves(self.family.layout, self.config, self.shapes)
+
+    @cached_property
+    def ffn(self) -> list[FfnMove]:
+        return ffn_moves(self.family.layout, self.family.moe.layout, self.config, self.num_experts)
+
+    @property
+    def zeros(self) -> Shapes:
+        return zero_tensors(self.family.moe.layout, self.config)
+
+    @property
+    def moe_shapes(self) -> Shapes:
+        """Every tensor of the MoE."""
+        regions = [move.moe for move in self.shared] + [region for move in self.ffn for region in move.experts]
+        routers = dict.fromkeys(
+            router_tensors(self.family.moe.layout, self.config), (self.num_experts, self.config["hidden_size"])
+        )
+        return {region.tensor: region.full for region in regions} | routers | self.zeros
+
+    def specs(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(shape, dtype) for name, shape in self.moe_shapes.items()}
+
+    def num_parameters(self, active_experts: int | None = None) -> int:
+        """Of the MoE: in all, or used for a token that goes to `active_experts`; embeddings included."""
+        idle = 0 if active_experts is None else self.num_experts - active_experts
+        per_expert = sum(move.dense.count for move in self.ffn)
+        return sum(map(prod, self.moe_shapes.values())) - idle * per_expert
+
+
+def map_model(base: Path, reader: ModelReader, num_experts: int) -> Mapping:
+    """The mapping of a dense model.
+
+    Raises:
+        UpcycleError: no exact MoE, or a tensor that has no place in it.
+    """
+    config = read_config(base)
+    family = family_of(config, str(base))
+    return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts)
+
+
+def read_region(reader: ModelReader, region: Region) -> Tensor:
+    """A region's values, in its shape, as a view of the mapped file: not to be written to."""
+    return reader.elements(region.tensor, region.element, region.count).view(region.shape)
+
+
+def shared_shapes(reader: ModelReader, family: Family, config: Config) -> Shapes:
+    """Every tensor that is not an FFN's, with its shape; what some files carry without need is left aside.
+
+    Raises:
+        UpcycleError: a tensor of an FFN has no place in a MoE.
+    """
+    shared = needed_tensors(reader, config) - set(ffn_tensors(family.layout, config))
+    strange = sorted(name for name in shared if ".mlp." in name)
+    if strange:
+        raise UpcycleError(f"{reader.folder}: {strange[0]} has no place in the mixture of experts")
+    return {name: reader.spec(name).shape for name in sorted(shared)}
+
+
+def needed_tensors(reader: ModelReader, config: Config) -> set[str]:
+    """The names but for those that older files repeat: the tied head, rotary frequencies that are computed anyway."""
+    tied = bool(config.get("tie_word_embeddings"))
+    return {n for n in reader.names() if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")}

@@ -1,0 +1,164 @@
+"""PEFT LoRA adapters of FFN weights, read without PEFT (which would need the whole model) and never unpickled."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from upcycle.architectures.families import family_of
+from upcycle.architectures.layouts import SEPARATE
+from upcycle.errors import UpcycleError
+from upcycle.merging.low_rank import LowRank
+from upcycle.types import Config
+from upcycle.weights.base import Base
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FFN = ("gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."
+NAME = re.compile(r"base_model\.model\.(model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj)\.lora_(A|B)\.weight")
+UNSUPPORTED = {
+    "use_dora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "layer_replication": None,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+}
+"""Fields of an adapter that make it more than s B A on linear layers, and the value with which they do not."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter rather than a model."""
+    return (folder / CONFIG).is_file()
+
+
+def read_adapter_config(folder: Path) -> Config:
+    """The decoded adapter_config.json.
+
+    Raises:
+        UpcycleError: it is missing or not a JSON object.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UpcycleError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UpcycleError(f"{path} holds {type(config).__name__}, expected an object")
+    return config
+
+
+def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
+    """The updates of a LoRA adapter of FFN weights, by the name of the weight's module.
+
+    Args:
+        base: the dense model's configuration.
+
+    Raises:
+        UpcycleError: another kind of adapter, one of other weights than the FFN's or of another model, a damaged file,
+            or values that are not finite.
+    """
+    config = read_adapter_config(folder)
+    _check_kind(folder, config)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in read_tensors(folder).items():
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise UpcycleError(
+                f"{folder / WEIGHTS}: {name} is not a LoRA factor of gate_proj, up_proj or down_proj; an expert is an "
+                "FFN block, so an adapter that changes anything else cannot be one: train it with "
+                f"target_modules={list(FFN)}"
+            )
+        if not tensor.isfinite().all():
+            raise UpcycleError(f"{folder / WEIGHTS}: {name} holds NaN or Inf; leave this adapter out")
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    return {name: _update(folder, name, pair, config, base) for name, pair in sorted(pairs.items())}
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of an adapter's file.
+
+    Raises:
+        UpcycleError: it is not there, or damaged.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UpcycleError(f"{folder} has no {WEIGHTS}: adapters must be safetensors")
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise UpcycleError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def check_base(base: Base) -> None:
+    """Raises UpcycleError if the FFN weights of a dense model are not three tensors without biases."""
+    if family_of(base.config, str(base.folder)).layout is not SEPARATE:
+        raise UpcycleError(
+            f"{base.folder}: {base.config['model_type']} keeps gate and up in one weight, but adapters as experts need "
+            "gate_proj, up_proj and down_proj; use prepare.train=ffn"
+        )
+
+
+def name_base(folder: Path, name: str) -> None:
+    """Write the dense model's name into an adapter's configuration; PEFT writes where it was loaded from."""
+    config = read_adapter_config(folder)
+    (folder / CONFIG).write_text(
+        json.dumps({**config, "base_model_name_or_path": name}, indent=2, sort_keys=True) + "\n"
+    )
+
+
+def ffn_shapes(base: Config) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of every FFN weight of a dense model, by the name of its module."""
+    hidden, channels = base["hidden_size"], base["intermediate_size"]
+    shapes = {"gate_proj": (channels, hidden), "up_proj": (channels, hidden), "down_proj": (hidden, channels)}
+    layers = range(base["num_hidden_layers"])
+    return {f"model.layers.{layer}.mlp.{weight}": shapes[weight] for layer in layers for weight in FFN}
+
+
+def _check_kind(folder: Path, config: Config) -> None:
+    if (kind := config.get("peft_type")) != "LORA":
+        raise UpcycleError(f"{folder / CONFIG}: peft_type is {kind!r}, expected 'LORA'")
+    for field, plain in UNSUPPORTED.items():
+        if (found := config.get(field, plain)) not in (plain, None):
+            raise UpcycleError(
+                f"{folder / CONFIG}: {field} is {found!r}, expected {plain!r}: what it adds is not a product of two "
+                "matrices, so it would be lost"
+            )
+
+
+def _update(folder: Path, name: str, pair: dict[str, Tensor], config: Config, base: Config) -> LowRank:
+    if pair.keys() != {"A", "B"}:
+        raise UpcycleError(f"{folder / WEIGHTS}: {name} has lora_{next(iter(pair))} alone, expected lora_A and lora_B")
+    a, b = pair["A"], pair["B"]
+    expected = ffn_shapes(base).get(name)
+    if expected is None or (b.shape[0], a.shape[1]) != expected or b.shape[1] != a.shape[0]:
+        raise UpcycleError(
+            f"{folder / WEIGHTS}: {name} has factors {tuple(b.shape)} and {tuple(a.shape)}, the base's weight is "
+            f"{expected or 'not there'}; the adapter belongs to another model"
+        )
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", a.shape[0]))
+    return LowRank(a, b, alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a)))
+
+
+def _by_pattern(pattern: dict[str, Any], name: str, default: float) -> float:
+    """As PEFT: the first pattern that ends the name."""
+    return float(next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default))
+
+
+def merged_weight(weight: Tensor, update: LowRank | None) -> Tensor:
+    """W + s B A in fp32; W as it is without an update."""
+    return (
+        weight
+        if update is None
+        else torch.addmm(weight.float(), update.b.float(), update.a.float(), alpha=update.scaling)
+    )

@@ -1,0 +1,274 @@
+"""Whole FFNs as experts: dense checkpoints go side by side into a plain MoE, in one streaming pass.
+
+No child is ever a dense model on disk, and memory is that of a few pieces of tensors.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upcycle.architectures.clients import CLIENTS, limits
+from upcycle.architectures.families import computed_fields, family_of, moe_of
+from upcycle.architectures.layouts import Region, ffn_tensors, router_tensors
+from upcycle.architectures.mapping import Mapping, map_model, needed_tensors, read_region
+from upcycle.console import warn
+from upcycle.errors import UpcycleError
+from upcycle.experts.adapter_files import is_adapter
+from upcycle.experts.gram import Measure, task_vector_gram
+from upcycle.experts.kind import Kind, Load, Routers
+from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
+from upcycle.merging.kernels import KERNELS
+from upcycle.merging.lineage import Child, materialise
+from upcycle.merging.perturb import perturbed
+from upcycle.records.description import Description
+from upcycle.records.files import LINEAGE
+from upcycle.records.plan import ExpansionPlan, Expert, Gram
+from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
+from upcycle.types import Model
+from upcycle.weights.base import Base
+from upcycle.weights.folders import copy_companions, load_dense, read_config, write_config
+from upcycle.weights.safetensors_io import ModelReader, pieces
+from upcycle.weights.streaming import PIECE
+
+
+def check_checkpoint(base: Base, first: Path, checkpoint: Path) -> None:
+    """Raises UpcycleError if a checkpoint is an adapter, or has another architecture or precision than the base."""
+    if is_adapter(checkpoint):
+        raise UpcycleError(f"{checkpoint} is an adapter; set prepare.train=lora to make experts of adapters")
+    check_same_architecture(base, checkpoint)
+    check_precision(base, first, checkpoint)
+
+
+def check_same_architecture(base: Base, checkpoint: Path) -> None:
+    """Compare the fields that decide what the weights compute.
+
+    Raises:
+        UpcycleError: names the first field that differs.
+    """
+    expected, found = computed_fields(base.config), computed_fields(read_config(checkpoint))
+    for field in expected:
+        if expected[field] != found.get(field):
+            raise UpcycleError(
+                f"{checkpoint}: {field} is {found.get(field)!r}, but the base {base.folder} has "
+                f"{expected.get(field)!r}; the checkpoints of one run have the base's architecture"
+            )
+
+
+def check_precision(base: Base, first: Path, checkpoint: Path) -> None:
+    """Compare the dtypes of the FFN weights.
+
+    Raises:
+        UpcycleError: they are less precise than the base's, or not those of the first checkpoint: the rounding would be
+            taken for what training changed.
+    """
+    name = ffn_names(base)[0]
+    dtypes = {folder: ModelReader(folder).spec(name).dtype for folder in (base.folder, first, checkpoint)}
+    for other, wrong in (
+        (base.folder, dtypes[checkpoint].itemsize < dtypes[base.folder].itemsize),
+        (first, dtypes[checkpoint] != dtypes[first]),
+    ):
+        if wrong:
+            raise UpcycleError(
+                f"{checkpoint}: its weights are {dtypes[checkpoint]}, those of {other} {dtypes[other]}; the rounding "
+                f"would be taken for what training changed: convert {other} to {dtypes[checkpoint]}, or save "
+                "checkpoints in its dtype"
+            )
+
+
+def ffn_names(base: Base) -> list[str]:
+    """The names of the tensors that hold the base's FFN weights."""
+    return ffn_tensors(family_of(base.config, str(base.folder)).layout, base.config)
+
+
+def whole_model(base: Base, _lora: LoraSettings, _seed: int) -> Model:
+    """All of the model trains."""
+    return load_dense(base.folder, torch.float32).train()
+
+
+def ffn_alone(base: Base, _lora: LoraSettings, _seed: int) -> Model:
+    """Only the FFN weights train: the experts then differ in nothing else."""
+    model = load_dense(base.folder, torch.float32).train()
+    names = set(ffn_names(base))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    return model
+
+
+def finish_checkpoint(folder: Path, base: Base) -> None:
+    """Training switches the cache off in the saved configuration; the architecture is the base's."""
+    write_config(folder, {**base.config, "dtype": "float32"})
+
+
+def compare(base: Base, folders: Sequence[Path], settings: ExpandSettings, seed: int) -> tuple[Gram, Measure | None]:
+    """Inner products of the FFN task vectors, by streaming; those of children too where merging is not linear."""
+
+    def measure(experts: Sequence[Expert]) -> Gram:
+        sources = [base.folder if e.checkpoint is None else folders[e.checkpoint] for e in experts if e.kind != "child"]
+        children = [Child(e.parents, e.weights) for e in experts if e.kind == "child"]
+        return task_vector_gram(base, sources, children, settings.merge, settings.drop_rate, seed)
+
+    gram = task_vector_gram(base, folders) if folders else np.zeros((0, 0))
+    return gram, None if KERNELS[settings.merge].linear else measure
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What is read: the base, every checkpoint, and those that are experts (the base may be one)."""
+
+    base: ModelReader
+    checkpoints: list[ModelReader]
+    experts: list[ModelReader]
+
+    def shared(self, origin: str) -> list[ModelReader]:
+        """The models whose mean the weights outside the experts are."""
+        return {"last": self.checkpoints[-1:], "mean": self.checkpoints, "base": [self.base]}[origin]
+
+
+def assemble(
+    base: Base,
+    folders: Sequence[Path],
+    plan: ExpansionPlan,
+    settings: AssembleSettings,
+    _lora: LoraSettings,
+    routers: Routers,
+    out_dir: Path,
+) -> None:
+    """Write the MoE as a Hugging Face folder with the names that save_pretrained writes.
+
+    Raises:
+        UpcycleError: unsupported base, a tensor with no place in the MoE, or what `write_moe` refuses.
+    """
+    sources = _open(base, folders, plan)
+    mapping = map_model(base.folder, sources.base, len(plan.experts))
+    _check_tensors(sources, mapping)
+    layout_down = mapping.family.layout.down.tensor
+    parts = Parts(
+        shared=sources.shared(settings.shared),
+        experts=partial(_pieces, sources, plan, layout_down),
+        expert=partial(_expert, sources, plan, layout_down),
+        routers=routers,
+        compared=[len(sources.experts) - 1],  # the last that exists as a dense model
+        num_experts_per_tok=settings.num_experts_per_tok,
+    )
+    dtype = storage_dtype(settings.dtype, sources.experts[0], mapping)
+    hint = "lower expand.num_experts or set assemble.dtype=bfloat16"
+    config = write_moe(out_dir, mapping, parts, dtype, "assemble", hint)
+    copy_companions(base.folder, out_dir, base.chat_template)
+    LINEAGE.write(out_dir, plan)
+    for limit in limits(config):
+        if limit.silent:
+            warn(f"{CLIENTS[limit.client]} loads this {limit.moe} but {limit.what}: its output will be different")
+
+
+def _open(base: Base, folders: Sequence[Path], plan: ExpansionPlan) -> _Sources:
+    first, checkpoints = ModelReader(base.folder), [ModelReader(folder) for folder in folders]
+    experts = [first if e.checkpoint is None else checkpoints[e.checkpoint] for e in plan.sources]
+    return _Sources(first, checkpoints, experts)
+
+
+def _check_tensors(sources: _Sources, mapping: Mapping) -> None:
+    """Every checkpoint has the base's tensors."""
+    names = needed_tensors(sources.base, mapping.config)
+    for reader in sources.checkpoints:
+        if odd := needed_tensors(reader, mapping.config) ^ names:
+            raise UpcycleError(f"{reader.folder}: tensor {min(odd)} is in only one of this checkpoint and the base")
+        for name in names:
+            found, expected = reader.spec(name).shape, sources.base.spec(name).shape
+            if found != expected:
+                raise UpcycleError(f"{reader.folder}: {name} has shape {found}, the base has {expected}")
+
+
+def _pieces(sources: _Sources, plan: ExpansionPlan, down: str, region: Region) -> Iterator[Piece]:
+    """A weight of every expert: the checkpoints' and, made along the lineage, the children's; or perturbed copies."""
+    if plan.perturb != "none":
+        for number in range(len(plan.experts)):
+            yield number, 0, _expert(sources, plan, down, number, region)
+        return
+    children = [Child(e.parents, e.weights) for e in plan.children]
+    for begin, count in pieces(region.count, region.count if KERNELS[plan.merge].whole_tensor else PIECE):
+        start = region.element + begin
+        theta, *experts = (r.elements(region.tensor, start, count) for r in (sources.base, *sources.experts))
+        made = materialise(theta, experts, children, plan.merge, plan.drop_rate, plan.seed, region.tensor, start)
+        for number, values in enumerate(chain(experts, made)):
+            yield number, begin, values
+
+
+def _expert(sources: _Sources, plan: ExpansionPlan, down: str, number: int, region: Region) -> Tensor:
+    """A weight of an expert that is a checkpoint, the base or a perturbed copy of one."""
+    weight = read_region(sources.experts[number], region)
+    if plan.perturb == "none":
+        return weight
+    channels = 1 if region.tensor.endswith(down) else 0
+    key = (plan.seed, number, f"{region.tensor}.{region.row}")
+    return perturbed(weight, channels, plan.perturb, plan.perturb_rate, plan.noise_std, key)
+
+
+def load(how: Load) -> Model:
+    """A dense model or a plain MoE."""
+    return load_dense(how.folder, how.dtype).to(how.device).eval()
+
+
+def save(model: Model, folder: Path, initial: Path) -> None:
+    """With the configuration, tokenizer and lineage of the initial MoE."""
+    config = json.loads((initial / "config.json").read_text())  # as written: training changes it
+    model.to(getattr(torch, config["dtype"])).save_pretrained(folder)
+    write_config(folder, config)
+    copy_companions(initial, folder)
+
+
+def resume(model: Model, checkpoint: Path) -> None:
+    """Load through from_pretrained, which maps the per-expert names on disk to the fused ones in memory."""
+    model.load_state_dict(load_dense(checkpoint, torch.float32).state_dict(), strict=True)
+
+
+def router_keys(model: Model) -> list[str]:
+    """As save_pretrained writes them."""
+    config = model.config.to_dict()
+    return router_tensors(moe_of(config).layout, config)
+
+
+def no_fold(source: Path, _target: Path, _dtype: str, _base: str | None) -> None:
+    """Raises UpcycleError: there is nothing to fold."""
+    raise UpcycleError(f"{source} is a plain model already; leave out --fold")
+
+
+def describe(folder: Path) -> Description:
+    """From its configuration."""
+    config = read_config(folder)
+    experts = config.get("num_local_experts") or config.get("num_experts")
+    if not experts:
+        return Description(f"A dense {config['model_type']} model", plain=True)
+    warnings = (f"{CLIENTS[limit.client]} and this {limit.moe}: {limit.what}." for limit in limits(config))
+    what = f"A {config['model_type']} mixture of {experts} experts, top-{config['num_experts_per_tok']}"
+    return Description(what, plain=True, warnings=tuple(warnings))
+
+
+FFN = Kind(
+    peft_types=(),
+    frozen=frozenset(),
+    check_base=lambda _: None,
+    check_checkpoint=check_checkpoint,
+    trainable=ffn_alone,
+    num_saved=lambda model: model.num_parameters(),
+    finish_checkpoint=finish_checkpoint,
+    merge_rule=lambda _: None,
+    compare=compare,
+    assemble=assemble,
+    load=load,
+    save=save,
+    save_checkpoint=None,
+    resume=resume,
+    router_keys=router_keys,
+    fold=no_fold,
+    describe=describe,
+)
+"""Only the FFNs are tuned."""
+FULL = replace(FFN, trainable=whole_model)
+"""All of the model is tuned; the FFNs become experts."""

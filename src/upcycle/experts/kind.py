@@ -1,0 +1,80 @@
+"""The form of a row of `kinds.KINDS`: everything that depends on what an expert is."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from upcycle.experts.gram import Measure
+from upcycle.records.description import Description
+from upcycle.records.plan import AdapterMerge, ExpansionPlan, Gram
+from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
+from upcycle.types import Model
+from upcycle.weights.base import Base
+
+Routers = Sequence[torch.Tensor]
+"""Routing vectors (E, H) of each layer."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a model folder is to be loaded."""
+
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+    base: Path | None
+    """The dense model of adapters; None: the one that they name."""
+    four_bit: bool
+    """Quantize the dense model of adapters (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of expert: what is done with it in each stage, and on disk.
+
+    Functions raise UpcycleError for what a user can mend.
+    """
+
+    peft_types: tuple[str, ...]
+    """`peft_type` in the adapter_config.json of folders of this kind; empty: plain model folders."""
+    frozen: frozenset[str]
+    """Parts of the MoE (`routing.routers.parts`) that no training changes."""
+
+    # preparation
+    check_base: Callable[[Base], None]
+    """Refuses a base that cannot have such experts."""
+    check_checkpoint: Callable[[Base, Path, Path], None]
+    """(base, the first checkpoint, a checkpoint): refuses what does not belong to the base."""
+    trainable: Callable[[Base, LoraSettings, int], Model]
+    """(base, settings, seed): the model with what is tuned, in training mode."""
+    num_saved: Callable[[Model], int]
+    """Parameters that a checkpoint of what `trainable` gives holds."""
+    finish_checkpoint: Callable[[Path, Base], None]
+    """Give a checkpoint of the Trainer's the configuration that others expect."""
+
+    # expansion
+    merge_rule: Callable[[ExpandSettings], AdapterMerge | None]
+    """How adapters are merged; None for whole FFNs."""
+    compare: Callable[[Base, Sequence[Path], ExpandSettings, int], tuple[Gram, Measure | None]]
+    """(base, checkpoints, settings, seed): inner products of the task vectors, and how those of children are found if
+    they are not linear in expectation."""
+
+    # assembly, training, export
+    assemble: Callable[[Base, Sequence[Path], ExpansionPlan, AssembleSettings, LoraSettings, Routers, Path], None]
+    """(base, every checkpoint, plan, settings, settings, routers, folder): write the MoE."""
+    load: Callable[[Load], Model]
+    """A model folder of this kind, in evaluation mode."""
+    save: Callable[[Model, Path, Path], None]
+    """(model, folder, the folder that it was loaded from): write a trained MoE as a folder that stands alone."""
+    save_checkpoint: Callable[[Model, Path], None] | None
+    """Write what a resume needs of the model; None: as the Trainer does."""
+    resume: Callable[[Model, Path], None]
+    """Put a checkpoint's weights into the model."""
+    router_keys: Callable[[Model], list[str]]
+    """The name on disk of every layer's routing vectors."""
+    fold: Callable[[Path, Path, str, str | None], None]
+    """(mixture, new folder, dtype, base or None): write it as a plain MoE."""
+    describe: Callable[[Path], Description]
+    """What a folder with a MoE of this kind is, in words."""

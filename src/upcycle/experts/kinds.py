@@ -1,0 +1,94 @@
+"""The kinds of experts, a row each; and models and folders of any kind."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.experts.adapter_files import is_adapter, read_adapter_config
+from upcycle.experts.bottleneck import BOTTLENECK
+from upcycle.experts.ffn import FFN, FULL
+from upcycle.experts.kind import Kind, Load
+from upcycle.experts.lora import LORA
+from upcycle.experts.mixture import mixture_of
+from upcycle.routing.routers import freeze, router_modules
+from upcycle.types import Model
+
+KINDS: dict[str, Kind] = {"ffn": FFN, "full": FULL, "lora": LORA, "bottleneck": BOTTLENECK}
+"""`prepare.train` to its row."""
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model of any kind."""
+    return is_adapter(folder) or (folder / "config.json").is_file()
+
+
+def kind_in(folder: Path) -> Kind:
+    """The kind that a model folder is of; an adapter of PEFT's that no row names is loaded as a LoRA adapter is."""
+    if not is_adapter(folder):
+        return FFN
+    peft_type = read_adapter_config(folder).get("peft_type")
+    return next((kind for kind in KINDS.values() if peft_type in kind.peft_types), LORA)
+
+
+def kind_of(model: Model) -> Kind:
+    """The kind that a model in memory is of: a mixture's, or that of plain models."""
+    mixture = mixture_of(model)
+    return FFN if mixture is None else next(k for k in KINDS.values() if mixture.peft_type in k.peft_types)
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    base: Path | None = None,
+    four_bit: bool = False,
+) -> Model:
+    """A causal language model of any kind, in evaluation mode; never unpickles, runs no remote code.
+
+    Args:
+        base: the dense model of adapters; none given: the one that they name.
+        four_bit: quantize the dense model of adapters.
+
+    Raises:
+        UpcycleError: keys are missing or left over, so the model would be partly random.
+    """
+    return kind_in(folder).load(Load(folder, dtype, torch.device(device), base, four_bit))
+
+
+def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str) -> Model:
+    """A MoE, in training mode; what trains is in fp32, what does not in the device's own dtype.
+
+    Args:
+        fixed: one of `routing.routers.parts` that is left as it is besides what the kind leaves, or `none`.
+    """
+    kind = kind_in(folder)
+    dtype = compute_dtype(pick_device()) if kind.frozen else torch.float32
+    model = load_model(folder, dtype, base=base, four_bit=four_bit).train()
+    freeze(model, {fixed, *kind.frozen})
+    return model
+
+
+def save_model(model: Model, folder: Path, initial: Path) -> None:
+    """Write a trained MoE so that its folder stands alone like the `initial` one."""
+    kind_of(model).save(model, folder, initial)
+
+
+def trained_parameters(model: Model) -> int:
+    """Parameters that post-training writes: all, or those that are not always frozen."""
+    frozen = kind_of(model).frozen
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not frozen)
+
+
+def router_keys(model: Model) -> list[str]:
+    """The name on disk of every layer's routing vectors."""
+    return kind_of(model).router_keys(model)
+
+
+def load_routers(model: Model, path: Path) -> None:
+    """Put the routing vectors of a router file into the model."""
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, router in zip(router_keys(model), router_modules(model), strict=True):
+            router.get_parameter("weight").copy_(tensors[name])

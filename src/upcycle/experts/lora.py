@@ -1,0 +1,310 @@
+"""LoRA adapters as experts: on one shared base while they train, folded into a plain MoE at the end.
+
+Legend: E experts, T tokens, H hidden, I intermediate size, r rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from upcycle.architectures.layouts import Region
+from upcycle.architectures.mapping import map_model, read_region
+from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.errors import UpcycleError
+from upcycle.experts.adapter_files import (
+    FFN,
+    PREFIX,
+    check_base,
+    ffn_shapes,
+    is_adapter,
+    merged_weight,
+    name_base,
+    read_adapter,
+    read_adapter_config,
+    read_tensors,
+)
+from upcycle.experts.gram import Measure, adapter_gram
+from upcycle.experts.kind import Kind, Load, Routers
+from upcycle.experts.lora_ffn import DenseFfn, Factors, lora_ffn
+from upcycle.experts.mixture import (
+    MixtureConfig,
+    NewExperts,
+    expert_tensor,
+    load_mixture,
+    load_tensors,
+    router_keys,
+    router_names,
+    save_checkpoint,
+    save_mixture,
+    write_new,
+)
+from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
+from upcycle.merging.lineage import Child
+from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
+from upcycle.records.description import Description
+from upcycle.records.files import MANIFEST
+from upcycle.records.plan import ExpansionPlan, Expert, Gram
+from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
+from upcycle.types import Config, Model
+from upcycle.weights.base import Base
+from upcycle.weights.folders import copy_companions, find_model, load_dense
+from upcycle.weights.hashing import hash_model
+from upcycle.weights.safetensors_io import ModelReader
+
+LORA_MIXTURE = "UPCYCLE_LORA_MOE"
+
+
+class StackedLora(nn.Module):
+    """The low-rank updates of one weight: of all experts, padded to one rank."""
+
+    def __init__(self, num_experts: int, rank: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.zeros(num_experts, rank, inputs))
+        self.lora_B = nn.Parameter(torch.zeros(num_experts, rank, outputs))  # transposed, see Factors
+
+
+class LoraExperts(nn.ModuleDict):
+    """gate_proj, up_proj and down_proj of all experts of a layer."""
+
+    scaling: Float[Tensor, " E"]
+
+    def __init__(self, config: MixtureConfig, hidden: int, channels: int) -> None:
+        sizes = {"gate_proj": (hidden, channels), "up_proj": (hidden, channels), "down_proj": (channels, hidden)}
+        count, rank = config.num_experts, config.padded_rank
+        super().__init__({name: StackedLora(count, rank, *size) for name, size in sizes.items()})
+        self.register_buffer("scaling", torch.tensor(config.expert_scaling), persistent=False)
+
+    def factors(self) -> Factors:
+        gate, up, down = (cast(StackedLora, self[name]) for name in FFN)
+        return Factors(torch.cat([gate.lora_A, up.lora_A], dim=1), gate.lora_B, up.lora_B, down.lora_A, down.lora_B)
+
+    def forward(
+        self, ffn: DenseFfn, hidden: Float[Tensor, "T H"], weights: Float[Tensor, "T k"], chosen: Int[Tensor, "T k"]
+    ) -> Float[Tensor, "T H"]:
+        return lora_ffn(hidden, ffn, weights, chosen, self.factors(), self.scaling)
+
+    def on_disk(self, expert: int, rank: int) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of an expert's A and B of each weight, without the padding of their rank."""
+        for weight in FFN:
+            stacked = cast(StackedLora, self[weight])
+            yield f"{weight}.lora_A", stacked.lora_A.data[expert, :rank]
+            yield f"{weight}.lora_B", stacked.lora_B.data[expert, :rank].T
+
+
+def check_checkpoint(base: Base, _first: Path, checkpoint: Path) -> None:
+    """Raises UpcycleError if a checkpoint is no adapter of the base's FFN weights."""
+    if not is_adapter(checkpoint):
+        raise UpcycleError(f"{checkpoint} is not an adapter (no adapter_config.json), but prepare.train is lora")
+    read_adapter(checkpoint, base.config)
+
+
+def trainable(base: Base, lora: LoraSettings, seed: int) -> Model:
+    """PEFT's adapters on the FFN weights of the frozen base."""
+    from peft import LoraConfig, get_peft_model
+
+    dtype = compute_dtype(pick_device())  # frozen: not worth fp32 where bf16 is quick
+    model = load_dense(base.folder, dtype, lora.four_bit)
+    torch.manual_seed(seed)  # of A
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+    )
+    return get_peft_model(model.train(), config)
+
+
+def compare(base: Base, folders: Sequence[Path], settings: ExpandSettings, seed: int) -> tuple[Gram, Measure]:
+    """Inner products of what adapters add; those of children are measured, as they are not linear in the products."""
+    adapters = [read_adapter(folder, base.config) for folder in folders]
+    if settings.adapters != "product" and len(adapters) + settings.keep_base < settings.num_experts:
+        check_equal_ranks(folders, adapters)
+    known: list[Adapter] = []
+    gram = np.zeros((0, 0))
+
+    def measure(experts: Sequence[Expert]) -> Gram:
+        nonlocal gram
+        for expert in experts[len(known) :]:
+            known.append(_adapter(expert, adapters, known, settings, seed))
+        gram = adapter_gram(known, gram)
+        return gram
+
+    return adapter_gram(adapters), measure
+
+
+def _adapter(
+    expert: Expert, checkpoints: Sequence[Adapter], known: Sequence[Adapter], settings: ExpandSettings, seed: int
+) -> Adapter:
+    """What an expert adds to the base, from the adapters of the experts before it."""
+    if expert.kind == "child":
+        child = [Child(expert.parents, expert.weights)]
+        how = settings.adapters
+        return materialise_adapters(known, child, settings.merge, settings.drop_rate, how, seed)[0]
+    return {} if expert.checkpoint is None else checkpoints[expert.checkpoint]
+
+
+def check_equal_ranks(folders: Sequence[Path], adapters: Sequence[Adapter]) -> None:
+    """Raises UpcycleError if the adapters of a weight have different ranks: A and B cannot be merged apart then."""
+    for folder, adapter in zip(folders, adapters, strict=True):
+        for name, update in adapter.items():
+            first = adapters[0].get(name, update)
+            if update.rank != first.rank:
+                raise UpcycleError(
+                    f"{folder}: rank {update.rank} at {name}, but {first.rank} in {folders[0]}; set "
+                    "expand.adapters=product, which merges products of any ranks, or as many experts as adapters"
+                )
+
+
+def assemble(
+    base: Base,
+    folders: Sequence[Path],
+    plan: ExpansionPlan,
+    settings: AssembleSettings,
+    lora: LoraSettings,
+    routers: Routers,
+    out_dir: Path,
+) -> None:
+    """Write the compact folder of a mixture. An expert that is the base itself starts as a fresh adapter.
+
+    Raises:
+        UpcycleError: see `read_adapter`.
+    """
+    experts = lora_experts(plan, [read_adapter(folder, base.config) for folder in folders], lora, base.config)
+    write_new(base, plan, settings, routers, _uniform(experts, base.config), out_dir)
+
+
+def lora_experts(plan: ExpansionPlan, adapters: Sequence[Adapter], lora: LoraSettings, config: Config) -> list[Adapter]:
+    """Every expert of the plan as an adapter; the base itself is a fresh one, and adds nothing to its children."""
+    sources: list[Adapter] = [{} if e.checkpoint is None else adapters[e.checkpoint] for e in plan.sources]
+    children = [Child(e.parents, e.weights) for e in plan.children]
+    assert plan.adapters is not None
+    made = materialise_adapters(sources, children, plan.merge, plan.drop_rate, plan.adapters, plan.seed)
+    return [*(source or _fresh(i, lora, config, plan.seed) for i, source in enumerate(sources)), *made]
+
+
+def _fresh(number: int, lora: LoraSettings, config: Config, seed: int) -> Adapter:
+    draw = torch.Generator().manual_seed(seed * 65_537 + number)
+    return {name: fresh(shape, lora.rank, lora.scaling, draw) for name, shape in ffn_shapes(config).items()}
+
+
+def _uniform(experts: Sequence[Mapping[str, LowRank]], config: Config) -> NewExperts:
+    """One rank and scaling per expert, with zeros where it adds nothing."""
+    ranks = [max(update.rank for update in expert.values()) for expert in experts]
+    scalings = [next(iter(expert.values())).scaling for expert in experts]
+    tensors: dict[str, Tensor] = {}
+    for number, (expert, rank, scaling) in enumerate(zip(experts, ranks, scalings, strict=True)):
+        for name, (outputs, inputs) in ffn_shapes(config).items():
+            update = expert.get(name, LowRank(torch.zeros(1, inputs), torch.zeros(outputs, 1), scaling))
+            a = nn.functional.pad(update.a.float(), (0, 0, 0, rank - update.rank))
+            b = nn.functional.pad(update.b.float() * (update.scaling / scaling), (0, rank - update.rank))
+            tensors |= lora_tensors(name, number, a, b)
+    return NewExperts(LORA_MIXTURE, ranks, scalings, tensors)
+
+
+def lora_tensors(module: str, expert: int, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """An expert's A and B of a weight, named as on disk."""
+    return {expert_tensor(module, expert, "lora_A"): a, expert_tensor(module, expert, "lora_B"): b}
+
+
+def expert_updates(folder: Path, config: MixtureConfig) -> list[dict[str, LowRank]]:
+    """The LoRA experts of a compact folder, by the name of the weight's module."""
+    tensors = read_tensors(folder)
+    experts: list[dict[str, LowRank]] = []
+    for expert, scaling in enumerate(config.expert_scaling):
+        marker = f".experts.{expert}."
+        names = sorted(n for n in tensors if marker in n and n.endswith(".lora_A.weight"))
+        updates = {}
+        for name in names:
+            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight").replace(marker, ".")
+            updates[module] = LowRank(tensors[name], tensors[expert_tensor(module, expert, "lora_B")], scaling)
+        experts.append(updates)
+    return experts
+
+
+def load(how: Load) -> Model:
+    """A mixture, or the dense model with one adapter (any of PEFT's) merged into it."""
+    config = read_adapter_config(how.folder)
+    if config.get("peft_type") == LORA_MIXTURE:
+        return load_mixture(how, LoraExperts)
+    from peft import PeftModel
+
+    base = how.base or find_model(str(config.get("base_model_name_or_path")))
+    adapted = PeftModel.from_pretrained(load_dense(base, how.dtype), str(how.folder))
+    merged: Model = adapted.merge_and_unload().to(how.device).eval()
+    return merged
+
+
+def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -> None:
+    """Stream a mixture of LoRA experts into a plain MoE: expert i has the weights W + s_i B_i A_i.
+
+    Raises:
+        UpcycleError: another base than the mixture was trained on, or what `write_moe` refuses.
+    """
+    config = MixtureConfig.load(source)
+    base = find_model(base_name or config.base_model_name_or_path)
+    check_same_base(source, base)
+    reader = ModelReader(base)
+    mapping = map_model(base, reader, config.num_experts)
+    experts, kept = expert_updates(source, config), read_tensors(source)
+
+    def expert(number: int, region: Region) -> Tensor:
+        update = experts[number].get(region.tensor.removesuffix(".weight"))
+        return merged_weight(read_region(reader, region), update)
+
+    def all_experts(region: Region) -> Iterator[Piece]:
+        return ((number, 0, expert(number, region)) for number in range(config.num_experts))
+
+    parts = Parts(
+        shared=[reader],
+        experts=all_experts,
+        expert=expert,
+        routers=[kept[name] for name in router_names(mapping.config["num_hidden_layers"])],
+        compared=range(config.num_experts),
+        num_experts_per_tok=config.num_experts_per_tok,
+    )
+    write_moe(target, mapping, parts, storage_dtype(dtype, reader, mapping), "export", "take --dtype bfloat16")
+    copy_companions(source, target)
+
+
+def check_same_base(source: Path, base: Path) -> None:
+    """Raises UpcycleError if a run trained the mixture on another base than `base`."""
+    manifest = MANIFEST.known(source)
+    if manifest is not None and manifest.inputs["base"] != hash_model(base):
+        raise UpcycleError(
+            f"{base} is not the base that {source} was trained on (its files have other hashes); give --base"
+        )
+
+
+def describe(folder: Path) -> Description:
+    """From its configuration."""
+    count = MixtureConfig.load(folder).num_experts
+    what = f"A mixture of {count} LoRA adapters in compact form (it needs its base and upcycle)"
+    return Description(what, plain=False, folds=True)
+
+
+LORA = Kind(
+    peft_types=("LORA", LORA_MIXTURE),
+    frozen=frozenset({"shared"}),
+    check_base=check_base,
+    check_checkpoint=check_checkpoint,
+    trainable=trainable,
+    num_saved=lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad),
+    finish_checkpoint=lambda folder, base: name_base(folder, base.name),
+    merge_rule=lambda settings: settings.adapters,
+    compare=compare,
+    assemble=assemble,
+    load=load,
+    save=save_mixture,
+    save_checkpoint=save_checkpoint,
+    resume=load_tensors,
+    router_keys=router_keys,
+    fold=fold,
+    describe=describe,
+)

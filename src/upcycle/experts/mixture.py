@@ -1,0 +1,231 @@
+"""A mixture of adapters: a dense model whose FFN blocks have a router and, for each expert, a small addition.
+
+Kept as a compact folder in PEFT's form: `adapter_config.json` and `adapter_model.safetensors` with the adapters and the
+routers; the dense model stays where it is.
+
+Legend: E experts, H hidden.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from upcycle.console import say
+from upcycle.errors import UpcycleError
+from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_adapter_config, read_tensors
+from upcycle.experts.kind import Load, Routers
+from upcycle.records.files import LINEAGE
+from upcycle.records.plan import ExpansionPlan
+from upcycle.settings import AssembleSettings
+from upcycle.types import Model
+from upcycle.weights.base import Base
+from upcycle.weights.folders import copy_companions, find_model, load_dense
+
+MULTIPLE = 8
+"""Ranks are padded with zeros to a multiple of it, which stay zero in training: grouped products want it so."""
+ROUTER_MODULE = "mlp.gate"
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """adapter_config.json of a mixture; PEFT's names where it has one."""
+
+    peft_type: str
+    base_model_name_or_path: str
+    num_experts: int
+    num_experts_per_tok: int
+    expert_ranks: tuple[int, ...]
+    expert_scaling: tuple[float, ...]
+    """s of each expert: it adds s B A."""
+    dtype: str = "float32"
+    task_type: str = "CAUSAL_LM"
+
+    @property
+    def padded_rank(self) -> int:
+        """Of all experts' tensors in memory."""
+        return -(-max(self.expert_ranks) // MULTIPLE) * MULTIPLE
+
+    def save(self, folder: Path) -> None:
+        (folder / CONFIG).write_text(json.dumps({**asdict(self), "r": max(self.expert_ranks)}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "MixtureConfig":
+        values = read_adapter_config(folder)
+        values.pop("r", None)
+        lists = {name: tuple(values.get(name, ())) for name in ("expert_ranks", "expert_scaling")}
+        try:
+            return cls(**{**values, **lists})
+        except TypeError as error:
+            raise UpcycleError(f"{folder / CONFIG} is not a mixture made by upcycle: {error}") from None
+
+
+class TopKRouter(nn.Module):
+    """Softmax over experts, the k largest, renormalised: Mixtral's router, with the same outputs."""
+
+    def __init__(self, num_experts: int, hidden: int, num_experts_per_tok: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.top_k = num_experts_per_tok
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(hidden, self.weight)
+        weights, chosen = torch.softmax(logits.float(), dim=-1).topk(self.top_k, dim=-1)
+        return logits, (weights / weights.sum(dim=-1, keepdim=True)).to(hidden.dtype), chosen
+
+
+class MixtureFfn(nn.Module):
+    """A dense FFN block with a router and the experts' additions; the dense weights are shared by all experts."""
+
+    def __init__(self, ffn: nn.Module, router: TopKRouter, experts: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = ffn.gate_proj, ffn.up_proj, ffn.down_proj
+        self.act_fn = ffn.act_fn
+        self.gate = router
+        self.experts = experts
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        _, weights, chosen = self.gate(flat)
+        output: Tensor = self.experts(self, flat, weights, chosen)
+        return output.view(hidden.shape)
+
+
+MakeAdditions = Callable[[MixtureConfig, int, int], nn.Module]
+"""(configuration, hidden size, channels): the additions of one layer, all zeros."""
+
+
+def load_mixture(how: Load, make: MakeAdditions) -> Model:
+    """The mixture in a compact folder, on its dense model.
+
+    Raises:
+        UpcycleError: see `load_tensors`.
+    """
+    config = MixtureConfig.load(how.folder)
+    base = how.base or find_model(config.base_model_name_or_path)
+    model = attach(load_dense(base, how.dtype, how.four_bit), config, make)
+    load_tensors(model, how.folder)
+    return (model if how.four_bit else model.to(device=how.device, dtype=how.dtype)).eval()
+
+
+def attach(model: Model, config: MixtureConfig, make: MakeAdditions) -> Model:
+    """Make a dense model a mixture, in place: its own weights are frozen, the additions and routers are zeros."""
+    model.requires_grad_(False)
+    hidden, channels = model.config.hidden_size, model.config.intermediate_size
+    for layer in model.model.layers:
+        device = layer.mlp.down_proj.weight.device
+        router = TopKRouter(config.num_experts, hidden, config.num_experts_per_tok)
+        layer.mlp = MixtureFfn(layer.mlp, router.to(device), make(config, hidden, channels).to(device))
+    model.mixture = config
+    return model
+
+
+def mixture_of(model: Model) -> MixtureConfig | None:
+    """The configuration of a mixture; None for any other model."""
+    return getattr(model, "mixture", None)
+
+
+def router_names(num_layers: int) -> list[str]:
+    """The router's weight of every layer, as on disk."""
+    return [f"{PREFIX}model.layers.{layer}.{ROUTER_MODULE}.weight" for layer in range(num_layers)]
+
+
+def router_keys(model: Model) -> list[str]:
+    """The router's weight of every layer of a model, as on disk."""
+    return router_names(model.config.num_hidden_layers)
+
+
+def expert_tensor(module: str, expert: int, factor: str) -> str:
+    """The name on disk of an expert's factor (`lora_A`) of an FFN weight `model.layers.0.mlp.gate_proj`."""
+    parent, _, weight = module.rpartition(".")
+    return f"{PREFIX}{parent}.experts.{expert}.{weight}.{factor}.weight"
+
+
+def _views(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor on disk with the part of a parameter where it lies in memory."""
+    for layer, name in zip(model.model.layers, router_keys(model), strict=True):
+        yield name, layer.mlp.gate.weight.data
+        prefix = name.removesuffix(f"{ROUTER_MODULE}.weight")
+        for expert, rank in enumerate(model.mixture.expert_ranks):
+            for tensor, view in layer.mlp.experts.on_disk(expert, rank):
+                yield f"{prefix}mlp.experts.{expert}.{tensor}.weight", view
+
+
+def write_mixture(folder: Path, config: MixtureConfig, tensors: Mapping[str, Tensor]) -> None:
+    """The compact folder's two files."""
+    dtype = getattr(torch, config.dtype)
+    save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    config.save(folder)
+
+
+def save_checkpoint(model: Model, folder: Path, dtype: str = "float32") -> None:
+    """Write a model's routers and adapters, each at its own rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_mixture(folder, replace(model.mixture, dtype=dtype), dict(_views(model)))
+
+
+def save_mixture(model: Model, folder: Path, initial: Path) -> None:
+    """Write a trained mixture, in its own dtype, with what else lies in the initial folder."""
+    save_checkpoint(model, folder, model.mixture.dtype)
+    copy_companions(initial, folder)
+
+
+@torch.no_grad()
+def load_tensors(model: Model, folder: Path) -> None:
+    """Put the routers and adapters of a compact folder into a mixture.
+
+    Raises:
+        UpcycleError: a tensor is missing, left over, or of another shape.
+    """
+    tensors = read_tensors(folder)
+    for name, part in _views(model):
+        if name not in tensors:
+            raise UpcycleError(f"{folder / WEIGHTS} has no {name}; the mixture is incomplete, make it again")
+        found = tensors.pop(name)
+        if found.shape != part.shape:
+            raise UpcycleError(
+                f"{folder / WEIGHTS}: {name} has shape {tuple(found.shape)}, expected {tuple(part.shape)}: the mixture "
+                "belongs to another base, or the file to another configuration"
+            )
+        part.copy_(found)
+    if tensors:
+        raise UpcycleError(f"{folder / WEIGHTS}: {min(tensors)} has no place in the mixture")
+
+
+@dataclass(frozen=True)
+class NewExperts:
+    """The experts of a mixture that is being assembled."""
+
+    peft_type: str
+    ranks: list[int]
+    scalings: list[float]
+    tensors: dict[str, Tensor]
+    """Named as on disk."""
+
+
+def write_new(
+    base: Base, plan: ExpansionPlan, settings: AssembleSettings, routers: Routers, experts: NewExperts, out_dir: Path
+) -> None:
+    """Write the compact folder of a new mixture."""
+    named = dict(zip(router_names(len(routers)), routers, strict=True))
+    config = MixtureConfig(
+        experts.peft_type,
+        base.name,
+        len(plan.experts),
+        settings.num_experts_per_tok,
+        tuple(experts.ranks),
+        tuple(experts.scalings),
+        dtype="float32" if settings.dtype == "source" else settings.dtype,
+    )
+    write_mixture(out_dir, config, {**experts.tensors, **named})
+    copy_companions(base.folder, out_dir, base.chat_template)
+    LINEAGE.write(out_dir, plan)
+    added = sum(tensor.numel() for tensor in (*experts.tensors.values(), *routers))
+    say(
+        f"assemble: {len(plan.experts)} experts of rank {max(experts.ranks)} on {base.name}, {added / 1e6:.1f}M "
+        "parameters besides the base's"
+    )

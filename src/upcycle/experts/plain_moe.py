@@ -1,0 +1,121 @@
+"""The one streaming writer of plain MoEs: tensors are read once, in pieces, and go straight to their place.
+
+What differs between assembly and folding is where an expert's weights come from; that is `Parts`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upcycle.architectures.families import moe_config
+from upcycle.architectures.identity import check_identity
+from upcycle.architectures.layouts import FfnMove, Region, SharedMove, router_tensors
+from upcycle.architectures.mapping import Mapping, read_region
+from upcycle.console import say
+from upcycle.errors import UpcycleError
+from upcycle.types import Config
+from upcycle.weights.folders import require_space, write_config
+from upcycle.weights.safetensors_io import DTYPE_NAMES, ModelReader, ModelWriter, pieces
+from upcycle.weights.streaming import PIECE, map_tensors
+
+Piece = tuple[int, int, Tensor]
+"""(expert, first element within its weight, values)"""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a MoE's tensors come from."""
+
+    shared: Sequence[ModelReader]
+    """The models whose mean the weights outside the experts are."""
+    experts: Callable[[Region], Iterable[Piece]]
+    """An FFN weight of the dense model to that weight of every expert, in pieces."""
+    expert: Callable[[int, Region], Tensor]
+    """An expert's weight, whole, in the region's shape; of those that are compared."""
+    routers: Sequence[Tensor]
+    """(E, H) of each layer."""
+    compared: Sequence[int]
+    """The experts whose logits are compared with those of their dense models."""
+    num_experts_per_tok: int
+
+
+def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype, verb: str, hint: str) -> Config:
+    """Write a MoE's tensors and config.json, and compare its logits with the dense models'.
+
+    Memory is that of a few pieces of tensors.
+
+    Args:
+        stored: dtype of what is written.
+        verb: what progress is called.
+        hint: how to need less disk space.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UpcycleError: not enough disk space, NaN or Inf, or logits that are not the dense model's.
+    """
+    require_space(out_dir, mapping.num_parameters() * stored.itemsize, "the MoE", hint)
+    with ModelWriter(out_dir, mapping.specs(stored)) as writer:
+        map_tensors(partial(_write_shared, writer, parts.shared), mapping.shared, f"{verb}: shared weights")
+
+        def write_experts(move: FfnMove) -> None:
+            for expert, element, values in parts.experts(move.dense):
+                target = move.experts[expert]
+                writer.write(target.tensor, values, target.element + element)
+
+        map_tensors(write_experts, mapping.ffn, f"{verb}: experts")
+        for name, tensor in _small_tensors(mapping, parts.routers).items():
+            writer.write(name, tensor)
+    dtype_name = str(stored).removeprefix("torch.")
+    config = moe_config(mapping.family, mapping.config, mapping.num_experts, parts.num_experts_per_tok, dtype_name)
+    write_config(out_dir, config)
+    millions, count = mapping.num_parameters() / 1e6, mapping.num_experts
+    say(f"{verb}: {mapping.family.moe.model_type} with {count} experts, {millions:.1f}M parameters in {dtype_name}")
+    difference = _compare(out_dir, mapping, parts, stored)
+    say(f"{verb}: logits of a cut-down copy with equal experts are the dense model's (difference {difference:.0e})")
+    return config
+
+
+def storage_dtype(dtype: str, reader: ModelReader, mapping: Mapping) -> torch.dtype:
+    """The dtype of a name; `source` is that of a model's FFN weights."""
+    return reader.spec(mapping.ffn[0].dense.tensor).dtype if dtype == "source" else DTYPE_NAMES[dtype]
+
+
+def _write_shared(writer: ModelWriter, readers: Sequence[ModelReader], move: SharedMove) -> None:
+    """Copy a run of rows from one model, or the mean of several; refuses NaN and Inf."""
+    source, target = move.dense, move.moe
+    for begin, count in pieces(source.count, PIECE):
+        values = _mean([reader.elements(source.tensor, source.element + begin, count) for reader in readers])
+        if not values.float().sum().isfinite() and not values.isfinite().all():  # the sum is quicker
+            raise UpcycleError(f"{readers[-1].folder}: {source.tensor} holds NaN or Inf; take an undamaged checkpoint")
+        writer.write(target.tensor, values, target.element + begin)
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack([value.float() for value in values]).mean(dim=0)
+
+
+def _small_tensors(mapping: Mapping, routers: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The routers, and what the architecture insists on and that holds nothing."""
+    names = router_tensors(mapping.family.moe.layout, mapping.config)
+    zeros = {name: torch.zeros(shape) for name, shape in mapping.zeros.items()}
+    return dict(zip(names, routers, strict=True)) | zeros
+
+
+def _compare(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype) -> float:
+    """The largest difference of logits between what was written, every expert being one, and that dense model."""
+    made = ModelReader(out_dir)
+
+    def dense(expert: int, region: Region) -> Tensor:
+        if region.tensor in mapping.shapes:
+            return _mean([read_region(reader, region) for reader in parts.shared]).to(stored)
+        return parts.expert(expert, region).to(stored)
+
+    return max(
+        check_identity(mapping, partial(dense, expert), partial(read_region, made), expert) for expert in parts.compared
+    )

@@ -1,0 +1,128 @@
+"""How a stage's folder is kept safe.
+
+A stage writes into `<stage>.partial/`. When it is done, the manifest (settings, seed, versions, hashes of the inputs
+and of every file) is written last and the folder is renamed to `<stage>/`: its presence means complete.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from upcycle.console import say, track
+from upcycle.disk import hash_file, inside
+from upcycle.errors import UpcycleError
+from upcycle.records.files import INPUTS, MANIFEST
+from upcycle.records.manifest import FORMAT, Manifest, WrittenFile, library_versions
+
+Inputs = Mapping[str, str]
+"""Name of an input to the hash of its content."""
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a complete stage folder, None if the stage has not been completed.
+
+    Raises:
+        UpcycleError: the manifest is there but damaged, or of another format.
+    """
+    manifest = MANIFEST.known(folder)
+    if manifest is not None and manifest.format != FORMAT:
+        place = folder / MANIFEST.name
+        raise UpcycleError(f"{place} has format {manifest.format}, this version reads {FORMAT}: use a new --run")
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        UpcycleError: names the first file that is missing or differs.
+    """
+    for name, entry in track(list(manifest.files.items()), f"checking {folder.name}"):
+        path = inside(folder, name)
+        if not path.is_file():
+            problem = "is missing"
+        elif path.stat().st_size != entry.bytes:
+            problem = f"has {path.stat().st_size} bytes, expected {entry.bytes}"
+        elif hash_file(path) != entry.sha256:
+            problem = "has other content than when it was written"
+        else:
+            continue
+        raise UpcycleError(f"{path} {problem}; restore it, or rerun with --update to rebuild the stage")
+
+
+def open_partial(folder: Path, inputs: Inputs, update: bool) -> Path:
+    """The working folder of a stage; what an interrupted run left in it is kept if it had the same inputs.
+
+    Raises:
+        UpcycleError: it was left by a run with other inputs. With `update` it is set aside instead.
+    """
+    partial = partial_of(folder)
+    left = INPUTS.known(partial) or {}
+    if partial.exists() and left != dict(inputs):
+        if not update:
+            raise UpcycleError(
+                f"{partial} was left by a run with other inputs ({changed_inputs(left, inputs)} changed); rerun with "
+                "--update to set it aside and start this stage anew, or go back to those inputs to resume it"
+            )
+        aside = _unused(partial)
+        partial.rename(aside)
+        say(f"{partial} was left by a run with other inputs: set aside as {aside.name}")
+    partial.mkdir(parents=True, exist_ok=True)
+    INPUTS.write(partial, dict(inputs))
+    return partial
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a stage works before its folder is complete."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def seal(partial: Path, folder: Path, inputs: Inputs, settings: Mapping[str, Any], seed: int) -> Manifest:
+    """Write the manifest and rename the working folder to the stage's, replacing an outdated one."""
+    files = {str(p.relative_to(partial)): _describe(p) for p in track(_files(partial), f"sealing {folder.name}")}
+    manifest = Manifest(
+        stage=folder.name,
+        inputs=dict(inputs),
+        settings=dict(settings),
+        seed=seed,
+        versions=library_versions(),
+        files=files,
+    )
+    MANIFEST.write(partial, manifest)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    (folder / INPUTS.name).unlink()  # until here a killed process leaves a folder that can be resumed
+    _sync_folder(folder.parent)
+    return manifest
+
+
+def changed_inputs(old: Inputs, new: Inputs) -> str:
+    """The names of the inputs that differ."""
+    return ", ".join(sorted(name for name in {*old, *new} if old.get(name) != new.get(name))) or "nothing"
+
+
+def _unused(partial: Path) -> Path:
+    numbers = (n for n in range(1, 10**6) if not partial.with_name(f"{partial.name}.old-{n}").exists())
+    return partial.with_name(f"{partial.name}.old-{next(numbers)}")
+
+
+def _files(folder: Path) -> list[Path]:
+    own = (folder / MANIFEST.name, folder / INPUTS.name)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own)
+
+
+def _describe(path: Path) -> WrittenFile:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return WrittenFile(bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,176 @@
+"""Run the stages: what is done already, what is outdated, what is resumed.
+
+A stage runs if its folder is missing or was made from other inputs; inputs are compared by the hashes of their content.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from upcycle.console import say
+from upcycle.disk import write_text
+from upcycle.errors import UpcycleError
+from upcycle.pipeline import stages
+from upcycle.pipeline.costs import measured
+from upcycle.pipeline.manifest import changed_inputs, open_partial, partial_of, read_manifest, seal, verify
+from upcycle.pipeline.run import Run
+from upcycle.pipeline.stage import Stage
+from upcycle.pipeline.stages import stage_names
+from upcycle.recipe import differences, dump_recipe, load_recipe
+from upcycle.records.files import INPUTS, LOCK, RECIPE
+from upcycle.records.manifest import Manifest
+
+
+def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = False, donors: Sequence[Path] = ()) -> None:
+    """Run the named stages (default: all) in order; what is complete and has the same inputs is left alone.
+
+    Args:
+        update: accept a changed recipe, and rebuild stages whose inputs changed or whose files are damaged.
+        donors: other run folders; a stage that one of them has complete, from the same inputs, is taken from there.
+
+    Raises:
+        UpcycleError: the folder belongs to another recipe, another process works in it, or an earlier stage is
+            missing, outdated or damaged.
+    """
+    with _lock(run.folder):
+        _claim(run, update)
+        for stage in stages.STAGES:
+            if names is None or stage.name in names:
+                _adopt_stage(run, stage, donors)
+                _run_stage(run, stage, update)
+
+
+def status(run: Run) -> list[tuple[str, str]]:
+    """(stage, what a run would do) for each stage, without doing anything."""
+    rows, stale = [], False
+    for stage in stages.STAGES:
+        folder = run.folder / stage.name
+        manifest = read_manifest(folder)
+        inputs = run.inputs(stage) if manifest else None  # hashing may mean downloading
+        if manifest and not stale and inputs == manifest.inputs:
+            rows.append((stage.name, "done"))
+            continue
+        if stale or inputs is None or manifest is None:
+            changed = "an earlier stage"
+        else:
+            changed = changed_inputs(manifest.inputs, inputs)
+        stale = True
+        todo = f"run again ({changed} changed)" if manifest else "run"
+        rows.append((stage.name, f"{todo}, resuming what is there" if partial_of(folder).exists() else todo))
+    return rows
+
+
+def _run_stage(run: Run, stage: Stage, update: bool) -> None:
+    inputs = _require_needs(run, stage)
+    folder = run.folder / stage.name
+    if _is_current(run, stage, inputs, update):
+        say(f"{stage.name}: done already, {folder}")
+        return
+    partial = open_partial(folder, inputs, update)
+    resumed = any(path.name != INPUTS.name for path in partial.iterdir())
+    say(f"{stage.name}: resuming ..." if resumed else f"{stage.name} ...")
+    with measured(run.folder, stage.name, resumed):
+        stage.run(run, partial)
+    seal(partial, folder, inputs, run.settings(stage), run.recipe.seed)
+    run.verified.add(stage.name)
+
+
+def _adopt_stage(run: Run, stage: Stage, donors: Sequence[Path]) -> None:
+    """Take a missing stage from another run that made it from the same inputs: hard links, no bytes."""
+    folder = run.folder / stage.name
+    if folder.exists():
+        return
+    inputs = _require_needs(run, stage) if donors else {}
+    for donor in donors:
+        manifest = read_manifest(donor / stage.name)
+        if manifest is not None and manifest.inputs == inputs:
+            say(f"{stage.name}: taken from {donor}, which made it from the same inputs")
+            shutil.copytree(donor / stage.name, folder, copy_function=_link_or_copy)
+            return
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _require_needs(run: Run, stage: Stage) -> dict[str, str]:
+    """The stage's inputs, once every stage that it stands on is complete, up to date and undamaged."""
+    for need in (s for s in stages.STAGES if s.name in stage.needs):
+        inputs = _require_needs(run, need)
+        manifest = read_manifest(run.folder / need.name)
+        if manifest is None:
+            raise UpcycleError(f"{stage.name} needs {need.name}, which has not been run in {run.folder}")
+        if manifest.inputs != inputs:
+            changed = changed_inputs(manifest.inputs, inputs)
+            raise UpcycleError(f"{stage.name} needs {need.name}, which is outdated ({changed} changed): run it first")
+        _verify_once(run, need, manifest)
+    found = run.inputs(stage)
+    assert found is not None
+    return found
+
+
+def _verify_once(run: Run, stage: Stage, manifest: Manifest) -> None:
+    if stage.name not in run.verified:
+        verify(run.folder / stage.name, manifest)
+        run.verified.add(stage.name)
+
+
+def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) -> bool:
+    folder = run.folder / stage.name
+    try:
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.inputs == inputs:
+            _verify_once(run, stage, manifest)
+    except UpcycleError as error:
+        if not update:
+            raise
+        say(f"{error}: rebuilding")
+        return False
+    if manifest is None:
+        if folder.exists():  # finished stages replace their folder
+            raise UpcycleError(f"{folder} is there but was not made by upcycle; move it away, or use another --run")
+        return False
+    if manifest.inputs == inputs:
+        return True
+    changed = changed_inputs(manifest.inputs, inputs)
+    if not update:
+        raise UpcycleError(
+            f"{folder} was made from other inputs ({changed} changed); rerun with --update to build it and "
+            "what follows again (it replaces the folder), or use another --run"
+        )
+    say(f"{stage.name}: {changed} changed, building it again")
+    return False
+
+
+def _claim(run: Run, update: bool) -> None:
+    """Write recipe.yaml, or compare with the one that made what is there."""
+    path = RECIPE.of(run.folder)
+    begun = any(path for name in stage_names() for path in run.folder.glob(f"{name}*"))
+    if path.exists() and begun:
+        changes = differences(load_recipe(str(path)), run.recipe)
+        if not changes:
+            return
+        if not update:
+            listed = "\n".join(f"  {change}" for change in changes)
+            raise UpcycleError(
+                f"{run.folder} was made by another recipe:\n{listed}\nUse another --run, or --update to accept "
+                "the change and run the stages that it concerns again"
+            )
+    write_text(path, dump_recipe(run.recipe))
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with LOCK.of(folder).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpcycleError(f"another process is working in {folder}") from None
+        yield

@@ -1,0 +1,175 @@
+"""A run: a recipe and its folder, what it reads, and the hashes of what decides each stage."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upcycle.disk import digest, inside
+from upcycle.errors import UpcycleError
+from upcycle.pipeline.manifest import read_manifest
+from upcycle.pipeline.stage import Stage
+from upcycle.recipe import Recipe, load_recipe
+from upcycle.records.files import (
+    ASSEMBLED,
+    CHECKPOINTS,
+    DELETED,
+    MANIFEST,
+    MOVED,
+    PLAN,
+    POSTTRAIN,
+    RECIPE,
+)
+from upcycle.records.plan import Checkpoint, ExpansionPlan
+
+if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
+    import upcycle.data.splits
+    import upcycle.experts.kind
+    import upcycle.weights.base
+
+SEED_DATA = ("seed_from", "seed_fraction", "min_samples_per_expert", "test_fraction")
+"""Settings of `route` that decide which rows are held out of training."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    return RECIPE.of(folder).is_file()
+
+
+def open_run(folder: Path, needs: Sequence[str] = (POSTTRAIN,)) -> "Run":
+    """The run in a folder, by its own recipe.
+
+    Raises:
+        UpcycleError: the folder is no run, one that has not come as far as the stages that it `needs`, or one of which
+            only the scores were kept.
+    """
+    if not is_run(folder):
+        raise UpcycleError(f"{folder} is not a run: it has no {RECIPE.name}")
+    if DELETED.of(folder).exists():
+        raise UpcycleError(f"the models of {folder} were deleted once they were measured (--no-keep-models)")
+    for stage in needs:
+        if read_manifest(folder / stage) is None:
+            raise UpcycleError(f"{folder} is not finished: it has no {stage}/{MANIFEST.name}; go on with `upcycle run`")
+    return Run(load_recipe(str(RECIPE.of(folder))), folder)
+
+
+class Run:
+    """A recipe and its run folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.verified: set[str] = set()
+
+    @cached_property
+    def kind(self) -> "upcycle.experts.kind.Kind":
+        """What an expert is."""
+        from upcycle.experts.kinds import KINDS
+
+        return KINDS[self.recipe.prepare.train]
+
+    @cached_property
+    def base(self) -> "upcycle.weights.base.Base":
+        """The base, refused here and now if nothing can be made of it."""
+        from upcycle.architectures.families import family_of
+        from upcycle.weights.base import Base, template_text
+        from upcycle.weights.folders import base_name, find_model
+        from upcycle.weights.safetensors_io import ModelReader
+
+        folder, template = find_model(self.recipe.base), self.recipe.data.chat_template
+        base = Base(folder, base_name(self.recipe.base), template_text(template) if template else None)
+        family_of(base.config, str(folder))
+        ModelReader(folder)
+        self.kind.check_base(base)
+        return base
+
+    @cached_property
+    def splits(self) -> "upcycle.data.splits.Splits":
+        from upcycle.data.splits import load_splits
+
+        return load_splits(self.recipe, self.base.tokenizer, self.base.context_length)
+
+    @cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        return CHECKPOINTS.read_of(self.folder)
+
+    @cached_property
+    def checkpoint_folders(self) -> list[Path]:
+        # a relative path is one of ours and stays inside; an absolute one is the user's own
+        prepared = self.folder / CHECKPOINTS.stage
+        return [Path(c.path) if Path(c.path).is_absolute() else inside(prepared, c.path) for c in self.checkpoints]
+
+    @property
+    def assembled_moe(self) -> Path:
+        return ASSEMBLED.of(self.folder)
+
+    @property
+    def routed_moe(self) -> Path:
+        """The MoE that the router belongs to: the assembled one, unless its experts moved with the router's start."""
+        moved = MOVED.of(self.folder)
+        return moved if moved.exists() else self.assembled_moe
+
+    @cached_property
+    def plan(self) -> ExpansionPlan:
+        return PLAN.read_of(self.folder)
+
+    @cached_property
+    def base_hash(self) -> str:
+        from upcycle.weights.hashing import hash_model
+
+        return hash_model(self.base.folder)
+
+    @cached_property
+    def data_hash(self) -> str:
+        from upcycle.data.sources import hash_sources
+
+        data = self.recipe.data
+        validation = hash_sources(data.validation) if data.validation else ""
+        return digest([hash_sources(data.train), validation])
+
+    @cached_property
+    def given_checkpoints(self) -> list[tuple[Path, str]]:
+        """The user's checkpoint folders, in order, with the hash of each: read once."""
+        from upcycle.stages.expert_preparation.checkpoints import checkpoint_folders
+        from upcycle.weights.hashing import hash_model
+
+        return [(folder, hash_model(folder)) for folder in checkpoint_folders(self.recipe.prepare.checkpoints)]
+
+    @property
+    def given_hashes(self) -> dict[str, str]:
+        """The user's checkpoints as an input."""
+        return (
+            {"checkpoints": digest([sha256 for _, sha256 in self.given_checkpoints])} if self.given_checkpoints else {}
+        )
+
+    def inputs(self, stage: Stage) -> dict[str, str] | None:
+        """Name to hash of everything that decides what the stage makes; None while an earlier one is missing."""
+        found = {
+            "settings": digest(self.settings(stage)),
+            "seed": str(self.recipe.seed),
+            "base": self.base_hash,
+        }
+        if stage.reads_data(self.recipe):
+            found["data"] = self.data_hash
+        if stage.reads_data(self.recipe) or stage.reads_template:
+            found["chat_template"] = digest(self.base.chat_template)
+        found |= stage.more_inputs(self)
+        for need in stage.needs:
+            manifest = read_manifest(self.folder / need)
+            if manifest is None:
+                return None
+            found[need] = manifest.content
+        return found
+
+    def settings(self, stage: Stage) -> dict[str, Any]:
+        """The settings that decide what the stage makes."""
+        recipe = self.recipe
+        sections: dict[str, Any] = stage.settings(recipe)
+        if stage.reads_data(recipe):
+            only_validation = set() if stage.reads_validation else {"max_validation"}
+            elsewhere = {"train", "validation", "chat_template"}  # hashed by content
+            sections["data"] = recipe.data.model_dump(exclude=elsewhere | only_validation)
+        if stage.held_out(recipe):
+            sections["seed_data"] = recipe.route.model_dump(include=set(SEED_DATA))
+            sections["seed_data"]["num_experts"] = recipe.expand.num_experts
+        return sections

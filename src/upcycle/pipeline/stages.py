@@ -1,0 +1,180 @@
+"""The stages in the order in which they run, a row each: everything that is known of a stage is in its row.
+
+prepare -> expand -> assemble -> route -> posttrain -> evaluate. A new stage is one more row.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from upcycle.console import say, warn
+from upcycle.pipeline.run import Run
+from upcycle.pipeline.stage import Sections, Stage
+from upcycle.recipe import Recipe
+from upcycle.records.files import (
+    ASSEMBLE,
+    CHECKPOINTS,
+    EVALUATE,
+    EXPAND,
+    LOG,
+    POSTTRAIN,
+    PREPARE,
+    RESULT,
+    ROUTE,
+    ROUTE_REPORT,
+    ROUTER,
+)
+from upcycle.records.scores import BASE, MOE, MOE_INIT
+
+
+def _prepare(run: Run, out: Path) -> None:
+    from upcycle.architectures.check import check_source
+    from upcycle.architectures.mapping import map_model
+    from upcycle.stages.expert_preparation.checkpoints import adopt
+    from upcycle.stages.expert_preparation.prepare import tune
+    from upcycle.weights.safetensors_io import ModelReader
+
+    base, recipe = run.base, run.recipe
+    reader = ModelReader(base.folder)
+    check_source(map_model(base.folder, reader, recipe.expand.num_experts), reader)  # before hours of training
+    if not recipe.prepares:
+        say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
+        CHECKPOINTS.write(out, [])
+    elif recipe.prepare.checkpoints:
+        adopt(run.kind, base, run.given_checkpoints, out)
+    else:
+        tune(run.kind, base, run.splits.train, recipe.prepare, recipe.lora, recipe.seed, out)
+
+
+def _expand(run: Run, out: Path) -> None:
+    from upcycle.stages.expert_expansion.expand import expand
+
+    recipe = run.recipe
+    expand(run.kind, run.base, run.checkpoints, run.checkpoint_folders, recipe.expand, recipe.seed, out)
+
+
+def _assemble(run: Run, out: Path) -> None:
+    from upcycle.stages.model_upcycling.assemble import assemble
+
+    assemble(run.kind, run.base, run.checkpoint_folders, run.plan, run.recipe, out)
+
+
+def _route(run: Run, out: Path) -> None:
+    from upcycle.stages.router_initialization.route import route
+
+    names = [expert.name for expert in run.plan.experts]
+    splits, recipe = run.splits, run.recipe
+    unseen = sorted({sample.domain for sample in splits.train} - {sample.domain for sample in splits.seed.fit})
+    if unseen:
+        warn(
+            f"route: no seed sample is of {', '.join(unseen)}: no routing vector learns from such rows; raise "
+            "route.seed_fraction or route.min_samples_per_expert"
+        )
+    route(run.base, run.assembled_moe, splits.seed, names, recipe.route, recipe.seed, out)
+
+
+def _posttrain(run: Run, out: Path) -> None:
+    from upcycle.stages.model_upcycling.posttrain import posttrain
+
+    posttrain(run.base, run.routed_moe, ROUTER.of(run.folder), run.splits.train, run.recipe, out)
+
+
+def _evaluate(run: Run, out: Path) -> None:
+    from upcycle.evaluation.evaluate import Assigned, Candidate, evaluate
+
+    settings, splits = run.recipe.evaluate, run.splits
+    folders = zip(run.checkpoints, run.checkpoint_folders, strict=True)
+    dense = [Candidate(checkpoint.name, folder) for checkpoint, folder in folders]
+    candidates = [
+        Candidate(BASE, run.base.folder),
+        *(dense[-1:] if settings.models == "ends" else dense),
+        Candidate(MOE_INIT, run.routed_moe, ROUTER.of(run.folder)),
+        Candidate(MOE, RESULT.of(run.folder)),
+    ]
+    held_out = ROUTE_REPORT.read_of(run.folder).held_out
+    assigned = Assigned(splits.seed.test, held_out.assigned, run.recipe.route.tokens) if held_out else None
+    evaluate(run.base, candidates, splits.validation, settings, out, assigned)
+
+
+def _section(name: str) -> Callable[[Recipe], Sections]:
+    """A section of the recipe, and what decides the experts' kind."""
+    return lambda recipe: {name: getattr(recipe, name).model_dump(), **recipe.kind_settings}
+
+
+def _trained_tokens(folder: Path) -> int:
+    record = LOG.known(folder)
+    return record.tokens if record else 0
+
+
+def _started_tokens(folder: Path) -> int:
+    cost = ROUTE_REPORT.read(folder).cost
+    return cost.backward if cost else 0
+
+
+STAGES = (
+    Stage(
+        name=PREPARE,
+        help="Stage 1, expert preparation: instruction-tune the base and keep checkpoints, or take existing ones.",
+        needs=(),
+        run=_prepare,
+        settings=_section(PREPARE),
+        reads_data=lambda recipe: recipe.tunes,
+        held_out=lambda recipe: recipe.tunes and recipe.route.seed_from == "held_out",
+        more_inputs=lambda run: run.given_hashes,
+        tokens=_trained_tokens,
+    ),
+    Stage(
+        name=EXPAND,
+        help="Stage 2, expert expansion: plan m experts from the n checkpoints (most dissimilar parents, DARE).",
+        needs=(PREPARE,),
+        run=_expand,
+        settings=_section(EXPAND),
+    ),
+    Stage(
+        name=ASSEMBLE,
+        help="Stage 4, first half, before stage 3: write the MoE, every expert's FFN side by side, in one pass.",
+        needs=(PREPARE, EXPAND),
+        run=_assemble,
+        settings=lambda recipe: {**_section(ASSEMBLE)(recipe), "init_std": recipe.route.init_std},
+        reads_template=True,
+    ),
+    Stage(
+        name=ROUTE,
+        help="Stage 3, router initialization: give seed data to experts and start the router from them.",
+        needs=(ASSEMBLE,),
+        run=_route,
+        settings=_section(ROUTE),
+        reads_data=lambda _: True,
+        held_out=lambda _: True,
+        tokens=_started_tokens,
+    ),
+    Stage(
+        name=POSTTRAIN,
+        help="Stage 4, model upcycling: train the MoE with top-k routing and a load-balancing loss.",
+        needs=(ASSEMBLE, ROUTE),
+        run=_posttrain,
+        settings=_section(POSTTRAIN),
+        reads_data=lambda _: True,
+        held_out=lambda recipe: recipe.route.seed_from == "held_out",
+        tokens=_trained_tokens,
+    ),
+    Stage(
+        name=EVALUATE,
+        help="Score base, checkpoints and MoE on held-out rows, by domain.",
+        needs=(PREPARE, ASSEMBLE, ROUTE, POSTTRAIN),
+        run=_evaluate,
+        settings=_section(EVALUATE),
+        reads_data=lambda _: True,
+        reads_validation=True,
+    ),
+)
+
+
+def stage_names() -> tuple[str, ...]:
+    """In the order in which they run."""
+    return tuple(stage.name for stage in STAGES)
+
+
+def training_tokens(run: Path) -> dict[str, int]:
+    """By stage, of those that train and have been run."""
+    folders = {stage: run / stage.name for stage in STAGES if stage.tokens and (run / stage.name).is_dir()}
+    return {stage.name: stage.tokens(folder) for stage, folder in folders.items() if stage.tokens}

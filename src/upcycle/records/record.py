@@ -1,0 +1,67 @@
+"""The form of every record: strict, frozen, nothing unknown; and how a file of them is read."""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
+
+from upcycle.disk import write_json
+from upcycle.errors import UpcycleError
+
+T = TypeVar("T")
+
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Loss = float
+"""nan where a training diverged."""
+ByDomain = dict[str, Loss]
+"""A value for each domain, and for `ALL` of them."""
+Shares = list[list[Share]]
+"""Share of the routed slots per layer and expert: (layers, experts), rows sum to 1."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+ALL = "all"
+"""The entry over all domains."""
+
+
+class Record(BaseModel):
+    """What a part of the program writes, checked when another reads it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def optional() -> Any:
+    """A field that is not written where nothing is known."""
+    return Field(None, exclude_if=lambda value: value is None)
+
+
+def write_record(path: Path, value: Any) -> None:
+    """A record, or a list or dictionary of records, as indented JSON; replaced atomically."""
+    write_json(path, to_jsonable_python(value, inf_nan_mode="constants"))
+
+
+def read_record(path: Path, kind: Any) -> Any:
+    """The value of type `kind` in a file.
+
+    Raises:
+        UpcycleError: it is missing, not JSON, or not of that type; names the file and the first field that is wrong.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UpcycleError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return TypeAdapter(kind).validate_json(content)
+    except ValidationError as error:
+        raise UpcycleError(f"{path} is damaged: {_first(error)}; restore it, or make it again") from None
+
+
+def _first(error: ValidationError) -> str:
+    """Field, problem and what was found, of the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return str(first["msg"])
+    field = ".".join(map(str, first["loc"])) or "the whole"
+    found = repr(first["input"])
+    return f"{field}: {first['msg']} (found {found if len(found) <= 80 else f'{found[:77]}...'})"

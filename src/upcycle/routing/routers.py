@@ -1,0 +1,152 @@
+"""Router modules over one frozen MoE: expert i as a dense model is the MoE with every token sent to expert i.
+
+Legend: T tokens (B x S flattened), B rows of the batch, S tokens per row, H hidden, E experts, L layers.
+A router returns (logits (T, E), weights (T, k), indices (T, k)), as transformers' own do.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from upcycle.types import Model
+
+Router = TypeVar("Router", bound=nn.Module)
+
+ROUTER_NAMES = ("gate", "router")
+"""What transformers calls the router beside `experts`."""
+
+
+def routers(model: Model) -> list[tuple[nn.Module, str]]:
+    """(MoE block, name of the router in it) of every layer that has one, in layer order; none for a dense model."""
+    return [
+        (block, name)
+        for block in model.modules()
+        if hasattr(block, "experts")
+        for name in ROUTER_NAMES
+        if isinstance(getattr(block, name, None), nn.Module)
+    ]
+
+
+def router_modules(model: Model) -> list[nn.Module]:
+    """The router of every layer, in layer order."""
+    return [getattr(block, name) for block, name in routers(model)]
+
+
+def num_experts(model: Model) -> int:
+    """Experts per layer; 0 for a dense model."""
+    return next((len(router.get_parameter("weight")) for router in router_modules(model)), 0)
+
+
+def parts(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of a MoE with the part that it belongs to: `router`, `experts`, or `shared` for all the rest."""
+    gates = {id(router.weight) for router in router_modules(model)}
+    for name, parameter in model.named_parameters():
+        yield "router" if id(parameter) in gates else "experts" if ".experts." in name else "shared", parameter
+
+
+def freeze(model: Model, fixed: Collection[str]) -> None:
+    """Leave the named `parts` of a MoE as they are; what trains is in fp32."""
+    for part, parameter in parts(model):
+        if part not in fixed:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(part not in fixed)
+
+
+class RowExperts:
+    """Which expert each row of the batch goes to; shared by the routers of all layers, set before a forward."""
+
+    def __init__(self) -> None:
+        self.experts: Int[Tensor, " B"] = torch.zeros(1, dtype=torch.long)
+
+    def of_tokens(self, num_tokens: int) -> Int[Tensor, " T"]:
+        return self.experts.repeat_interleave(num_tokens // len(self.experts))
+
+
+class ForcedRouter(nn.Module):
+    """Every token to its row's expert with weight 1: the dense model of that expert."""
+
+    def __init__(self, rows: RowExperts, num_experts: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.num_experts = num_experts
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        experts = self.rows.of_tokens(len(flat))
+        weights = flat.new_ones(len(flat), 1)
+        return nn.functional.one_hot(experts, self.num_experts).to(flat), weights, experts[:, None]
+
+
+class GatedRouter(nn.Module):
+    """y = sigmoid(h . r_i) FFN_i(h), i the row's expert: UpIT's pre-optimisation of the routing vectors.
+
+    `scores` keeps h . r_i of the last forward for the auxiliary loss.
+    """
+
+    def __init__(self, rows: RowExperts, vectors: Float[Tensor, "E H"]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.vectors = nn.Parameter(vectors.clone().float())
+        self.scores: Float[Tensor, " T"] = torch.zeros(0)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        experts = self.rows.of_tokens(len(flat))
+        self.scores = (flat.float() * self.vectors[experts]).sum(dim=-1)
+        gates = torch.sigmoid(self.scores)[:, None].to(flat.dtype)
+        return nn.functional.one_hot(experts, len(self.vectors)).to(flat), gates, experts[:, None]
+
+
+@contextmanager
+def swapped_routers(model: Model, make: Callable[[int], Router]) -> Iterator[list[Router]]:
+    """Replace the router of each layer by `make(layer)`; the model's own come back at the end."""
+    places = routers(model)
+    originals = router_modules(model)
+    replacements = [make(layer) for layer in range(len(places))]
+    try:
+        for (parent, attribute), module in zip(places, replacements, strict=True):
+            setattr(parent, attribute, module)
+        yield replacements
+    finally:
+        for (parent, attribute), original in zip(places, originals, strict=True):
+            setattr(parent, attribute, original)
+
+
+class RouterRecorder:
+    """Collects what the routers of all layers return in a forward; use as a context manager.
+
+    Works on the router modules themselves, so it does not depend on the model passing router logits on.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._gates = router_modules(model)
+        self._handles: list[RemovableHandle] = []
+        self.logits: list[Float[Tensor, "T E"]] = []
+        self.indices: list[Int[Tensor, "T k"]] = []
+
+    def __enter__(self) -> "RouterRecorder":
+        self._handles = [gate.register_forward_hook(self._record) for gate in self._gates]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def clear(self) -> None:
+        """Forget the last forward."""
+        self.logits, self.indices = [], []
+
+    def _record(self, _module: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
+        self.logits.append(outputs[0])
+        self.indices.append(outputs[2])
+
+
+def random_routers(num_layers: int, num_experts: int, hidden: int, std: float, seed: int) -> list[Tensor]:
+    """Gaussian routing vectors (E, H) per layer, the usual start of vanilla upcycling (std 0.02)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(num_experts, hidden, generator=generator) * std for _ in range(num_layers)]

@@ -1,0 +1,94 @@
+"""One instruction-tuning run of the dense model leaves the checkpoints that become experts."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from upcycle.data.chat import Sample
+from upcycle.errors import UpcycleError
+from upcycle.experts.kind import Kind
+from upcycle.records.files import CHECKPOINTS, LOG
+from upcycle.records.plan import Checkpoint
+from upcycle.records.training import TrainingRecord
+from upcycle.settings import LoraSettings, PrepareSettings
+from upcycle.training.checkpoints import finish, step_of
+from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.types import Model
+from upcycle.weights.base import Base
+from upcycle.weights.folders import copy_companions, require_space
+
+
+def tune(
+    kind: Kind,
+    base: Base,
+    train: Sequence[Sample],
+    settings: PrepareSettings,
+    lora: LoraSettings,
+    seed: int,
+    out_dir: Path,
+) -> list[Checkpoint]:
+    """Instruction-tune the base and keep a checkpoint every `checkpoint_every` epochs (UpIT, section 3).
+
+    With `by_domain` there is a training for each domain label, and the end of each is a checkpoint. Writes
+    `checkpoint-<step>/` folders (models or adapters), `checkpoints.json` and `log.json`. Resumes from its own last
+    checkpoint.
+
+    Args:
+        kind: what the checkpoints will be experts of.
+
+    Raises:
+        UpcycleError: training diverges, the checkpoints would not fit on the disk, or there are no domains.
+    """
+    checkpoints, records = [], []
+    for name, samples in _trainings(train, settings):
+        folder = out_dir / name
+        folder.mkdir(exist_ok=True)
+        record = LOG.known(folder)
+        if record is None:  # else only the folders are left to be finished
+            model = kind.trainable(base, lora, seed)
+            _require_space(kind, model, settings, out_dir)
+            title = f"prepare: instruction tuning {name}".strip()
+            keep = 1 if settings.by_domain else None
+            record = fine_tune(model, base.tokenizer, samples, Training(settings, seed, title, folder, keep))
+            LOG.write(folder, record)
+        records.append(record)
+        saved = sorted(folder.glob("checkpoint-*"), key=step_of)
+        for checkpoint in saved[-1:] if settings.by_domain else saved:
+            _finish(kind, checkpoint, base)
+            epoch = round(settings.epochs * step_of(checkpoint) / step_of(saved[-1]), 4)
+            place = str(checkpoint.relative_to(out_dir))
+            checkpoints.append(Checkpoint(name=name or checkpoint.name, path=place, epoch=epoch))
+    if settings.by_domain:
+        LOG.write(out_dir, TrainingRecord.of_all(records))
+    CHECKPOINTS.write(out_dir, checkpoints)
+    return checkpoints
+
+
+def _trainings(train: Sequence[Sample], settings: PrepareSettings) -> list[tuple[str, list[Sample]]]:
+    """(folder, samples) of each training: one over all, or one for each domain."""
+    if not settings.by_domain:
+        return [("", list(train))]
+    domains = sorted({sample.domain for sample in train})
+    if len(domains) < 2:
+        raise UpcycleError(
+            f"prepare.by_domain: the {len(train)} training rows have one domain, '{domains[0]}'; give rows a field "
+            "`domain`, or set prepare.by_domain=false"
+        )
+    folders = [f"domain-{re.sub(r'[^A-Za-z0-9_-]+', '_', domain)}" for domain in domains]
+    unique = [name if folders.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(folders)]
+    return [(name, [s for s in train if s.domain == d]) for name, d in zip(unique, domains, strict=True)]
+
+
+def _require_space(kind: Kind, model: Model, settings: PrepareSettings, out_dir: Path) -> None:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = kind.num_saved(model) * (settings.num_checkpoints or 1)
+    needed = 4 * (saved + 2 * trained)  # fp32, and Adam's two moments once
+    hint = "raise prepare.checkpoint_every"
+    require_space(out_dir, needed, f"preparation ({settings.num_checkpoints or 'its'} checkpoints)", hint)
+
+
+def _finish(kind: Kind, folder: Path, base: Base) -> None:
+    """Leave a checkpoint as others expect it: without the Trainer's files, and with the base's own settings."""
+    finish(folder)
+    kind.finish_checkpoint(folder, base)
+    copy_companions(base.folder, folder, base.chat_template)

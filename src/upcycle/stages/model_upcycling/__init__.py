@@ -1,0 +1,1 @@
+"""Stage 4 (UpIT, model upcycling): the MoE assembled, trained, exported."""

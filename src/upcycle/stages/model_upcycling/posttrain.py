@@ -1,0 +1,51 @@
+"""The whole MoE is trained with top-k routing and a load-balancing loss."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from upcycle.data.chat import Sample
+from upcycle.experts.kinds import load_for_training, load_routers, save_model, trained_parameters
+from upcycle.recipe import Recipe
+from upcycle.records.files import LOG
+from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.types import Model
+from upcycle.weights.base import Base
+from upcycle.weights.folders import require_space
+
+TRAINER = "trainer"
+"""Folder of the Trainer's own checkpoints while the stage runs."""
+
+
+def posttrain(
+    base: Base,
+    initial: Path,
+    router: Path,
+    train: Sequence[Sample],
+    recipe: Recipe,
+    out_dir: Path,
+) -> None:
+    """Train the MoE in `initial` with the routing vectors in `router`; write it as a model folder.
+
+    Resumes from its own last checkpoint.
+
+    Raises:
+        UpcycleError: training diverges.
+    """
+    if LOG.known(out_dir) is None:  # else only the Trainer's folder is left to be removed
+        settings = recipe.posttrain
+        model = load_for_training(initial, base.folder, recipe.lora.four_bit, settings.freeze)
+        load_routers(model, router)
+        _require_space(model, out_dir)
+        title = "posttrain: mixture of experts"
+        training = Training(settings, recipe.seed, title, out_dir / TRAINER, keep=1, balance=settings)
+        record = fine_tune(model, base.tokenizer, train, training)
+        save_model(model, out_dir, initial)
+        LOG.write(out_dir, record)
+    shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
+
+
+def _require_space(model: Model, out_dir: Path) -> None:
+    # two checkpoints at once with Adam's two moments, and the result, in fp32
+    needed = 4 * trained_parameters(model) * (2 * 3 + 1)
+    require_space(out_dir, needed, "post-training", "lower expand.num_experts")

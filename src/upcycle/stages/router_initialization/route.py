@@ -1,0 +1,197 @@
+"""Score the seed data, assign them, start the router, measure it on seed data it has not seen."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from upcycle.console import say, table, warn
+from upcycle.data.batches import make_batches
+from upcycle.data.chat import Sample
+from upcycle.data.splits import SeedData
+from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.errors import UpcycleError
+from upcycle.experts.kinds import load_model, load_routers, router_keys, save_model
+from upcycle.records.files import MOVED, ROUTE_REPORT, ROUTER
+from upcycle.records.route import Bucket, Difference, HeldOut, RouteCost, RouteReport, SeedSample
+from upcycle.routing.ranking import ranking
+from upcycle.routing.routers import random_routers
+from upcycle.settings import RouteSettings
+from upcycle.stages.router_initialization.assignment import (
+    Experts,
+    Losses,
+    assign,
+    bootstrap_gain,
+    bucket_table,
+    equal_steps,
+    fill_empty,
+)
+from upcycle.stages.router_initialization.scoring import expert_losses
+from upcycle.stages.router_initialization.starts import STARTS, Seed, Start
+from upcycle.weights.base import Base
+
+DEGENERATE = 1e4
+"""Condition number of a router from which on it is called degenerate."""
+
+
+def route(
+    base: Base,
+    moe: Path,
+    seed_data: SeedData,
+    names: Sequence[str],
+    settings: RouteSettings,
+    seed: int,
+    out_dir: Path,
+) -> RouteReport:
+    """Write `router.safetensors` (a (num_experts, hidden) matrix per layer), `report.json`; `moe/` if experts moved.
+
+    Args:
+        seed_data: what the router is started from, and what it is measured on.
+        names: the experts' names, in order.
+
+    Raises:
+        UpcycleError: fewer seed samples than experts, a loss or a routing vector that is not finite.
+    """
+    if len(seed_data.fit) < len(names):
+        raise UpcycleError(
+            f"route: {len(seed_data.fit)} seed samples for {len(names)} experts; raise route.seed_fraction or "
+            "route.min_samples_per_expert"
+        )
+    device = pick_device()
+    model = load_model(moe, compute_dtype(device), device, base.folder)
+    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    random = random_routers(layers, len(names), hidden, settings.init_std, seed)
+    if len(names) == 1:
+        say("route: one expert: there is nothing to route")
+        report = RouteReport(start="random", assignment=settings.assignment, buckets=[], samples=[])
+        _save(out_dir / ROUTER.name, random, router_keys(model))
+    else:
+        start_from = Seed(model, seed_data.fit, [], random, settings, base.pad_token_id, seed)
+        report = _start(start_from, seed_data.test, names, out_dir)
+    if settings.expert_learning_rate is not None and len(names) > 1:
+        save_model(model, out_dir / MOVED.name, moe)
+    ROUTE_REPORT.write(out_dir, report)
+    return report
+
+
+def _start(seed: Seed, test: Sequence[Sample], names: Sequence[str], out_dir: Path) -> RouteReport:
+    """Score, assign, start the router, write it, measure it."""
+    fit, settings, limit = seed.samples, seed.settings, seed.settings.tokens_per_batch
+    scored = [*fit, *test]
+    losses = expert_losses(seed.model, scored, limit, seed.pad_token_id).double().numpy()
+    losses, test_losses = losses[: len(fit)], losses[len(fit) :]
+    experts = assign(losses, fit, settings.assignment, seed.seed)
+    buckets = bucket_table(experts, fit, losses, names)
+    difference = bootstrap_gain(losses, [sample.domain for sample in fit], seed.seed)
+    _show_buckets(buckets, difference)
+    pairs = _pairs(experts, losses, names)
+    seed = replace(seed, pairs=equal_steps(pairs) if settings.equal_steps else pairs)
+    start = STARTS[settings.start](seed)
+    cost = _cost(start, scored, len(names), settings.start)
+    condition = condition_numbers(start.vectors)
+    _save(out_dir / ROUTER.name, start.vectors, router_keys(seed.model))
+    held_out = None
+    if test:
+        load_routers(seed.model, out_dir / ROUTER.name)
+        assigned = assign(test_losses, test, settings.assignment, seed.seed).tolist()
+        batches = make_batches(test, limit, seed.pad_token_id, seed.model.device)
+        found = ranking(seed.model, batches, assigned, settings.tokens)
+        held_out = HeldOut(**found.model_dump(), assigned=assigned)
+        _show_held_out(held_out)
+    return RouteReport(
+        start=settings.start,
+        assignment=settings.assignment,
+        buckets=buckets,
+        difference=difference,
+        samples=[
+            SeedSample(where=s.where, domain=s.domain, expert=int(e), losses=row.tolist())
+            for s, e, row in zip(fit, experts, losses, strict=True)
+        ],
+        log=start.log,
+        cost=cost,
+        condition=condition,
+        held_out=held_out,
+    )
+
+
+def condition_numbers(vectors: Sequence[Float[Tensor, "E H"]]) -> list[float]:
+    """Of each layer's router, its mean over experts taken away: how far it is from not telling two experts apart.
+
+    Warns of layers above `DEGENERATE`.
+    """
+    found = []
+    for layer in vectors:
+        singular = torch.linalg.svdvals((layer - layer.mean(dim=0)).double())[: len(layer) - 1]
+        found.append(float(singular[0] / singular[-1].clamp(min=1e-300)))
+    bad = [layer for layer, number in enumerate(found) if number > DEGENERATE]
+    if bad:
+        warn(
+            f"route: the routers of {len(bad)} layers (first: {bad[:4]}) hardly tell some experts apart (condition "
+            f"number up to {max(found):.0e}); take another route.start, or more seed data "
+            "(route.min_samples_per_expert)"
+        )
+    return found
+
+
+def _cost(start: Start, scored: Sequence[Sample], num_experts: int, name: str) -> RouteCost:
+    """Tokens that went forward and backward through the model, and says so."""
+    scoring = num_experts * sum(len(sample.input_ids) for sample in scored)
+    say(
+        f"route: scoring took {scoring:,} tokens forward, the start {name} {start.forward_tokens:,} forward and "
+        f"{start.backward_tokens:,} backward"
+    )
+    return RouteCost(scoring=scoring, forward=start.forward_tokens, backward=start.backward_tokens)
+
+
+def _pairs(experts: Experts, losses: Losses, names: Sequence[str]) -> list[tuple[int, int]]:
+    pairs = list(enumerate(experts.tolist()))
+    for expert, chosen in fill_empty(experts, losses).items():
+        warn(
+            f"route: no seed sample was assigned to expert {expert} ({names[expert]}); its routing vectors learn "
+            f"from the {len(chosen)} samples nearest to it (route.assignment=balanced avoids this)"
+        )
+        pairs += [(sample, expert) for sample in chosen]
+    return pairs
+
+
+def _save(path: Path, vectors: Sequence[Tensor], names: Sequence[str]) -> None:
+    for name, vector in zip(names, vectors, strict=True):
+        if not torch.isfinite(vector).all():
+            raise UpcycleError(f"route: {name} is not finite after pre-optimisation; lower route.learning_rate")
+    save_file({n: v.float().contiguous() for n, v in zip(names, vectors, strict=True)}, path)
+
+
+def _show_buckets(buckets: Sequence[Bucket], difference: Difference) -> None:
+    domains = sorted({domain for bucket in buckets for domain in bucket.domains})
+    rows = [
+        (
+            f"{b.expert} {b.name}",
+            str(b.samples),
+            *(str(b.domains.get(domain, 0)) for domain in domains),
+            f"{b.mean_loss:.3f}",
+            *("-" if value is None else f"{value:.3f}" for value in (b.bucket_loss, b.margin)),
+        )
+        for b in buckets
+    ]
+    columns = ("expert", "samples", *domains, "loss on all", "loss on its own", "second best is worse by")
+    table("seed samples per expert", columns, rows)
+    low, high = difference.interval
+    verdict = "experts differ by more than noise" if difference.more_than_noise else "this may be noise"
+    say(
+        "route: an expert per domain, chosen on other samples, beats the best single expert by "
+        f"{difference.gain:.4f} (95% of resamples: {low:.4f} to {high:.4f}): {verdict}"
+    )
+    if max(b.samples for b in buckets) == sum(b.samples for b in buckets):
+        warn("route: all seed samples went to one expert; route.assignment=balanced, or seed data held out, avoid this")
+
+
+def _show_held_out(found: HeldOut) -> None:
+    say(
+        f"route: on {found.samples} unseen seed samples the router ranks the assigned expert first in "
+        f"{found.accuracy:.1%} (chance {found.chance:.1%}, always the most frequent one "
+        f"{found.most_frequent_share:.1%})"
+    )

@@ -1,0 +1,1 @@
+"""Many runs: comparisons, sweeps, benchmarks, and their statistics."""

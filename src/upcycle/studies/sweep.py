@@ -1,0 +1,55 @@
+"""A grid of settings: score against data size, experts, anything."""
+
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from upcycle.console import table
+from upcycle.errors import UpcycleError
+from upcycle.records.comparison import METRICS, Sweep
+from upcycle.records.files import SWEEP
+from upcycle.studies.cells import labels, run_cells
+from upcycle.studies.statistics import summary
+
+
+def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: bool = True) -> Sweep:
+    """Every combination of settings such as `expand.num_experts=4,8,16`, with every seed; write `sweep.json`.
+
+    Unlike `compare` it changes what a run sees, so different numbers of training tokens are shown, not refused.
+    Resumable.
+
+    Raises:
+        UpcycleError: an axis without values.
+    """
+    points = list(itertools.product(*(axis_values(axis) for axis in axes)))
+    texts = [" ".join([shlex.quote(recipe), *map(shlex.quote, point)]) for point in points]
+    cells = run_cells(texts, seeds, out, keep_models)
+    settings = [dict(setting.split("=", 1) for setting in point) for point in points]
+    names = [axis.partition("=")[0] for axis in axes]
+    rows = summary(cells, labels(texts), settings)
+    found = Sweep(variants=cells, summary=rows, recipe=recipe, grid=list(axes), axes=names)
+    SWEEP.write(out, found)
+    show_sweep(found)
+    return found
+
+
+def axis_values(axis: str) -> list[str]:
+    """`a.b=1,2` to [`a.b=1`, `a.b=2`]; commas within brackets part nothing."""
+    name, equals, values = axis.partition("=")
+    parts = [value for value in re.split(r",(?![^\[]*\])", values) if value]
+    if not equals or not parts:
+        raise UpcycleError(f"'{axis}' is not of the form section.field=value,value,...")
+    return [f"{name}={value}" for value in parts]
+
+
+def show_sweep(found: Sweep) -> None:
+    """Settings, training tokens and scores of every point of a grid."""
+    rows = []
+    for row in found.summary:
+        scores = ((METRICS[m], row.metric(m)) for m in found.metrics)
+        cells = (f"{pattern.format(value.mean)} +- {pattern.format(value.std)}" for pattern, value in scores)
+        rows.append((*(row.settings or {}).values(), f"{row.tokens:,}", *cells))
+    heads = (*found.axes, "training tokens", *(metric.replace("_", " ") for metric in found.metrics))
+    table(f"sweep, {found.seeds} seeds: mean and standard deviation of the MoE", heads, rows)

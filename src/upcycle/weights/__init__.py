@@ -1,0 +1,1 @@
+"""Model folders: safetensors read and written as streams, configurations, tokenizers, hashes."""

@@ -1,0 +1,173 @@
+"""Model folders: find them, read their configuration, load dense and plain models, finish them for other programs."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.records.files import LINEAGE
+from upcycle.types import Config, Model
+
+BUILTIN_BASE = "builtin:tiny"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+    LINEAGE.name,
+)
+"""What lies beside weights and configuration."""
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
+
+
+def find_model(name: str) -> Path:
+    """The local folder of a model: given as a folder, `builtin:tiny`, or a hub name (downloaded once).
+
+    Raises:
+        UpcycleError: none of these.
+    """
+    if name == BUILTIN_BASE:
+        return Path(__file__).parents[1] / "assets" / "tiny_base"
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise UpcycleError(f"model folder {name} does not exist (nor is it a hub name, owner/model)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:
+        raise UpcycleError(f"'{name}' is neither a folder nor a hub model that can be read: {error}") from None
+
+
+def read_config(folder: Path) -> Config:
+    """The decoded config.json.
+
+    Raises:
+        UpcycleError: it is missing or not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UpcycleError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UpcycleError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UpcycleError(f"{path} holds {type(config).__name__}, expected an object")
+    return _resolved(config, path)
+
+
+def _resolved(config: Config, path: Path) -> Config:
+    """With the architecture's own defaults for what the file leaves out, in the fields of transformers 5.
+
+    A MoE's defaults differ from its dense twin's, so every field must be known to be written out.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return config
+    try:
+        resolved: Config = CONFIG_MAPPING[model_type].from_dict(config).to_dict()
+    except Exception as error:  # the strict dataclasses of huggingface_hub raise their own kinds
+        raise UpcycleError(f"{path} is not a valid {model_type} configuration: {error}") from None
+    return resolved
+
+
+def four_bit_config(dtype: torch.dtype) -> Any:
+    """4-bit weights (NF4) that compute in `dtype`.
+
+    Raises:
+        UpcycleError: there is no GPU, or no bitsandbytes.
+    """
+    from importlib.util import find_spec
+
+    missing = "a GPU" if not torch.cuda.is_available() else "the package bitsandbytes"
+    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+        raise UpcycleError(f"lora.four_bit needs {missing}, which is not here; set lora.four_bit=false")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Model:
+    """A model of its own, no adapters, on the CPU (in 4 bits: on the GPU).
+
+    From safetensors; never unpickles, runs no remote code.
+
+    Raises:
+        UpcycleError: keys are missing or left over, so the model would be partly random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quantized = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **quantized
+    )
+    return _complete(model, info, str(folder))
+
+
+def base_name(name: str) -> str:
+    """What an adapter calls its dense model: a hub name as it is, a folder by its whole path."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_state(config: Config, tensors: dict[str, torch.Tensor], what: str) -> Model:
+    """A causal language model in fp32 from a configuration and tensors named as on disk.
+
+    Raises:
+        UpcycleError: keys are missing or left over.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    resolved = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(resolved)].from_pretrained(
+        None, config=resolved, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+    )
+    return _complete(model, info, what).eval()
+
+
+def _complete(model: Model, info: dict[str, Any], what: str) -> Model:
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise UpcycleError(f"{what}: {problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]}")
+    return model
+
+
+def copy_companions(source: Path, folder: Path, chat_template: str | None = None) -> None:
+    """Tokenizer, template, generation settings and lineage as they are; `chat_template` replaces the tokenizer's."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template)
+
+
+def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
+    """Refuse work whose result would not fit on the disk.
+
+    Raises:
+        UpcycleError: says how many bytes are needed and how many are free.
+    """
+    free = shutil.disk_usage(folder).free
+    written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())  # by a run that is being resumed
+    if needed - written > free:
+        raise UpcycleError(
+            f"{what} needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; make room, take "
+            f"another --run, or {hint}"
+        )
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """config.json, indented like transformers' own."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,74 @@
+"""Adapters as PEFT saves them: what they add, and what cannot be an expert."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from upcycle.errors import UpcycleError
+from upcycle.experts.adapter_files import CONFIG, WEIGHTS, merged_weight, read_adapter
+from upcycle.experts.kinds import load_model
+from upcycle.weights.folders import read_config
+from worlds import make_adapter
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"layers.1.mlp.up_proj": 3}}, {"target_modules": ["down_proj"]}],
+    ids=str,
+)
+def test_what_an_adapter_adds_is_what_peft_merges(options: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(base, tmp_path, 1, **options)
+    adapter = read_adapter(folder, read_config(base))
+    dense, merged = (load_model(f, torch.float32, base=base).state_dict() for f in (base, folder))
+    changed = {name for name in dense if not torch.equal(dense[name], merged[name])}
+    assert changed == {f"{name}.weight" for name in adapter}
+    for name, update in adapter.items():
+        torch.testing.assert_close(merged_weight(dense[f"{name}.weight"], update), merged[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True, expected False"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"target_modules": ["q_proj", "up_proj"]}, "q_proj.lora_A.weight is not a LoRA factor of gate_proj"),
+        ({"modules_to_save": ["norm"]}, r"modules_to_save is \['norm'\]"),
+    ],
+)
+def test_an_adapter_of_anything_else_is_refused(
+    options: dict[str, Any], message: str, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UpcycleError, match=message):
+        read_adapter(make_adapter(base, tmp_path, 1, **options), read_config(base))
+
+
+def test_damage_is_named(base: Path, tmp_path: Path) -> None:
+    config = read_config(base)
+    folder = make_adapter(base, tmp_path, 1)
+    tensors = load_file(folder / WEIGHTS)
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    with pytest.raises(UpcycleError, match="the base's weight is not there; the adapter belongs to another model"):
+        read_adapter(folder, {**config, "num_hidden_layers": 1})
+    with pytest.raises(
+        UpcycleError, match=r"factors .* the base's weight is \(32, 64\); the adapter belongs to another"
+    ):
+        read_adapter(folder, {**config, "intermediate_size": 64})
+    save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, folder / WEIGHTS)
+    with pytest.raises(UpcycleError, match=f"{name} holds NaN or Inf"):
+        read_adapter(folder, config)
+    save_file({n: t for n, t in tensors.items() if n != name}, folder / WEIGHTS)
+    with pytest.raises(UpcycleError, match="up_proj has lora_B alone"):
+        read_adapter(folder, config)
+    (folder / WEIGHTS).write_bytes(b"garbage")
+    with pytest.raises(UpcycleError, match="not a readable safetensors file"):
+        read_adapter(folder, config)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(UpcycleError, match="adapters must be safetensors"):
+        read_adapter(folder, config)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(UpcycleError, match="peft_type is 'IA3', expected 'LORA'"):
+        read_adapter(folder, config)

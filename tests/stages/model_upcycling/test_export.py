@@ -1,0 +1,71 @@
+"""Export: a folder that stands alone, and what cannot be made into one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.experts.adapter_files import CONFIG
+from upcycle.experts.kinds import load_model
+from upcycle.pipeline.manifest import seal
+from upcycle.stages.model_upcycling.export import export
+from worlds import assembled, logits, make_adapter, mixture
+
+NAMES = {"config.json", "model.safetensors", "tokenizer.json", "upcycle_plan.json"}
+
+
+def test_a_plain_moe_is_copied_without_what_is_ours_alone(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    made = assembled(base, checkpoints, tmp_path / "made")
+    (made / "log.json").write_text("{}")
+    export(made, tmp_path / "out", False, "source")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= NAMES
+    assert not names & {"manifest.json", "log.json"}
+    assert torch.equal(logits(made), logits(tmp_path / "out"))
+    with pytest.raises(UpcycleError, match="out is not empty; give --to a new folder"):
+        export(made, tmp_path / "out", False, "source")
+    with pytest.raises(UpcycleError, match="is a plain model already; leave out --fold"):
+        export(made, tmp_path / "other", True, "source")
+    with pytest.raises(UpcycleError, match="holds no model; expected a finished run"):
+        export(tmp_path, tmp_path / "other", False, "source")
+
+
+def test_a_mixture_is_folded_or_stays_compact(base: Path, tmp_path: Path) -> None:
+    made = mixture(base, [make_adapter(base, tmp_path / str(seed), seed) for seed in (1, 2)], tmp_path / "made")
+    (tmp_path / "plain.partial").mkdir()  # an export that was interrupted
+    (tmp_path / "plain.partial" / "model.safetensors").write_text("half")
+    export(made, tmp_path / "plain", True, "source")
+    export(made, tmp_path / "compact", False, "source")
+    assert {path.name for path in (tmp_path / "plain").iterdir()} >= NAMES
+    for out in ("plain", "compact"):
+        torch.testing.assert_close(logits(tmp_path / out), logits(made), rtol=0, atol=1e-5)
+    sizes = [sum(p.stat().st_size for p in (tmp_path / out).iterdir()) for out in ("compact", "plain")]
+    assert sizes[0] < sizes[1]
+    assert not (tmp_path / "plain.partial").exists()
+
+
+def test_a_mixture_is_folded_on_its_own_base_alone(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    adapters = [make_adapter(base, tmp_path / str(seed), seed) for seed in (1, 2)]
+    made = mixture(base, adapters, tmp_path / "made.partial")
+    (made / "inputs.json").write_text("{}")
+    seal(made, tmp_path / "made", {"base": "0" * 64}, {}, 0)
+    with pytest.raises(UpcycleError, match=r"is not the base that .* was trained on"):
+        export(tmp_path / "made", tmp_path / "out", True, "source")
+    config = json.loads((tmp_path / "made" / CONFIG).read_text())
+    (tmp_path / "made" / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere"}))
+    with pytest.raises(UpcycleError, match="model folder /nowhere does not exist"):
+        export(tmp_path / "made", tmp_path / "out", True, "source")
+    (tmp_path / "made" / "manifest.json").unlink()
+    export(tmp_path / "made", tmp_path / "out", True, "source", str(checkpoints[0]))
+    assert load_model(tmp_path / "out", torch.float32).config.model_type == "mixtral"
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_bottlenecks_cannot_be_folded(base: Path, tmp_path: Path) -> None:
+    made = mixture(base, [make_adapter(base, tmp_path / "1", 1)] * 2, tmp_path / "made")
+    config = json.loads((made / CONFIG).read_text())
+    (made / CONFIG).write_text(json.dumps({**config, "peft_type": "UPCYCLE_BOTTLENECK_MOE"}))
+    with pytest.raises(UpcycleError, match=r"bottleneck experts .* which are not linear"):
+        export(made, tmp_path / "out", True, "source")

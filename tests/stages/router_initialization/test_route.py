@@ -1,0 +1,144 @@
+"""Scoring, pre-optimisation and the whole routing stage on a tiny MoE."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from upcycle.data.batches import collate
+from upcycle.data.chat import Sample
+from upcycle.data.splits import SeedData, load_splits
+from upcycle.errors import UpcycleError
+from upcycle.experts.kinds import load_model, load_routers
+from upcycle.recipe import Recipe
+from upcycle.records.files import ROUTE_REPORT
+from upcycle.routing.routers import GatedRouter, RowExperts, random_routers, swapped_routers
+from upcycle.settings import RouteSettings
+from upcycle.stages.router_initialization.preoptimise import auxiliary_loss, gated_losses, preoptimise
+from upcycle.stages.router_initialization.route import route
+from upcycle.stages.router_initialization.scoring import expert_losses
+from upcycle.weights.base import load_tokenizer
+from worlds import as_base, assembled
+
+NAMES = ["c1", "c2", "c3"]
+SETTINGS = RouteSettings(epochs=3, tokens_per_batch=256, learning_rate=0.01)
+
+
+@pytest.fixture(scope="module")
+def moe(base: Path, checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("moe")
+    return assembled(base, checkpoints, out)
+
+
+@pytest.fixture
+def samples(recipe: Recipe, base: Path) -> list[Sample]:
+    return load_splits(recipe, load_tokenizer(base, None), 128).train[:13]
+
+
+def answer_loss(folder: Path, sample: Sample) -> float:
+    model = load_model(folder, torch.float32)
+    labels = torch.tensor([sample.labels])
+    with torch.no_grad():
+        logits = model(torch.tensor([sample.input_ids])).logits
+    return torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100).item()
+
+
+def test_scores_are_the_checkpoints_own_losses(moe: Path, checkpoints: list[Path], samples: list[Sample]) -> None:
+    found = expert_losses(load_model(moe, torch.float32), samples, 256, 0)
+    for i in (0, 5, 12):
+        for expert, checkpoint in enumerate(checkpoints):
+            assert found[i, expert].item() == pytest.approx(answer_loss(checkpoint, samples[i]), abs=1e-5)
+
+
+def test_auxiliary_loss_is_the_cross_entropy_of_saying_yes() -> None:
+    scores = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    yes = torch.nn.functional.binary_cross_entropy(torch.sigmoid(scores), torch.ones(2, 6), reduction="none")
+    per_token = yes.mean(dim=0).view(2, 3)
+    expected = (per_token[0, :2].mean() + per_token[1, 0]) / 2
+    torch.testing.assert_close(auxiliary_loss(scores, mask), expected)
+
+
+def test_only_routing_vectors_learn_and_only_those_of_experts_with_samples(moe: Path, samples: list[Sample]) -> None:
+    model = load_model(moe, torch.float32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    start = random_routers(2, 3, 32, 0.02, 0)
+    pairs = [(i, i % 2) for i in range(len(samples))]  # nothing for expert 2
+    vectors, log = preoptimise(model, samples, pairs, start, SETTINGS, 0, 0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for layer in range(2):
+        assert torch.equal(vectors[layer][2], start[layer][2])
+        assert not torch.equal(vectors[layer][0], start[layer][0])
+    assert log[-1]["auxiliary_loss"] < log[0]["auxiliary_loss"]
+
+
+def test_language_model_loss_reaches_the_routing_vectors_through_the_gate(moe: Path, samples: list[Sample]) -> None:
+    model = load_model(moe, torch.float32)
+    rows = RowExperts()
+    batch = collate(samples, [0, 1], 0, "cpu")
+    rows.experts = torch.tensor([0, 2])
+    start = random_routers(2, 3, 32, 0.02, 0)
+    with swapped_routers(model, lambda layer: GatedRouter(rows, start[layer])) as routers:
+        language, _ = gated_losses(model, batch, routers, "all")
+        language.backward()
+        for router in routers:
+            assert (router.vectors.grad[[0, 2]].abs().sum(dim=1) > 0).all()
+            assert (router.vectors.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("start", ["upit", "random"])
+def test_the_stage_writes_a_router_that_loads(
+    start: str, base: Path, moe: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"start": start})
+    report = route(as_base(base), moe, SeedData(samples[:9], samples[9:]), NAMES, settings, 0, tmp_path)
+    assert [b.samples for b in report.buckets] == [3, 3, 3]
+    assert 0 <= report.held_out.accuracy <= 1
+    assert ROUTE_REPORT.read(tmp_path) == report
+    tensors = load_file(tmp_path / "router.safetensors")
+    model = load_model(moe, torch.float32)
+    load_routers(model, tmp_path / "router.safetensors")
+    for layer in range(2):
+        loaded = model.model.layers[layer].mlp.gate.weight
+        assert torch.equal(loaded, tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"])
+
+
+def test_separable_data_are_routed_to_their_expert(moe: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """If the two halves of the data are told apart by their tokens, the pre-optimised router tells them apart."""
+    model = load_model(moe, torch.float32)
+    halves: list[list[Sample]] = [[], []]
+    for sample in samples:
+        halves[sample.domain == "reverse"].append(sample)
+    ordered = [*halves[0], *halves[1]]
+    pairs = [(i, int(i >= len(halves[0]))) for i in range(len(ordered))]
+    settings = SETTINGS.model_copy(update={"epochs": 40, "learning_rate": 0.03})
+    vectors, log = preoptimise(model, ordered, pairs, random_routers(2, 3, 32, 0.0, 0), settings, 0, 0)
+    assert log[-1]["auxiliary_loss"] < 0.2 < log[0]["auxiliary_loss"]
+    assert all(vector[2].abs().sum() == 0 for vector in vectors)
+
+
+def test_an_empty_bucket_is_named_and_its_expert_still_learns(
+    base: Path, moe: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import upcycle.stages.router_initialization.route as module
+
+    monkeypatch.setattr(
+        module, "expert_losses", lambda _m, s, _t, _p: torch.tensor([[0.0, 1.0, 2.0]]).repeat(len(s), 1)
+    )
+    settings = SETTINGS.model_copy(update={"assignment": "lowest_loss"})
+    route(as_base(base), moe, SeedData(samples, []), NAMES, settings, 0, tmp_path)
+    printed = capsys.readouterr().out
+    assert "no seed sample was assigned to expert 1 (c2)" in printed
+    assert "no seed sample was assigned to expert 2 (c3)" in printed
+    start = random_routers(2, 3, 32, SETTINGS.init_std, 0)
+    for vector, before in zip(load_file(tmp_path / "router.safetensors").values(), start, strict=True):
+        assert ((vector - before).abs().sum(dim=1) > 0).all()
+
+
+def test_fewer_seed_samples_than_experts_are_refused(
+    base: Path, moe: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    with pytest.raises(UpcycleError, match="2 seed samples for 3 experts"):
+        route(as_base(base), moe, SeedData(samples[:2], []), NAMES, SETTINGS, 0, tmp_path)
