@@ -19,7 +19,6 @@ from upcycle.stages.expert_preparation.prepare import tune
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint
 from upcycle.training.fine_tune import Training, fine_tune
-from upcycle.training.fine_tune import fine_tune as module
 from upcycle.weights.base import load_tokenizer
 from worlds import as_base, assembled, make_adapter, mixture
 
@@ -87,7 +86,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(
 
     expected = train(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "StripOlder", lambda: StopAt(5))
+        patch.setattr("upcycle.training.fine_tune.StripOlder", lambda: StopAt(5))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "cut")
     assert last_checkpoint(tmp_path / "cut").name == "checkpoint-4"

@@ -30,7 +30,6 @@ class Tokens:
     experts: Int[Tensor, " T"]
 
 
-@torch.no_grad()
 def router_inputs(
     model: Model,
     samples: Sequence[Sample],
@@ -52,7 +51,8 @@ def router_inputs(
             batch = collate(samples, [s for s, _ in chosen], pad_token_id, model.device)
             rows.experts = torch.tensor([e for _, e in chosen], device=model.device)
             inputs.clear()
-            model.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            with torch.no_grad():  # not around the yield: the caller may train
+                model.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             mask = answer_targets(batch.labels)[1] if tokens == "answer" else batch.attention_mask.bool()
             flat = mask.reshape(-1)
             hidden = torch.stack([layer.reshape(len(flat), -1)[flat] for layer in inputs])
