@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from upcycle.console import say, table
+from upcycle.records.files import PLAN
 from upcycle.records.plan import ExpansionPlan
 from upcycle.weights.folders import BUILTIN_BASE, find_model, write_config
 from upcycle.weights.safetensors_io import ModelWriter, TensorSpec, pieces
@@ -47,14 +48,19 @@ OURS = """
 import gc, sys
 gc.set_threshold(100_000, 20, 20)  # as the command `upcycle` does
 from pathlib import Path
+from upcycle.experts.kinds import KINDS
+from upcycle.recipe import parse_recipe
 from upcycle.records.plan import Checkpoint
 from upcycle.stages.expert_expansion.expand import expand
 from upcycle.stages.model_upcycling.assemble import assemble
-from upcycle.settings import AssembleSettings, ExpandSettings
-base, out, *folders = map(Path, sys.argv[1:])
-checkpoints = [Checkpoint(f.name, str(f)) for f in folders]
-plan = expand(base, checkpoints, folders, ExpandSettings(num_experts=%d, drop_rate=%g), 0, out)
-assemble(base, folders, plan, AssembleSettings(), None, 0.02, 0, out)
+from upcycle.weights.base import Base
+folder, out, *folders = map(Path, sys.argv[1:])
+base, kind = Base(folder, str(folder)), KINDS["ffn"]
+checkpoints = [Checkpoint(name=f.name, path=str(f)) for f in folders]
+expansion = {"num_experts": %d, "drop_rate": %g}
+recipe = parse_recipe({"base": str(folder), "data": {"train": "none"}, "expand": expansion}, "benchmark")
+plan = expand(kind, base, checkpoints, folders, recipe.expand, 0, out)
+assemble(kind, base, folders, plan, recipe, out)
 """
 
 
@@ -232,7 +238,7 @@ def main() -> None:
     if not arguments.skip_mergekit:
         python = mergekit_python(arguments.mergekit, work)
         warm_caches(folders)
-        plan = ExpansionPlan.load(ours / "plan.json")
+        plan = PLAN.read(ours)
         found["mergekit, warm"] = run_mergekit(python, folders, plan, work / "theirs", log)
     report(found, work)
 

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from upcycle.model_upcycling.export import fold_mixture
 
 from upcycle.console import say, table
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.experts.adapter_files import ffn_shapes
 from upcycle.experts.kinds import load_model
-from upcycle.experts.lora import LORA, lora_tensors
+from upcycle.experts.lora import LORA, LORA_MIXTURE, lora_tensors
 from upcycle.experts.mixture import MixtureConfig, router_names, write_mixture
 from upcycle.routing.routers import freeze, random_routers
 from upcycle.weights.folders import load_dense, read_config
@@ -49,9 +48,11 @@ def make_models(base: Path, work: Path, num_experts: int, k: int, rank: int) -> 
             tensors |= lora_tensors(name, expert, a, 0.01 * torch.randn(outputs, rank, generator=draw))
     for folder in (work / "mixture", work / "plain"):
         folder.mkdir(parents=True, exist_ok=True)
-    mixture = MixtureConfig(LORA, str(base.resolve()), num_experts, k, (rank,) * num_experts, (2.0,) * num_experts)
+    mixture = MixtureConfig(
+        LORA_MIXTURE, str(base.resolve()), num_experts, k, (rank,) * num_experts, (2.0,) * num_experts
+    )
     write_mixture(work / "mixture", mixture, tensors)
-    fold_mixture(work / "mixture", work / "plain", "source")
+    LORA.fold(work / "mixture", work / "plain", "source", None)
 
 
 def load(name: str, base: Path, work: Path, rank: int) -> Any:
@@ -64,7 +65,7 @@ def load(name: str, base: Path, work: Path, rank: int) -> Any:
         return get_peft_model(load_dense(base, dtype), config).to(device).train()
     model = load_model(work / ("mixture" if name == "LoRA mixture" else "plain"), dtype, device).train()
     if name == "LoRA mixture":
-        freeze(model, "none")
+        freeze(model, LORA.frozen)
     else:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name.endswith("mlp.gate.weight"))

@@ -16,10 +16,12 @@ import assembly_vs_mergekit as job
 
 from upcycle.console import table
 from upcycle.experts.gram import task_vector_gram
+from upcycle.experts.kinds import KINDS
+from upcycle.recipe import parse_recipe
 from upcycle.records.plan import Checkpoint
-from upcycle.settings import AssembleSettings, ExpandSettings
 from upcycle.stages.expert_expansion.plan import make_plan
 from upcycle.stages.model_upcycling.assemble import assemble
+from upcycle.weights.base import Base
 
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
 
@@ -48,21 +50,24 @@ def main() -> None:
 
 def growth(work: Path, repeats: int) -> None:
     """Seconds against bytes, from 8 to 64 experts."""
-    base, *folders = job.make_models(work / "base-8")
-    checkpoints = [Checkpoint(f.name, str(f)) for f in folders]
+    folder, *folders = job.make_models(work / "base-8")
+    checkpoints = [Checkpoint(name=f.name, path=str(f)) for f in folders]
+    base = Base(folder, str(folder))
     gram = task_vector_gram(base, folders)
     rows, first = [], None
     for num_experts in (8, 16, 32, 64):
-        settings, out = ExpandSettings(num_experts=num_experts), work / "moe"
+        out = work / "moe"
+        values = {"base": base.name, "data": {"train": "none"}, "expand": {"num_experts": num_experts}}
+        recipe = parse_recipe(values, "benchmark")
         planning, writing = [], []
         for _ in range(repeats):
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             begin = time.perf_counter()
-            plan = make_plan(checkpoints, gram, settings, 0)
+            plan = make_plan(checkpoints, gram, recipe.expand, 0)
             planning.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            assemble(base, folders, plan, AssembleSettings(), None, 0.02, 0, out)
+            assemble(KINDS["ffn"], base, folders, plan, recipe, out)
             writing.append(time.perf_counter() - begin)
         size = sum(p.stat().st_size for p in out.glob("*.safetensors")) / 1e9
         seconds = min(writing)

@@ -12,14 +12,13 @@ expert of unseen seed samples first, and paired tests over all pairs of a seed a
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from upcycle.console import say, table
-from upcycle.records.files import COMPARISON
+from upcycle.records.files import COMPARISON, ROUTE_REPORT, SCORES, run_of
+from upcycle.records.record import ALL
 from upcycle.records.scores import MOE, MOE_INIT
 from upcycle.reporting.figures import comparison_figure
 from upcycle.studies.compare import compare
@@ -34,24 +33,22 @@ SEED_DATA = {
 COMMON = "quickstart data.fraction=0.5 evaluate.models=ends"
 
 
-def read(cell: Path, *keys: str | Path) -> Any:
-    file, *inner = keys
-    value = json.loads((cell / file).read_text())
-    for key in inner:
-        value = value[key]
-    return value
+def ranks_first(cell: Path) -> float:
+    held_out = ROUTE_REPORT.read_of(cell).held_out
+    assert held_out is not None
+    return held_out.accuracy
 
 
 MEASURES: dict[str, Callable[[Path], float]] = {
-    "loss after post-training": lambda cell: read(cell, "evaluate/scores.json", MOE, "loss", "all"),
-    "loss before post-training": lambda cell: read(cell, "evaluate/scores.json", MOE_INIT, "loss", "all"),
-    "ranks the assigned expert first": lambda cell: read(cell, "route/report.json", "held_out", "accuracy"),
+    "loss after post-training": lambda cell: SCORES.read_of(cell)[MOE].loss[ALL],
+    "loss before post-training": lambda cell: SCORES.read_of(cell)[MOE_INIT].loss[ALL],
+    "ranks the assigned expert first": ranks_first,
 }
 
 
 def folder(out: Path, name: str, copies: str, start: str, seed: int) -> Path:
     """Of a cell, as `compare` numbers the variants."""
-    return out / name / f"{EXPERTS.index(copies) * len(STARTS) + STARTS.index(start)}-seed{seed}"
+    return run_of(out / name, EXPERTS.index(copies) * len(STARTS) + STARTS.index(start), seed)
 
 
 def show_all(out: Path, seeds: int) -> None:
@@ -67,15 +64,15 @@ def show_all(out: Path, seeds: int) -> None:
         for start in STARTS:
             cells = [found[*column, start] for column in columns]
             flat, reference = ([v for c in columns for v in found[*c, which]] for which in (start, "random"))
-            test = paired(flat, reference) if start != "random" else {}
-            against = [f"{test['difference']:+.3f}", f"{test['p']:.3f}"] if test else ["", ""]
+            difference, p = paired(flat, reference)
+            against = [f"{difference:+.3f}", f"{p:.3f}"] if start != "random" else ["", ""]
             rows.append((start, *(f"{statistics.fmean(v):.3f} +- {spread(v):.3f}" for v in cells), *against))
         heads = [f"{'copies' if copies == 'last' else 'checkpoints'}, {name}" for name, copies in columns]
         table(title, ("start", *heads, "against random", "p"), rows)
         both = [[v for n in SEED_DATA for start in STARTS for v in found[n, copies, start]] for copies in EXPERTS]
-        test = paired(*both)
-        say(f"{title}: checkpoints against copies {test['difference']:+.4f} (p {test['p']:.2f}, {len(both[0])} pairs)")
-        within = [paired(found[*c, s], found[*c, "random"])["p"] for c in columns for s in STARTS if s != "random"]
+        difference, p = paired(*both)
+        say(f"{title}: checkpoints against copies {difference:+.4f} (p {p:.2f}, {len(both[0])} pairs)")
+        within = [paired(found[*c, s], found[*c, "random"])[1] for c in columns for s in STARTS if s != "random"]
         say(f"{title}: smallest p of the {len(within)} tests against random within a column: {min(within):.3f}")
 
 
@@ -92,9 +89,10 @@ def main() -> None:
                 for copies in EXPERTS
                 for start in STARTS
             ]
-            found = compare(variants, arguments.seeds, arguments.out / name, force=False)
+            # forced: the starts' own training tokens differ, which is part of what is compared
+            found = compare(variants, arguments.seeds, arguments.out / name, force=True)
             comparison_figure(found, arguments.out / f"{name}.png")
-    if all((arguments.out / name / COMPARISON).exists() for name in SEED_DATA):
+    if all(COMPARISON.of(arguments.out / name).exists() for name in SEED_DATA):
         show_all(arguments.out, arguments.seeds)
 
 

@@ -39,8 +39,8 @@ def main() -> None:
     recipe, *overrides = shlex.split(arguments.recipe)
     run = Run(load_recipe(recipe, [*overrides, *SCHEDULE]), arguments.out)
     run_stages(run, ("prepare", "expand", "assemble", "route", "posttrain"))
-    times = {stage: cost["seconds"] for stage, cost in read_costs(run.folder).items()}
-    seed_rows, rows = len(run.splits.seed_fit), len(run.splits.train)
+    times = {stage: cost.seconds for stage, cost in read_costs(run.folder).items()}
+    seed_rows, rows = len(run.splits.seed.fit), len(run.splits.train)
     scale = max(1.0, seed_rows / (SEED_FRACTION * rows))
     training = (times["prepare"] + times["posttrain"]) * scale
     between = {stage: times[stage] for stage in ("expand", "assemble", "route")}

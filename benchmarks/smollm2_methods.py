@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
-from upcycle.disk import write_json
-from upcycle.evaluation.benchmark import main_figure
 from upcycle.pipeline.run import Run
+from upcycle.records.comparison import Comparison, Summary, Sweep
+from upcycle.records.files import BENCHMARK, RESULT
+from upcycle.records.record import ALL, ByDomain, write_record
 from upcycle.reporting.figures import comparison_figure, sweep_figure
-from upcycle.studies.benchmark import run_benchmark
+from upcycle.studies.benchmark import choose_tasks, run_benchmark
 from upcycle.studies.compare import compare
 from upcycle.studies.sweep import show_sweep
 
@@ -118,22 +119,19 @@ def _schedule(text: str) -> str:
     return SCHEDULE if text.split()[0] in ("vanilla-sft", "upit", "upit-paper", "upit-lora") else ""
 
 
-def benchmark_mean(run: Run, data: Path, rows: int) -> dict[str, Any]:
-    """The MoE's mean over benchmarks, a further measure of a run."""
-    found = run_benchmark(
-        [str(run.folder / "posttrain")], BENCHMARKS, data / "bench", False, run.folder / "benchmark", rows, True
-    )
-    (scores,) = found.values()
-    by_task = {task: main_figure(figures)[0] for task, figures in scores.items()}
-    return {"benchmark": {"all": sum(by_task.values()) / len(by_task), **by_task}}
+def benchmark_mean(run: Run, data: Path, rows: int) -> ByDomain:
+    """The MoE's score on each benchmark, and their mean."""
+    tasks = choose_tasks(BENCHMARKS, data / "bench", allow_code=False)
+    folder = BENCHMARK.of(run.folder)
+    (scores,) = run_benchmark([str(RESULT.of(run.folder))], tasks, False, folder, rows).values()
+    by_task = {task: found.main[0] for task, found in scores.items()}
+    return {ALL: fmean(by_task.values()), **by_task}
 
 
-def lines(found: dict[str, Any], names: Sequence[str], fraction: float) -> dict[str, Any]:
+def points(found: Comparison, names: Sequence[str], fraction: float) -> list[Summary]:
     """A comparison as points of a sweep over the share of the data, a line per method (UpIT, figure 3)."""
-    rows = found["summary"]
-    for row, name in zip(rows, names, strict=True):
-        row["settings"] = {"data.fraction": str(fraction), "method": name}
-    return {"axes": ["data.fraction", "method"], "summary": rows}
+    settings = [{"data.fraction": str(fraction), "method": name} for name in names]
+    return [row.model_copy(update={"settings": s}) for row, s in zip(found.summary, settings, strict=True)]
 
 
 def main() -> None:
@@ -145,17 +143,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
-    grids: dict[str, dict[str, Any]] = {}
+    grids: dict[str, Sweep] = {}
     for kind, fraction, texts in groups(size, arguments.base, arguments.data):
         folder = arguments.out / f"{kind}-{fraction}"
-        more = partial(benchmark_mean, data=arguments.data, rows=size.bench_rows) if size.bench_rows else None
-        found = compare(list(texts.values()), arguments.seeds, folder, force=False, keep_models=False, more=more)
+        benchmark = partial(benchmark_mean, data=arguments.data, rows=size.bench_rows) if size.bench_rows else None
+        # forced: the paper's start of the router trains on some tokens of its own; the table says on how many
+        found = compare(list(texts.values()), arguments.seeds, folder, True, keep_models=False, benchmark=benchmark)
         comparison_figure(found, folder / "comparison.png")
-        points = lines(found, list(texts), fraction)
-        grids.setdefault(kind, {**points, "summary": []})["summary"] += points["summary"]
+        before = grids.get(kind)
+        grids[kind] = Sweep(
+            variants={**(before.variants if before else {}), **found.variants},
+            summary=[*(before.summary if before else []), *points(found, list(texts), fraction)],
+            recipe=f"smollm2 {kind}",
+            grid=[],
+            axes=["data.fraction", "method"],
+        )
     for kind, grid in grids.items():
-        write_json(arguments.out / f"{kind}.json", grid)
-        show_sweep(grid, arguments.seeds)
+        write_record(arguments.out / f"{kind}.json", grid)
+        show_sweep(grid)
         sweep_figure(grid, arguments.out / f"{kind}.png")
 
 

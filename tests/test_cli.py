@@ -128,7 +128,9 @@ def test_assembly_that_will_not_fit_is_refused_beforehand(
 
 def test_recipes_and_settings_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert call(monkeypatch, "recipes") == 0
-    assert all(name in capsys.readouterr().out for name in ["upit"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == sorted(shipped_recipes())
+    assert {"quickstart", "sft", "upit", "upit-paper"} < set(listed)
     assert call(monkeypatch, "recipes", "upit") == 0
     assert capsys.readouterr().out == shipped_recipes()["upit"]
     assert call(monkeypatch, "settings") == 0

@@ -148,13 +148,15 @@ def test_balance_loss_is_added_with_its_coefficient(
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(
     base: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
-    wild = SETTINGS.model_copy(update={"learning_rate": 1e30, "warmup_fraction": 0.9})
+    wild = SETTINGS.model_copy(update={"learning_rate": 1e30, "warmup_fraction": 0.9, "checkpoint_every": 0.125})
     model, training = load_model(base, torch.float32), Training(wild, 0, "test", tmp_path)
-    with pytest.raises(UpcycleError, match=r"is not finite at step \d+ of 8; .*[Ll]ower the learning rate"):
+    expected = r"is not finite at step \d of 8; the last good checkpoint is .*checkpoint-2\. Lower the learning rate"
+    with pytest.raises(UpcycleError, match=expected):
         fine_tune(model, load_tokenizer(base, None), samples, training)
     kept = last_checkpoint(tmp_path)
-    if kept:
-        assert all(torch.isfinite(p).all() for p in load_model(kept, torch.float32).parameters())
+    assert kept is not None
+    assert kept.name == "checkpoint-2"
+    assert all(torch.isfinite(p).all() for p in load_model(kept, torch.float32).parameters())
 
 
 def test_dead_and_overloaded_experts_are_reported(capsys: pytest.CaptureFixture[str]) -> None:

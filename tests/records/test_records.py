@@ -1,0 +1,123 @@
+"""Records: what is written is what is read, and damage is named by file and field."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from upcycle.errors import UpcycleError
+from upcycle.records import files
+from upcycle.records.files import LOG, MANIFEST, PLAN, SCORES, RecordFile
+from upcycle.records.plan import Expert
+from upcycle.records.scores import ModelScores
+from upcycle.records.training import TrainingRecord, log_entry
+from worlds import plan_of
+
+CHILD = Expert(name="child-2", kind="child", parents=(0, 1), weights=(0.25, 0.75), similarity=0.5)
+
+
+def with_child(**changes: Any) -> Any:
+    experts = (*plan_of(2).experts, CHILD.model_copy(update=changes))
+    return plan_of(3).model_copy(update={"experts": experts})
+
+
+def edited(change: Callable[[dict[str, Any]], Any], folder: Path) -> None:
+    """The plan's file with a change."""
+    values = json.loads((folder / PLAN.name).read_text())
+    change(values)
+    (folder / PLAN.name).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(extra=1), r"plan\.json is damaged: extra: Extra inputs are not permitted"),
+        (lambda v: v.pop("gram"), r"plan\.json is damaged: gram: Field required"),
+        (lambda v: v.update(seed="0"), r"seed: Input should be a valid integer \(found '0'\)"),
+        (lambda v: v.update(drop_rate=1.5), r"drop_rate: Input should be less than or equal to 0\.95 \(found 1\.5\)"),
+        (lambda v: v.update(merge="magic"), r"merge: Input should be 'dare', .* \(found 'magic'\)"),
+        (lambda v: v["experts"][2].update(parents=[0, 7]), r"expert 2 has parents \(0, 7\), which do not come before"),
+        (lambda v: v["experts"][2].update(parents=[0]), r"expert 2 is a child with 1 parents"),
+        (lambda v: v["experts"][0].update(checkpoint=None), r"expert 0 is a checkpoint with checkpoint None"),
+        (lambda v: v["experts"].reverse(), r"which do not come before it"),
+        (lambda v: v["gram"].pop(), r"gram is not 3 by 3"),
+        (lambda v: v["gram"][0].__setitem__(0, math.nan), r"gram\.0\.0: Input should be a finite number"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(change: Any, message: str, tmp_path: Path) -> None:
+    PLAN.write(tmp_path, with_child())
+    assert PLAN.read(tmp_path) == with_child()
+    edited(change, tmp_path)
+    with pytest.raises(UpcycleError, match=message):
+        PLAN.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"plan\.json is damaged: Invalid JSON"),
+        (b'{"experts": [', r"plan\.json is damaged: Invalid JSON"),
+        (b"\xff\xfe", r"plan\.json is damaged: Invalid JSON"),
+        (b"[]", r"plan\.json is damaged: the whole: Input should be an object \(found \[\]\)"),
+        (b"null", r"plan\.json is damaged: the whole: Input should be an object"),
+    ],
+)
+def test_a_file_that_is_no_record_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / PLAN.name).write_bytes(content)
+    with pytest.raises(UpcycleError, match=message):
+        PLAN.read(tmp_path)
+
+
+def test_a_missing_file_is_named_or_unknown(tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"plan\.json cannot be read: No such file"):
+        PLAN.read(tmp_path)
+    assert PLAN.known(tmp_path) is None
+    (tmp_path / PLAN.name).mkdir()
+    with pytest.raises(UpcycleError, match=r"plan\.json cannot be read: Is a directory"):
+        PLAN.read(tmp_path)
+
+
+def test_every_file_has_a_type_that_is_strict(tmp_path: Path) -> None:
+    """Of whatever kind, a file that holds something else is refused by name."""
+    every = [file for file in vars(files).values() if isinstance(file, RecordFile)]
+    assert len(every) >= 15
+    for file in every:
+        (tmp_path / file.name).write_text('{"a": {"nonsense": [1]}, "b": 3}')
+        with pytest.raises(UpcycleError, match=f"{file.name} is damaged: "):
+            file.read(tmp_path)
+
+
+def test_what_is_not_known_is_not_written(tmp_path: Path) -> None:
+    SCORES.write(tmp_path, {"base": ModelScores(loss={"all": math.nan})})
+    assert json.loads((tmp_path / SCORES.name).read_text()).keys() == {"base"}
+    assert (tmp_path / SCORES.name).read_text().count("null") == 0
+    assert math.isnan(SCORES.read(tmp_path)["base"].loss["all"])  # of a run that diverged
+
+
+def test_a_log_keeps_what_the_trainer_calls_its_figures(tmp_path: Path) -> None:
+    entry = log_entry({"step": 1, "loss": 2.0, "epoch": 0.5, "total_flos": 9.0, "grad_norm": 3, "load/expert_0": 1.0})
+    record = TrainingRecord(rows=1, tokens=2, answer_tokens=1, steps=1, log=[entry])
+    LOG.write(tmp_path, record)
+    (written,) = json.loads((tmp_path / LOG.name).read_text())["log"]
+    assert written == {"step": 1, "loss": 2.0, "epoch": 0.5, "grad_norm": 3, "load/expert_0": 1.0}
+    assert LOG.read(tmp_path) == record
+    both = TrainingRecord.of_all([record, record])
+    assert (both.rows, both.tokens, both.steps, len(both.log)) == (2, 4, 2, 2)
+    text = (tmp_path / LOG.name).read_text()
+    (tmp_path / LOG.name).write_text(re.sub(r'"grad_norm": [0-9.]+', '"grad_norm": "big"', text))
+    with pytest.raises(UpcycleError, match=r"log\.json is damaged: log\.0\.grad_norm: .* \(found 'big'\)"):
+        LOG.read(tmp_path)
+
+
+def test_a_hash_must_look_like_one(tmp_path: Path) -> None:
+    values = {"stage": "a", "inputs": {}, "settings": {}, "seed": 0, "versions": {}, "format": 1}
+    (tmp_path / MANIFEST.name).write_text(json.dumps({**values, "files": {"x": {"bytes": -1, "sha256": "0" * 64}}}))
+    with pytest.raises(UpcycleError, match=r"files\.x\.bytes: Input should be greater than or equal to 0 \(found -1\)"):
+        MANIFEST.read(tmp_path)
+    (tmp_path / MANIFEST.name).write_text(json.dumps({**values, "files": {"x": {"bytes": 1, "sha256": "short"}}}))
+    with pytest.raises(UpcycleError, match=r"files\.x\.sha256: String should match pattern"):
+        MANIFEST.read(tmp_path)

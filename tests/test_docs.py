@@ -1,0 +1,155 @@
+"""What the documentation names is there: symbols, files, commands, settings; tables have a row for each choice."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer
+
+from upcycle.cli import app
+from upcycle.experts.kinds import KINDS
+from upcycle.merging.kernels import KERNELS
+from upcycle.merging.low_rank import MERGES
+from upcycle.recipe import Recipe
+from upcycle.records.comparison import METRICS, Measures, Summary
+from upcycle.records.plan import ExpansionPlan
+from upcycle.records.route import RouteReport
+from upcycle.settings import ExpandSettings, PrepareSettings, RouteSettings
+from upcycle.stages.router_initialization.assignment import ASSIGNMENTS
+from upcycle.stages.router_initialization.starts import STARTS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "upcycle"
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SPANS = re.compile(r"`([^`\n]+)`")
+COMMANDS = sorted(
+    {
+        line.split("#")[0].strip()
+        for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+        for block in re.findall(r"(?:^    .*\n)+|```sh\n.*?```", path.read_text(), re.M | re.S)
+        for line in block.splitlines()
+        if line.strip().startswith("upcycle ")
+    }
+)
+
+
+def spans(path: Path) -> list[str]:
+    return SPANS.findall(path.read_text())
+
+
+def rooms() -> set[str]:
+    return {path.stem for path in PACKAGE.iterdir() if not path.stem.startswith("__")} - set(Recipe.model_fields)
+
+
+def resolves(name: str) -> bool:
+    """Whether `room.module.symbol` is something in the package."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(["upcycle", *parts[:length]]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_every_symbol_that_a_document_names_exists(path: Path) -> None:
+    dotted = [span for span in spans(path) if re.fullmatch(r"\w+(\.\w+)+", span) and span.split(".")[0] in rooms()]
+    assert [name for name in dotted if not name.endswith(".py") and not resolves(name)] == []
+
+
+def test_the_paper_s_table_names_symbols() -> None:
+    assert sum(span.startswith("stages.") for span in spans(ROOT / "docs" / "paper.md")) >= 9
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_every_file_that_a_document_names_exists(path: Path) -> None:
+    named = [span.split("::")[0] for span in spans(path) if re.fullmatch(r"[\w./-]+\.py(::\w+)?", span)]
+    places = [p for folder in ("src", "tests", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    there = [f"/{place.relative_to(ROOT)}" for place in places]
+    assert [name for name in named if not any(place.endswith(f"/{name}") for place in there)] == []
+
+
+def test_the_readme_s_tree_is_the_package() -> None:
+    tree = (ROOT / "README.md").read_text().split("src/upcycle/")[1].split("```")[0].split("## ")[0]
+    listed = set(re.findall(r"\b(\w+)/", tree))
+    packages = {path.parent.name for path in PACKAGE.rglob("__init__.py")} - {"upcycle"}
+    assert packages <= listed
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_every_command_of_the_readme_parses(text: str) -> None:
+    root = typer.main.get_command(app)
+    for line in alternatives(text):
+        _, name, *words = shlex.split(line)
+        command = root.commands[name]
+        command.make_context(name, words, resilient_parsing=False)
+        for override in (word for given in words for word in shlex.split(given)):
+            assert_setting(override)
+
+
+def alternatives(text: str) -> list[str]:
+    """A line with every choice: `a|b` one after the other, what is in brackets left in."""
+    plain = re.sub(r"\[(--[^\]]*)\]", r"\1", text)
+    first, *rest = plain.split()[1:]
+    return [" ".join(["upcycle", verb, *rest]) for verb in first.split("|")]
+
+
+def assert_setting(word: str) -> None:
+    """Of `section.field=value`: there is such a setting."""
+    name, equals, _ = word.partition("=")
+    if not equals or word.startswith("-"):
+        return
+    fields = Recipe.model_fields
+    for part in name.split("."):
+        assert part in fields, word
+        fields = getattr(fields[part].annotation, "model_fields", {})
+
+
+def test_there_are_commands_to_parse() -> None:
+    assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "table"),
+    [
+        (PrepareSettings, "train", KINDS),
+        (ExpandSettings, "merge", KERNELS),
+        (ExpandSettings, "adapters", MERGES),
+        (RouteSettings, "start", STARTS),
+        (RouteSettings, "assignment", ASSIGNMENTS),
+        (ExpansionPlan, "merge", KERNELS),
+        (RouteReport, "start", STARTS),
+        (RouteReport, "assignment", ASSIGNMENTS),
+    ],
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
+)
+def test_the_choices_of_a_setting_are_the_rows_of_its_table(section: type, field: str, table: dict) -> None:
+    assert set(get_args(section.model_fields[field].annotation)) == set(table)
+
+
+def test_a_record_repeats_the_choices_of_its_setting() -> None:
+    for field in ("similarity", "perturb"):
+        choices = [set(get_args(model.model_fields[field].annotation)) for model in (ExpansionPlan, ExpandSettings)]
+        assert choices[0] == choices[1]
+
+
+def test_every_metric_is_a_field_of_what_is_measured() -> None:
+    assert METRICS.keys() <= Measures.model_fields.keys() & Summary.model_fields.keys()
+
+
+def test_every_benchmark_imports() -> None:
+    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    assert len(names) >= 9
+    script = f"import {', '.join(names)}"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
