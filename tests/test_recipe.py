@@ -76,3 +76,9 @@ def test_every_setting_has_a_meaning() -> None:
     recipe = load_recipe("upit").model_dump()
     documented = sum(len(section) if isinstance(section, dict) else 1 for section in recipe.values())
     assert text.count("\n    ") == documented
+
+
+def test_a_folder_named_like_a_shipped_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quickstart").base == "builtin:tiny"

@@ -169,7 +169,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _read(name: str) -> dict[str, Any]:
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UpcycleError(f"recipe file {path} does not exist")
         text = path.read_text()
