@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,6 @@ def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
 def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, chat: bool, routed: bool) -> TaskScores:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     length = network.config.max_position_embeddings
@@ -139,7 +139,7 @@ def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, 
         result: Any = simple_evaluate(
             model=lm,
             tasks=[task],
-            task_manager=TaskManager(include_defaults=not own),
+            task_manager=_task_manager(include_defaults=not own),
             limit=limit,
             bootstrap_iters=STDERR_RESAMPLES,
             apply_chat_template=chat,
@@ -158,15 +158,21 @@ def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, 
     return TaskScores(rows=result["n-samples"][name]["effective"], expert_share=share, **figures)
 
 
+@cache
+def _task_manager(include_defaults: bool) -> Any:
+    """lm-eval's list of tasks, which takes it seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=include_defaults)
+
+
 def check_names(names: Sequence[str]) -> None:
     """Names of lm-eval's own tasks, before any model is loaded.
 
     Raises:
         UpcycleError: lm-eval has no such task, or it is a group of tasks.
     """
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
+    manager = _task_manager(include_defaults=True)
     for name in names:
         if name in manager.all_subtasks:
             continue
