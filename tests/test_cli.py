@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import errno
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from upcycle import cli
+from upcycle.disk import write_text
 from upcycle.pipeline.stages import stage_names
 from upcycle.recipe import shipped_recipes
 
@@ -91,10 +93,52 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_stages", interrupted)
-    assert call(monkeypatch, "prepare", recipe_file, "data.train=[a, b]", "--run", tmp_path / "run", "--update") == 130
-    expected = f"go on with: upcycle prepare {recipe_file} 'data.train=[a, b]' --run {tmp_path / 'run'} --update"
-    assert expected in capsys.readouterr().err
+    expected = f"go on with: upcycle prepare {recipe_file} 'data.train=[a, b]' --run {tmp_path / 'run'} --update\n"
+    for function in ("run_stages", "load_recipe", "_quiet_libraries"):  # at any instant
+        with monkeypatch.context() as patch:
+            patch.setattr(cli, function, interrupted)
+            words = ("prepare", recipe_file, "data.train=[a, b]", "--run", tmp_path / "run", "--update")
+            assert call(patch, *words) == 130
+        assert capsys.readouterr().err == f"stopped; {expected}"
+
+
+def test_ctrl_c_while_the_program_is_imported_is_a_line_too() -> None:
+    script = (
+        "import sys, upcycle.__main__ as m\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'upcycle.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "m.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "stopped; nothing had begun\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("report", "{run}", "--out", "/nowhere/r.html"), "error: /nowhere/r.html cannot be written"),
+        (("run", "{recipe}", "--run", "/dev/null/x"), "error: /dev/null/x: Not a directory"),
+        (("run", "{recipe}", "--run", "{recipe}"), "File exists"),
+    ],
+    ids=["report", "under a file", "a file"],
+)
+def test_an_error_of_the_system_is_one_line(
+    words: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe_file: Path,
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    if "--out" in words:
+        monkeypatch.setattr("upcycle.reporting.comparison.find_comparison", lambda _: None)
+        monkeypatch.setattr(cli, "open_run", lambda *_: write_text(Path("/nowhere/r.html"), ""))
+    assert call(monkeypatch, *(word.format(run=tmp_path, recipe=recipe_file) for word in words)) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("inline_container")])

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "upcycle"
 STAGES = {f"stages.{name}" for name in ("expert_preparation", "expert_expansion", "router_initialization")} | {
     "stages.model_upcycling"
 }
-LEAVES = {"errors", "console", "disk", "settings", "recipe", "types", "records"}
+LEAVES = {"errors", "console", "disk", "reading", "settings", "recipe", "types", "records"}
 """They need nothing of the rooms below."""
 STANDARD = {"hashlib", "functools", "collections", "dataclasses", "math"}
 MAY_IMPORT = {
@@ -20,15 +20,16 @@ MAY_IMPORT = {
     "types": set(),
     "settings": set(),
     "disk": {"errors"},
-    "recipe": {"errors", "settings"},
-    "records": {"records", "disk", "errors"},
+    "reading": {"errors"},
+    "recipe": {"errors", "reading", "settings"},
+    "records": {"records", "disk", "reading", "errors"},
     "merging": {"merging"},
     "distributed": set(),
     "weights": {"weights", *LEAVES},
     "routing": {"routing", *LEAVES},
     "architectures": {"architectures", "weights", *LEAVES},
     "experts": {"experts", "architectures", "weights", "merging", "routing", "distributed", *LEAVES},
-    "data": {"data", "routing", *LEAVES},
+    "data": {"data", "routing", "weights", *LEAVES},
     "training": {"training", "experts", "routing", "data", "distributed", *LEAVES},
     **{
         stage: {stage, "experts", "training", "routing", "weights", "merging", "data", "distributed", *LEAVES}
@@ -113,7 +114,21 @@ def test_weights_are_never_unpickled() -> None:
         text = path.read_text()
         assert "torch.load(" not in text, path
         assert "pickle" not in imports(path), path
-        assert "trust_remote_code" not in text, path
+
+
+def test_no_remote_code_is_ever_trusted() -> None:
+    """Without the argument, transformers asks on the terminal, and a `y` runs what the folder holds."""
+    loaders = ("AutoTokenizer", "AutoModelForCausalLM", "HFLM", "AutoConfig")
+    calls = [
+        (path, node)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and any(name in ast.unparse(node.func) for name in loaders)
+    ]
+    assert len(calls) >= 4
+    for path, call in calls:
+        given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        assert given.get("trust_remote_code") == "False", (path, ast.unparse(call))
 
 
 def test_the_kind_of_expert_is_asked_in_one_room() -> None:

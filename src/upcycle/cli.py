@@ -13,6 +13,7 @@ import typer
 
 from upcycle import __version__
 from upcycle.errors import UpcycleError
+from upcycle.pipeline.manifest import verified
 from upcycle.pipeline.resume import run_stages, status
 from upcycle.pipeline.run import Run, is_run, open_run
 from upcycle.pipeline.stages import STAGES, stage_names
@@ -20,6 +21,8 @@ from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_
 from upcycle.records.files import EVALUATE, POSTTRAIN, REPORT, RESULT
 
 ALMOST_FULL_BYTES = 32 << 20
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as in a shell; typer makes a KeyboardInterrupt of any instant into it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -209,7 +212,7 @@ def report(
     if (found := find_comparison(folder)) is not None:
         write_comparison_report(found, folder, out)
         return
-    run = open_run(folder, (POSTTRAIN, EVALUATE))
+    run = open_run(folder, dict.fromkeys((POSTTRAIN, EVALUATE, *stage_names())))
     _quiet_libraries()
     from upcycle.distributed.device import compute_dtype, pick_device
     from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
@@ -240,6 +243,7 @@ def export(
     from upcycle.stages.model_upcycling.export import export
 
     run = open_run(source) if is_run(source) else None
+    verified(source / EVALUATE if run else source)
     export(RESULT.of(source) if run else source, to, fold, dtype, base)
     if run:
         card = write_card(to, source, run.recipe, run.base.folder, kind_in(to).describe(to))
@@ -272,10 +276,6 @@ def _execute(
     _quiet_libraries()
     try:
         run_stages(run, stages, update)
-    except KeyboardInterrupt:
-        command = ["upcycle", "run" if len(stages) > 1 else stages[0], recipe, *(overrides or [])]
-        command += ["--run", str(folder), *(["--update"] if update else [])]
-        _stop(130, f"stopped; go on with: {shlex.join(command)}")
     except Exception as error:
         if isinstance(error, UpcycleError) or not _disk_full(folder):
             raise
@@ -332,16 +332,20 @@ def _stop(code: int, message: str) -> None:
 
 
 def main() -> None:
-    """Entry point: errors that the user can mend are printed without a traceback."""
+    """Run the command that was typed; what a user can mend, or did, ends in one line without a traceback."""
     gc.set_threshold(100_000, 20, 20)  # importing torch and transformers makes millions of objects: 15% quicker
     try:
         app()
     except UpcycleError as error:
         _stop(2, f"error: {error}")
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            _stop(2, f"error: no space left on disk ({error}); make room and run the same command to resume")
+        _stop(2, f"error: {error.filename or ''}: {error.strerror or error}".replace("error: :", "error:"))
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
             raise
-        _stop(2, f"error: no space left on disk ({error}); make room and run the same command to resume")
+        _stop(INTERRUPTED, f"stopped; go on with: {shlex.join(['upcycle', *sys.argv[1:]])}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from typing import Any
 
 from upcycle.errors import UpcycleError
 
+SCRATCH = ".tmp"
+"""Ending of a hidden file that is being written, and that a kill may leave."""
+
 
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value, independent of key order."""
@@ -26,8 +29,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, replaced atomically."""
-    scratch = path.with_name(f".{path.name}.tmp")
+    """A text file, replaced atomically.
+
+    Raises:
+        UpcycleError: there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise UpcycleError(f"{path} cannot be written: {path.parent} is not a folder")
+    scratch = path.with_name(f".{path.name}{SCRATCH}")
     with scratch.open("w") as file:
         file.write(text)
         file.flush()
@@ -35,13 +44,47 @@ def write_text(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
+def is_scratch(path: Path) -> bool:
+    """Whether a file is one that was being written."""
+    return path.name.startswith(".") and path.name.endswith(SCRATCH)
+
+
+def sync_files(folder: Path) -> None:
+    """Have everything in a folder on the disk, whatever happens next: what is written later may say that it is."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`.
 
     Raises:
-        UpcycleError: the name leads out of the folder.
+        UpcycleError: the name, or a link that it names, leads out of the folder.
     """
-    path = folder / name
+    path = named_inside(folder, name)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UpcycleError(f"'{name}' leads out of {folder}")
     return path
+
+
+def named_inside(folder: Path, name: str) -> Path:
+    """`folder / name`; a link there is followed wherever it leads, as those of the hub's cache lead to its blobs.
+
+    Raises:
+        UpcycleError: the name leads out of the folder.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UpcycleError(f"'{name}' leads out of {folder}")
+    return folder / name

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from upcycle.errors import UpcycleError, nearest
+from upcycle.reading import brief, parse_yaml, read_text
 from upcycle.settings import (
     AssembleSettings,
     DataSettings,
@@ -24,6 +25,9 @@ from upcycle.settings import (
     RouteSettings,
     Settings,
 )
+
+MOST_BYTES = 1 << 20
+"""Of a recipe."""
 
 
 class Recipe(Settings):
@@ -170,9 +174,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def _read(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
+        if not path.exists():
             raise UpcycleError(f"recipe file {path} does not exist")
-        text = path.read_text()
+        text = read_text(path, MOST_BYTES)
     else:
         shipped = shipped_recipes()
         if name not in shipped:
@@ -181,10 +185,7 @@ def _read(name: str) -> dict[str, Any]:
                 + nearest(name, shipped)
             )
         text = shipped[name]
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UpcycleError(f"recipe {name} is not YAML: {error}") from None
+    values = parse_yaml(text, f"recipe {name}")
     if not isinstance(values, dict):
         raise UpcycleError(f"recipe {name} holds {type(values).__name__}, expected sections with settings")
     return values
@@ -201,10 +202,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UpcycleError(f"override '{override}': '{section}' is a value, not a section")
         values[section] = dict(inner)  # a copy: a YAML alias may name the same section twice
         values = values[section]
-    try:
-        values[field] = _number(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UpcycleError(f"override '{override}': the value is not YAML ({error}); quote it in the shell") from None
+    values[field] = _number(parse_yaml(text, f"the value of override '{brief(override)}'"))
 
 
 def _number(value: Any) -> Any:
@@ -224,7 +222,7 @@ def _explain(error: Any) -> str:
         return f"{where}: unknown setting{nearest(location[-1], _known_fields(location[:-1]))}"
     if error["type"] == "missing":
         return f"{where}: missing"
-    found = "" if error["type"] == "value_error" else f" (found {error['input']!r})"
+    found = "" if error["type"] == "value_error" else f" (found {brief(error['input'])})"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}{found}"
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import killing
 from conftest import make_dense, write_rows
+from upcycle.cli import app
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import load_model
 from upcycle.pipeline.manifest import read_manifest
@@ -315,3 +317,74 @@ def test_a_domain_without_a_seed_sample_is_named(
     said = " ".join(capsys.readouterr().out.split())
     assert ("no seed sample is of rare" in said) == ("rare" not in seen)
     assert "rare" not in seen
+
+
+def test_a_working_folder_that_a_kill_left_unmarked_is_new(copy: tuple[dict[str, Any], Path]) -> None:
+    """Between the folder and its stamp, or while the stamp is written."""
+    values, folder = copy
+    before = contents(folder / "evaluate")
+    for left in ((), (".inputs.json.tmp",)):
+        shutil.rmtree(folder / "evaluate")
+        (folder / "evaluate.partial").mkdir()
+        for name in left:
+            (folder / "evaluate.partial" / name).write_text("{")
+        run_stages(make(values, folder))
+        assert contents(folder / "evaluate") == before
+
+
+@pytest.mark.parametrize("stamp", ["", '{"settings": ', "[]"])
+def test_a_stamp_that_is_cut_short_is_named_and_set_aside(stamp: str, copy: tuple[dict[str, Any], Path]) -> None:
+    values, folder = copy
+    shutil.rmtree(folder / "evaluate")
+    (folder / "evaluate.partial").mkdir()
+    (folder / "evaluate.partial" / "inputs.json").write_text(stamp)
+    (folder / "evaluate.partial" / "work").write_text("hours")
+    with pytest.raises(UpcycleError, match=r"evaluate\.partial was left by a run with other inputs"):
+        run_stages(make(values, folder))
+    run_stages(make(values, folder), update=True)
+    assert (folder / "evaluate.partial.old-1" / "work").read_text() == "hours"
+
+
+def test_a_file_that_was_being_written_is_no_part_of_a_stage(copy: tuple[dict[str, Any], Path]) -> None:
+    values, folder = copy
+    before = contents(folder / "route")
+    (folder / "route").rename(folder / "route.partial")
+    manifest = read_manifest(folder / "route.partial")
+    (folder / "route.partial" / "inputs.json").write_text(json.dumps(manifest.inputs, indent=1) + "\n")
+    (folder / "route.partial" / ".manifest.json.tmp").write_text("{")
+    (folder / "route.partial" / "manifest.json").unlink()
+    run_stages(make(values, folder))
+    run_stages(make(values, folder))  # and what was sealed is complete
+    assert contents(folder / "route") == before
+
+
+def test_a_kill_after_the_renaming_leaves_nothing_behind(copy: tuple[dict[str, Any], Path]) -> None:
+    values, folder = copy
+    before = contents(folder / "route")
+    (folder / "route" / "inputs.json").write_text("{}")
+    run_stages(make(values, folder))
+    assert contents(folder / "route") == before
+
+
+@pytest.mark.parametrize(
+    ("verb", "place"),
+    [
+        (("export", "{}", "--to", "{}/out"), "posttrain/model.safetensors"),
+        (("export", "{}/posttrain", "--to", "{}/out"), "posttrain/model.safetensors"),
+        (("export", "{}", "--to", "{}/out"), "evaluate/scores.json"),
+        (("report", "{}"), "posttrain/model.safetensors"),
+        (("report", "{}"), "route/report.json"),
+        (("inspect", "{}", "--figure", "{}/x.png"), "expand/plan.json"),
+        (("inspect", "{}/posttrain", "--figure", "{}/x.png"), "posttrain/model.safetensors"),
+        (("benchmark", "{}", "--tasks", "arc_easy"), "assemble/model.safetensors"),
+    ],
+    ids=lambda value: "-".join(value).replace("{}", "") if isinstance(value, tuple) else value,
+)
+def test_damage_is_named_by_every_verb(verb: tuple[str, ...], place: str, copy: tuple[dict[str, Any], Path]) -> None:
+    _, folder = copy
+    content = bytearray((folder / place).read_bytes())
+    content[-3] ^= 1
+    (folder / place).write_bytes(content)
+    result = CliRunner().invoke(app, [word.format(folder) for word in verb])
+    assert f"{place} has other content than when it was written" in str(result.exception)
+    assert not (folder / "out").exists()

@@ -45,6 +45,8 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
     moe_state = {name: torch.zeros(shape) for name, shape in small.zeros.items()}
     for region, cut, targets, cut_targets in _moves(mapping, small, expert):
         values = _corner(dense(region), cut.shape)
+        if not values.isfinite().all():
+            raise UpcycleError(f"{where}: {region.tensor} holds NaN or Inf; this model is damaged, take another copy")
         _put(dense_state, cut, values)
         for target, cut_target in zip(targets, cut_targets, strict=True):
             _put(moe_state, cut_target, values if moe is None else _corner(moe(target), cut.shape))

@@ -14,7 +14,9 @@ from upcycle.architectures.layouts import (
     Region,
     SharedMove,
     ffn_moves,
+    ffn_regions,
     ffn_tensors,
+    layer_of,
     router_tensors,
     shared_moves,
     zero_tensors,
@@ -22,7 +24,7 @@ from upcycle.architectures.layouts import (
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
 from upcycle.weights.folders import read_config
-from upcycle.weights.safetensors_io import ModelReader, TensorSpec
+from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD, ModelReader, TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -76,9 +78,42 @@ def map_model(base: Path, reader: ModelReader, num_experts: int) -> Mapping:
     Raises:
         UpcycleError: no exact MoE, or a tensor that has no place in it.
     """
-    config = read_config(base)
+    config = with_own_head(reader, read_config(base))
     family = family_of(config, str(base))
+    check_shapes(reader, family, config)
     return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts)
+
+
+def with_own_head(reader: ModelReader, config: Config) -> Config:
+    """A tied model whose file has a head of its own that differs is untied, as transformers takes it."""
+    names = set(reader.names())
+    if not config.get("tie_word_embeddings") or not {EMBEDDINGS, HEAD} <= names:
+        return config
+    same = torch.equal(reader.elements(EMBEDDINGS), reader.elements(HEAD))
+    return config if same else {**config, "tie_word_embeddings": False}
+
+
+def check_shapes(reader: ModelReader, family: Family, config: Config) -> None:
+    """Compare embeddings, number of layers and FFN weights with config.json, before anything is made of them.
+
+    Raises:
+        UpcycleError: names the tensor, its shape, and the field.
+    """
+    names = reader.names()
+    layers = 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+    if layers != config["num_hidden_layers"]:
+        raise UpcycleError(
+            f"{reader.folder}: config.json says num_hidden_layers={config['num_hidden_layers']}, the file has {layers}"
+        )
+    expected: Shapes = {EMBEDDINGS: (config["vocab_size"], config["hidden_size"])}
+    expected |= {region.tensor: region.full for region in ffn_regions(family.layout, config)}
+    for name, shape in expected.items():
+        if (found := reader.spec(name).shape) != shape:
+            fields = "vocab_size, hidden_size" if name == EMBEDDINGS else "hidden_size, intermediate_size"
+            raise UpcycleError(
+                f"{reader.folder}: {name} has shape {found}, expected {shape} by config.json ({fields}); "
+                "correct the one that is wrong"
+            )
 
 
 def read_region(reader: ModelReader, region: Region) -> Tensor:

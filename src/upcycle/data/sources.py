@@ -3,20 +3,27 @@
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from upcycle.console import say
 from upcycle.disk import digest, hash_file
 from upcycle.errors import UpcycleError
+from upcycle.reading import brief, parse_json
 
 BUILTIN = "builtin:"
 ROLES = ("system", "user", "assistant", "tool")
 
 
-Message = dict[str, str]
-"""`role` and `content`."""
+READ = {"messages", "domain", "tools"}
+"""Fields of a row that mean something here."""
+
+
+Message = dict[str, Any]
+"""`role` and `content`; of an answer perhaps `weight` or `train`, which say whether it is learned."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +33,20 @@ class Row:
     messages: tuple[Message, ...]
     domain: str
     where: str
+    tools: tuple[Any, ...] = ()
+    """Schemas that the chat template shows to the model."""
+    unread: frozenset[str] = frozenset()
+    """Further fields, which mean nothing here."""
 
     @property
     def question(self) -> str:
-        """Everything before the first answer: what must not be shared between training and held-out rows."""
-        before = []
+        """Everything before the first answer to a user: what training and held-out rows must not share."""
+        before, asked = [], False
         for message in self.messages:
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and asked:
                 break
-            before.append(message["content"])
+            asked = asked or message["role"] == "user"
+            before.append(str(message["content"]))
         return "\n".join(before)
 
     @property
@@ -52,6 +64,8 @@ def read_rows(sources: str | list[str]) -> list[Row]:
     rows = [row for name in names for row in _read(name)]
     if not rows:
         raise UpcycleError(f"{', '.join(names)}: no rows; expected JSONL with a 'messages' list per line")
+    if unread := sorted({field for row in rows for field in row.unread}):
+        say(f"data: fields of rows that are not read: {', '.join(unread[:8])}{' ...' * (len(unread) > 8)}")
     return rows
 
 
@@ -91,19 +105,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
     """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _decode(line, f"{path}:{number}"), f"{path}:{number}"
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of them
         raise UpcycleError(f"{path} cannot be read as UTF-8 JSONL: {error}") from None
 
 
 def _decode(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UpcycleError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+    return parse_json(line, where)
 
 
 def to_row(value: Any, where: str) -> Row:
@@ -119,11 +130,33 @@ def to_row(value: Any, where: str) -> Row:
     for i, message in enumerate(messages):
         if not (isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)):
             raise UpcycleError(
-                f"{where}: messages[{i}] is {json.dumps(message)[:80]}, expected a 'role' "
+                f"{where}: messages[{i}] is {brief(message)}, expected a 'role' "
                 f"({', '.join(ROLES)}) and a text 'content'"
             )
-    domain = value.get("domain")
-    return Row(tuple(messages), domain if isinstance(domain, str) else "all", where)
+    tools = value.get("tools") or ()
+    if not isinstance(tools, (list, tuple)):
+        raise UpcycleError(f"{where}: 'tools' is {brief(tools)}, expected a list of schemas")
+    _check_encodable([messages, value.get("domain"), tools], where)
+    unread = frozenset(map(str, value)) - READ
+    return Row(tuple(messages), _domain(value.get("domain"), where), where, tuple(tools), unread)
+
+
+def _domain(label: object, where: str) -> str:
+    """A label as text; `all` for a row that has none."""
+    if label is None:
+        return "all"
+    if not isinstance(label, (str, int, float)):
+        raise UpcycleError(f"{where}: 'domain' is {brief(label)}, expected a text or a number")
+    return str(label)
+
+
+def _check_encodable(value: Any, where: str) -> None:
+    """Raises UpcycleError for half of a surrogate pair, which JSON may spell and no text can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UpcycleError(f"{where}: holds {half}, half of a surrogate pair: no character; repair the row") from None
 
 
 def _read_builtin(name: str) -> Iterator[Row]:

@@ -114,7 +114,7 @@ def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
     device = pick_device()
     model = load_model(contender.folder, compute_dtype(device), device, contender.base)
     own = any(contender.folder.glob("tokenizer*")) or contender.base is None  # a user's checkpoint may have none
-    tokenizer = AutoTokenizer.from_pretrained(contender.folder if own else contender.base)
+    tokenizer = AutoTokenizer.from_pretrained(contender.folder if own else contender.base, trust_remote_code=False)
     if contender.expert is None:
         yield model, tokenizer
         return
@@ -130,7 +130,13 @@ def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, 
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     length = network.config.max_position_embeddings
-    lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=BATCH_SIZE, max_length=length)
+    lm = HFLM(
+        pretrained=network,
+        tokenizer=tokenizer,
+        batch_size=BATCH_SIZE,
+        max_length=length,
+        trust_remote_code=False,
+    )
     own = isinstance(task, dict)
     if isinstance(task, dict) and task["output_type"] == "generate_until":
         asked = task["generation_kwargs"]

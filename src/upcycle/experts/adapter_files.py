@@ -13,16 +13,20 @@ from torch import Tensor
 
 from upcycle.architectures.families import family_of
 from upcycle.architectures.layouts import SEPARATE
+from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
 from upcycle.merging.low_rank import LowRank
+from upcycle.reading import read_json
 from upcycle.types import Config
 from upcycle.weights.base import Base
+from upcycle.weights.safetensors_io import plain_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FFN = ("gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
 NAME = re.compile(r"base_model\.model\.(model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj)\.lora_(A|B)\.weight")
+UNORDERED = ("target_modules", "exclude_modules")
 UNSUPPORTED = {
     "use_dora": False,
     "bias": "none",
@@ -48,14 +52,7 @@ def read_adapter_config(folder: Path) -> Config:
     Raises:
         UpcycleError: it is missing or not a JSON object.
     """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UpcycleError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UpcycleError(f"{path} holds {type(config).__name__}, expected an object")
-    return config
+    return read_json(folder / CONFIG)
 
 
 def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
@@ -72,7 +69,7 @@ def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
     _check_kind(folder, config)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(folder).items():
-        match = NAME.fullmatch(name)
+        match = NAME.fullmatch(plain_name(name).replace(".default.weight", ".weight"))
         if match is None:
             raise UpcycleError(
                 f"{folder / WEIGHTS}: {name} is not a LoRA factor of gate_proj, up_proj or down_proj; an expert is an "
@@ -110,11 +107,15 @@ def check_base(base: Base) -> None:
 
 
 def name_base(folder: Path, name: str) -> None:
-    """Write the dense model's name into an adapter's configuration; PEFT writes where it was loaded from."""
-    config = read_adapter_config(folder)
-    (folder / CONFIG).write_text(
-        json.dumps({**config, "base_model_name_or_path": name}, indent=2, sort_keys=True) + "\n"
-    )
+    """Write the dense model's name into an adapter's configuration; PEFT writes where it was loaded from.
+
+    PEFT keeps some lists as sets, whose order differs from process to process: they are sorted.
+    """
+    config = {**read_adapter_config(folder), "base_model_name_or_path": name}
+    for field in UNORDERED:
+        if isinstance(config.get(field), list):
+            config[field] = sorted(config[field])
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def ffn_shapes(base: Config) -> dict[str, tuple[int, int]]:

@@ -3,7 +3,6 @@
 No child is ever a dense model on disk, and memory is that of a few pieces of tensors.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +26,7 @@ from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise
 from upcycle.merging.perturb import perturbed
+from upcycle.reading import read_json
 from upcycle.records.description import Description
 from upcycle.records.files import LINEAGE
 from upcycle.records.plan import ExpansionPlan, Expert, Gram
@@ -71,7 +71,7 @@ def check_precision(base: Base, first: Path, checkpoint: Path) -> None:
     name = ffn_names(base)[0]
     dtypes = {folder: ModelReader(folder).spec(name).dtype for folder in (base.folder, first, checkpoint)}
     for other, wrong in (
-        (base.folder, dtypes[checkpoint].itemsize < dtypes[base.folder].itemsize),
+        (base.folder, torch.finfo(dtypes[checkpoint]).eps > torch.finfo(dtypes[base.folder]).eps),
         (first, dtypes[checkpoint] != dtypes[first]),
     ):
         if wrong:
@@ -217,7 +217,7 @@ def load(how: Load) -> Model:
 
 def save(model: Model, folder: Path, initial: Path) -> None:
     """With the configuration, tokenizer and lineage of the initial MoE."""
-    config = json.loads((initial / "config.json").read_text())  # as written: training changes it
+    config = read_json(initial / "config.json")  # as written: training changes it
     model.to(getattr(torch, config["dtype"])).save_pretrained(folder)
     write_config(folder, config)
     copy_companions(initial, folder)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from upcycle.architectures.layouts import Region
 from upcycle.architectures.mapping import map_model, read_region
+from upcycle.console import warn
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import (
@@ -101,6 +102,14 @@ def check_checkpoint(base: Base, _first: Path, checkpoint: Path) -> None:
     if not is_adapter(checkpoint):
         raise UpcycleError(f"{checkpoint} is not an adapter (no adapter_config.json), but prepare.train is lora")
     read_adapter(checkpoint, base.config)
+    warn_of_another_base(base, checkpoint)
+
+
+def warn_of_another_base(base: Base, checkpoint: Path) -> None:
+    """Adapters fit any base of the same shape; only their own words tell which one they were trained on."""
+    named = read_adapter_config(checkpoint).get("base_model_name_or_path")
+    if named is not None and Path(str(named)).name != Path(base.name).name:
+        warn(f"{checkpoint} was trained on {named}, by its own words; the base here is {base.name}: the same model?")
 
 
 def trainable(base: Base, lora: LoraSettings, seed: int) -> Model:
@@ -176,6 +185,8 @@ def assemble(
     Raises:
         UpcycleError: see `read_adapter`.
     """
+    for folder in folders:
+        warn_of_another_base(base, folder)
     experts = lora_experts(plan, [read_adapter(folder, base.config) for folder in folders], lora, base.config)
     write_new(base, plan, settings, routers, _uniform(experts, base.config), out_dir)
 

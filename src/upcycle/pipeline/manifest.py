@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.console import say, track
-from upcycle.disk import hash_file, inside
+from upcycle.disk import hash_file, inside, is_scratch, sync_folder
 from upcycle.errors import UpcycleError
 from upcycle.records.files import INPUTS, MANIFEST
 from upcycle.records.manifest import FORMAT, Manifest, WrittenFile, library_versions
@@ -52,6 +52,18 @@ def verify(folder: Path, manifest: Manifest) -> None:
         raise UpcycleError(f"{path} {problem}; restore it, or rerun with --update to rebuild the stage")
 
 
+def verified(folder: Path) -> Manifest | None:
+    """The manifest of a complete stage folder whose files are as they were written; None if it is not complete.
+
+    Raises:
+        UpcycleError: see `read_manifest` and `verify`.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        verify(folder, manifest)
+    return manifest
+
+
 def open_partial(folder: Path, inputs: Inputs, update: bool) -> Path:
     """The working folder of a stage; what an interrupted run left in it is kept if it had the same inputs.
 
@@ -59,8 +71,8 @@ def open_partial(folder: Path, inputs: Inputs, update: bool) -> Path:
         UpcycleError: it was left by a run with other inputs. With `update` it is set aside instead.
     """
     partial = partial_of(folder)
-    left = INPUTS.known(partial) or {}
-    if partial.exists() and left != dict(inputs):
+    left = _left_inputs(partial, inputs) if partial.exists() else dict(inputs)
+    if left != dict(inputs):
         if not update:
             raise UpcycleError(
                 f"{partial} was left by a run with other inputs ({changed_inputs(left, inputs)} changed); rerun with "
@@ -74,6 +86,16 @@ def open_partial(folder: Path, inputs: Inputs, update: bool) -> Path:
     return partial
 
 
+def _left_inputs(partial: Path, inputs: Inputs) -> dict[str, str]:
+    """Of which inputs a working folder is; an empty one, which a killed process had no time to mark, is of any."""
+    if not [path for path in partial.iterdir() if not is_scratch(path)]:
+        return dict(inputs)
+    try:
+        return INPUTS.known(partial) or {}
+    except UpcycleError:
+        return {}  # cut short: nobody knows of which
+
+
 def partial_of(folder: Path) -> Path:
     """Where a stage works before its folder is complete."""
     return folder.with_name(f"{folder.name}.partial")
@@ -81,6 +103,8 @@ def partial_of(folder: Path) -> Path:
 
 def seal(partial: Path, folder: Path, inputs: Inputs, settings: Mapping[str, Any], seed: int) -> Manifest:
     """Write the manifest and rename the working folder to the stage's, replacing an outdated one."""
+    for path in [p for p in partial.rglob("*") if is_scratch(p)]:  # of a process that was killed while it wrote
+        path.unlink()
     files = {str(p.relative_to(partial)): _describe(p) for p in track(_files(partial), f"sealing {folder.name}")}
     manifest = Manifest(
         stage=folder.name,
@@ -95,7 +119,7 @@ def seal(partial: Path, folder: Path, inputs: Inputs, settings: Mapping[str, Any
         shutil.rmtree(folder)
     partial.rename(folder)
     (folder / INPUTS.name).unlink()  # until here a killed process leaves a folder that can be resumed
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     return manifest
 
 
@@ -111,18 +135,10 @@ def _unused(partial: Path) -> Path:
 
 def _files(folder: Path) -> list[Path]:
     own = (folder / MANIFEST.name, folder / INPUTS.name)
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own and not is_scratch(p))
 
 
 def _describe(path: Path) -> WrittenFile:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return WrittenFile(bytes=path.stat().st_size, sha256=hash_file(path))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -67,6 +67,7 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
     inputs = _require_needs(run, stage)
     folder = run.folder / stage.name
     if _is_current(run, stage, inputs, update):
+        (folder / INPUTS.name).unlink(missing_ok=True)  # of a process that was killed as it sealed the stage
         say(f"{stage.name}: done already, {folder}")
         return
     partial = open_partial(folder, inputs, update)

@@ -1,13 +1,13 @@
 """A run: a recipe and its folder, what it reads, and the hashes of what decides each stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.disk import digest, inside
 from upcycle.errors import UpcycleError
-from upcycle.pipeline.manifest import read_manifest
+from upcycle.pipeline.manifest import read_manifest, verified
 from upcycle.pipeline.stage import Stage
 from upcycle.recipe import Recipe, load_recipe
 from upcycle.records.files import (
@@ -36,19 +36,19 @@ def is_run(folder: Path) -> bool:
     return RECIPE.of(folder).is_file()
 
 
-def open_run(folder: Path, needs: Sequence[str] = (POSTTRAIN,)) -> "Run":
+def open_run(folder: Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
     """The run in a folder, by its own recipe.
 
     Raises:
         UpcycleError: the folder is no run, one that has not come as far as the stages that it `needs`, or one of which
-            only the scores were kept.
+            only the scores were kept; or a file of these stages is damaged.
     """
     if not is_run(folder):
         raise UpcycleError(f"{folder} is not a run: it has no {RECIPE.name}")
     if DELETED.of(folder).exists():
         raise UpcycleError(f"the models of {folder} were deleted once they were measured (--no-keep-models)")
     for stage in needs:
-        if read_manifest(folder / stage) is None:
+        if verified(folder / stage) is None:
             raise UpcycleError(f"{folder} is not finished: it has no {stage}/{MANIFEST.name}; go on with `upcycle run`")
     return Run(load_recipe(str(RECIPE.of(folder))), folder)
 

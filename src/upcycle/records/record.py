@@ -8,6 +8,7 @@ from pydantic_core import to_jsonable_python
 
 from upcycle.disk import write_json
 from upcycle.errors import UpcycleError
+from upcycle.reading import brief, read_bytes
 
 T = TypeVar("T")
 
@@ -48,11 +49,7 @@ def read_record(path: Path, kind: Any) -> Any:
         UpcycleError: it is missing, not JSON, or not of that type; names the file and the first field that is wrong.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UpcycleError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        return TypeAdapter(kind).validate_json(content)
+        return TypeAdapter(kind).validate_json(read_bytes(path))
     except ValidationError as error:
         raise UpcycleError(f"{path} is damaged: {_first(error)}; restore it, or make it again") from None
 
@@ -63,5 +60,4 @@ def _first(error: ValidationError) -> str:
     if first["type"] == "json_invalid":
         return str(first["msg"])
     field = ".".join(map(str, first["loc"])) or "the whole"
-    found = repr(first["input"])
-    return f"{field}: {first['msg']} (found {found if len(found) <= 80 else f'{found[:77]}...'})"
+    return f"{field}: {first['msg']} (found {brief(first['input'])})"

@@ -1,6 +1,5 @@
 """What an artifact is and where its experts come from: a tree of the lineage, a table and a picture of similarities."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,9 @@ from rich.tree import Tree
 
 from upcycle.console import console, say, table
 from upcycle.errors import UpcycleError
-from upcycle.pipeline.manifest import read_manifest
-from upcycle.records.files import LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
+from upcycle.pipeline.manifest import read_manifest, verified
+from upcycle.reading import read_json
+from upcycle.records.files import EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import read_record
 from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
@@ -24,6 +24,8 @@ def inspect(path: Path, figure: Path) -> None:
     Raises:
         UpcycleError: nothing here has experts.
     """
+    for folder in (path, *(path / stage for stage in (EXPAND, POSTTRAIN, EVALUATE))):
+        verified(folder)  # what is shown is what was made
     plan = find_plan(path)
     describe(path)
     console.print(lineage_tree(plan))
@@ -85,7 +87,7 @@ def describe(path: Path) -> None:
         say(f"{path}: stage {manifest.stage}, seed {manifest.seed}, upcycle {version}; from {made_of}")
     config = path / "config.json"
     if config.is_file():
-        fields = json.loads(config.read_text())
+        fields = read_json(config)
         experts = fields.get("num_local_experts") or fields.get("num_experts")
         say(f"{path}: {fields['model_type']}, {experts} experts, top-{fields.get('num_experts_per_tok')}")
 

@@ -1,8 +1,10 @@
 """Trainer checkpoints on disk: the newest complete one, and what a finished one keeps."""
 
-import json
 import shutil
 from pathlib import Path
+
+from upcycle.errors import UpcycleError
+from upcycle.reading import read_json
 
 STATE = "trainer_state.json"
 RESUME_FILES = (
@@ -48,7 +50,7 @@ def finish(folder: Path) -> None:
 def _is_complete(folder: Path) -> bool:
     # the Trainer writes trainer_state.json last
     try:
-        json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError):
+        read_json(folder / STATE)
+    except UpcycleError:
         return False
     return True

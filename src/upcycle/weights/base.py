@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
+from upcycle.reading import read_text
 from upcycle.types import Config, Tokenizer
 from upcycle.weights.folders import read_config
 
@@ -32,7 +33,16 @@ class Base:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """With the chat template in force, see `load_tokenizer`."""
-        return load_tokenizer(self.folder, self.chat_template)
+        tokenizer = load_tokenizer(self.folder, self.chat_template)
+        known = self.config["vocab_size"]
+        for name in ("pad_token", "eos_token"):
+            token = getattr(tokenizer, f"{name}_id")
+            if token is not None and token >= known:
+                raise UpcycleError(
+                    f"{self.folder}: the tokenizer's {name} {getattr(tokenizer, name)!r} has the id {token}, but the "
+                    f"model knows {known} tokens (vocab_size); resize its embeddings, or give the tokenizer another"
+                )
+        return tokenizer
 
     @property
     def pad_token_id(self) -> int:
@@ -55,7 +65,7 @@ def template_text(name: str) -> str:
     path = Path(name)
     if not path.is_file():
         raise UpcycleError(f"data.chat_template: no file {name} (or use chatml)")
-    return path.read_text()
+    return read_text(path)
 
 
 def load_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
@@ -70,7 +80,7 @@ def load_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # missing files surface as several kinds
         raise UpcycleError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
     if chat_template is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from upcycle.errors import UpcycleError
+from upcycle.reading import brief, read_json
 from upcycle.records.files import LINEAGE
 from upcycle.types import Config, Model
 
@@ -56,15 +57,9 @@ def read_config(folder: Path) -> Config:
         UpcycleError: it is missing or not a JSON object.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UpcycleError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UpcycleError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UpcycleError(f"{path} holds {type(config).__name__}, expected an object")
-    return _resolved(config, path)
+    return _resolved(read_json(path), path)
 
 
 def _resolved(config: Config, path: Path) -> Config:
@@ -74,8 +69,13 @@ def _resolved(config: Config, path: Path) -> Config:
     """
     from transformers import CONFIG_MAPPING
 
+    if quantized := config.get("quantization_config"):
+        raise UpcycleError(
+            f"{path}: quantization_config is {brief(quantized)}; a quantized model has to be dequantized first, and if "
+            "its weights are 16 or 32 bits already, the field is a leftover: remove it"
+        )
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return config
     try:
         resolved: Config = CONFIG_MAPPING[model_type].from_dict(config).to_dict()
@@ -112,9 +112,20 @@ def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Mode
 
     quantized = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **quantized
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **quantized
     )
-    return _complete(model, info, str(folder))
+    return _with_valid_generation(_complete(model, info, str(folder)))
+
+
+def _with_valid_generation(model: Model) -> Model:
+    """Sampling settings without `do_sample` (older models have them) would refuse to be saved, after the training."""
+    settings = model.generation_config
+    if settings is not None:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = True
+    return model
 
 
 def base_name(name: str) -> str:

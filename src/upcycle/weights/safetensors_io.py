@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from upcycle.disk import inside
+from upcycle.disk import named_inside
 from upcycle.errors import UpcycleError
+from upcycle.reading import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,6 +47,14 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what `torch.compile` puts before the names of a module's weights."""
+    return name.replace("_orig_mod.", "")
+
+
 class ModelReader:
     """The tensors of a model folder, single file or sharded, by name; nothing is read before it is used.
 
@@ -61,7 +70,9 @@ class ModelReader:
             found = _map_file(path)
             if lost := sorted(names - found.keys()):
                 raise UpcycleError(f"{folder / INDEX} says that {lost[0]} is in {path.name}, which does not have it")
-            self._where.update(found)
+            self._where.update({plain_name(name): mapped for name, mapped in found.items()})
+        if EMBEDDINGS not in self._where and HEAD in self._where:  # tied, and kept under the other of its two names
+            self._where[EMBEDDINGS] = self._where[HEAD]
 
     def names(self) -> list[str]:
         return sorted(self._where)
@@ -125,18 +136,17 @@ def _entry(path: Path, name: str, entry: dict[str, Any], mapped: mmap.mmap, data
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
     """The files of a model, each with the tensors that the index, if there is one, promises of it."""
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / SINGLE
+    if single.is_file():  # before an index, as transformers does
+        return {single: set()}
     if not index.exists():
-        if not (folder / SINGLE).is_file():
-            raise UpcycleError(f"{folder} has no {SINGLE} (nor an index of shards): weights must be safetensors")
-        return {folder / SINGLE: set()}
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"].items()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UpcycleError(f"{index} is not a safetensors index: {error!r}") from None
+        raise UpcycleError(f"{folder} has no {SINGLE} (nor an index of shards): weights must be safetensors")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UpcycleError(f"{index} is not a safetensors index: expected `weight_map`, tensor to file")
     shards: dict[Path, set[str]] = {}
-    for name, file in weight_map:
-        shards.setdefault(inside(folder, file), set()).add(name)
+    for name, file in weight_map.items():
+        shards.setdefault(named_inside(folder, file), set()).add(name)
     missing = [path.name for path in shards if not path.is_file()]
     if missing:
         raise UpcycleError(f"{index} names {missing[0]}, which is not there")

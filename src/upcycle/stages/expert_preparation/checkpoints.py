@@ -1,18 +1,21 @@
 """Checkpoints that exist already: any list of model folders, or a Trainer's output folder."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from upcycle.console import say
+from upcycle.console import say, warn
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
+from upcycle.reading import read_json, read_text
 from upcycle.records.files import CHECKPOINTS
 from upcycle.records.plan import Checkpoint
 from upcycle.records.scores import RESERVED
 from upcycle.training.checkpoints import step_of
 from upcycle.weights.base import Base
 from upcycle.weights.folders import find_model
+
+EOS = "eos_token_id"
+TEMPLATE = "chat_template.jinja"
 
 
 def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Path) -> list[Checkpoint]:
@@ -29,6 +32,7 @@ def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Pa
     for folder in folders:
         check_same_tokenizer(base.folder, folder)
         kind.check_checkpoint(base, folders[0], folder)
+    say_what_differs(base, folders[-1])
     checkpoints = [
         Checkpoint(name=_unique_name(folder, folders), path=str(folder.resolve()), sha256=sha256)
         for folder, sha256 in given
@@ -36,6 +40,21 @@ def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Pa
     say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
     CHECKPOINTS.write(out_dir, checkpoints)
     return checkpoints
+
+
+def say_what_differs(base: Base, last: Path) -> None:
+    """Warn of what the MoE will have from the base though the last checkpoint has it otherwise."""
+    template, own = last / "chat_template.jinja", base.folder / "chat_template.jinja"
+    if (
+        base.chat_template is None
+        and template.is_file()
+        and read_text(template) != (read_text(own) if own.is_file() else "")
+    ):
+        warn(f"{last} has a chat template of its own; the MoE gets the base's, unless data.chat_template={template}")
+    for name in ("config.json", "generation_config.json"):
+        ids = [read_json(f / name).get(EOS) if (f / name).is_file() else None for f in (base.folder, last)]
+        if ids[1] is not None and ids[0] != ids[1]:
+            warn(f"{last / name}: {EOS} is {ids[1]}; the MoE gets the base's, {ids[0]}")
 
 
 def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
@@ -70,7 +89,7 @@ def check_same_tokenizer(base: Path, checkpoint: Path) -> None:
     files = [folder / "tokenizer.json" for folder in (base, checkpoint)]
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return
-    expected, found = (json.loads(file.read_text()) for file in files)
+    expected, found = (read_json(file) for file in files)
     for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
         if expected.get(part) != found.get(part):
             raise UpcycleError(

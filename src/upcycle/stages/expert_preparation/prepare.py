@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.data.chat import Sample
+from upcycle.disk import sync_files
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
 from upcycle.records.files import CHECKPOINTS, LOG
@@ -50,6 +51,7 @@ def tune(
             title = f"prepare: instruction tuning {name}".strip()
             keep = 1 if settings.by_domain else None
             record = fine_tune(model, base.tokenizer, samples, Training(settings, seed, title, folder, keep))
+            sync_files(folder)  # the log says that the checkpoints are there
             LOG.write(folder, record)
         records.append(record)
         saved = sorted(folder.glob("checkpoint-*"), key=step_of)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.data.chat import Sample
+from upcycle.disk import sync_files
 from upcycle.experts.kinds import load_for_training, load_routers, save_model, trained_parameters
 from upcycle.recipe import Recipe
 from upcycle.records.files import LOG
@@ -41,6 +42,7 @@ def posttrain(
         training = Training(settings, recipe.seed, title, out_dir / TRAINER, keep=1, balance=settings)
         record = fine_tune(model, base.tokenizer, train, training)
         save_model(model, out_dir, initial)
+        sync_files(out_dir)  # the log says that the weights are there
         LOG.write(out_dir, record)
     shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
 

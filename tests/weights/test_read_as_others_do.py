@@ -1,0 +1,125 @@
+"""Our reader against transformers: from the same folder both take the same weights, or ours says why not."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import make_dense, perturbed
+from upcycle.architectures.check import check_source
+from upcycle.architectures.mapping import map_model
+from upcycle.errors import UpcycleError
+from upcycle.weights.folders import find_model
+from upcycle.weights.safetensors_io import ModelReader
+from worlds import assembled, logits
+
+WEIGHTS = "model.safetensors"
+
+
+def edited(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    shutil.copytree(source, target)
+    tensors = {name: t.clone().contiguous() for name, t in change(load_file(source / WEIGHTS)).items()}
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    return target
+
+
+def sharded(source: Path, target: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(source, target)
+    (target / WEIGHTS).unlink()
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(target, max_shard_size="40KB")
+    assert len(list(target.glob("model-*.safetensors"))) > 1
+    return target
+
+
+def as_hub_cache(source: Path, hub: Path) -> Path:
+    """The folder as the hub's cache holds it: a snapshot of links to blobs."""
+    repository = hub / "models--owner--model"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(source.iterdir())):
+        blob = blobs / f"{number:040d}"
+        shutil.copyfile(path, blob)
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    return snapshot
+
+
+def test_a_sharded_model_of_the_hub_s_cache(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = as_hub_cache(sharded(base, tmp_path / "sharded"), tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for folder in (snapshot, find_model("owner/model")):  # by folder and by name, offline
+        made = assembled(folder, [folder] * 2, tmp_path / f"moe-{folder == snapshot}")
+        torch.testing.assert_close(logits(made), logits(base), rtol=0, atol=1e-5)
+
+
+def test_a_single_file_counts_before_an_index_that_was_left_behind(base: Path, tmp_path: Path) -> None:
+    stale = sharded(base, tmp_path / "stale")
+    other = perturbed(base, tmp_path / "other", 5)
+    shutil.copyfile(other / WEIGHTS, stale / WEIGHTS)
+    assert torch.equal(logits(stale), logits(other))  # what transformers reads
+    made = assembled(base, [stale] * 2, tmp_path / "moe")
+    torch.testing.assert_close(logits(made), logits(other), rtol=0, atol=1e-5)
+
+
+def test_a_tied_model_whose_file_keeps_only_the_head(base: Path, tmp_path: Path) -> None:
+    names = {"model.embed_tokens.weight": "lm_head.weight"}
+    lone = edited(base, tmp_path / "lone", lambda tensors: {names.get(n, n): t for n, t in tensors.items()})
+    assert torch.equal(logits(lone), logits(base))
+    made = assembled(lone, [lone] * 2, tmp_path / "moe")
+    torch.testing.assert_close(logits(made), logits(base), rtol=0, atol=1e-5)
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_untied(base: Path, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    own = edited(base, tmp_path / "own", lambda tensors: {**tensors, "lm_head.weight": tensors[name] + 0.5})
+    assert not torch.equal(logits(own), logits(base))
+    made = assembled(own, [own] * 2, tmp_path / "moe")
+    assert json.loads((made / "config.json").read_text())["tie_word_embeddings"] is False
+    torch.testing.assert_close(logits(made), logits(own), rtol=0, atol=1e-5)
+
+
+def test_a_compiled_model_s_names_are_those_of_the_model(base: Path, tmp_path: Path) -> None:
+    compiled = edited(base, tmp_path / "c", lambda tensors: {f"_orig_mod.{name}": t for name, t in tensors.items()})
+    assert ModelReader(compiled).names() == ModelReader(base).names()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"vocab_size": 107},
+            r"embed_tokens\.weight has shape \(99, 32\), expected \(107, 32\) by config",
+        ),
+        ({"vocab_size": 10**13}, r"embed_tokens\.weight has shape"),
+        ({"hidden_size": 10**12}, r"embed_tokens\.weight has shape|is not a valid llama configuration"),
+        ({"intermediate_size": 49}, r"mlp\.gate_proj\.weight has shape \(48, 32\), expected \(49, 32\)"),
+        ({"num_hidden_layers": 10**8}, r"says num_hidden_layers=100000000, the file has 2"),
+        ({"num_hidden_layers": 1}, r"says num_hidden_layers=1, the file has 2"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantization_config is .* a leftover: remove it"),
+    ],
+)
+def test_a_configuration_that_is_not_the_file_s_is_refused_at_the_start(
+    change: dict[str, object], message: str, base: Path, tmp_path: Path
+) -> None:
+    odd = Path(shutil.copytree(base, tmp_path / "odd"))
+    config = json.loads((base / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UpcycleError, match=message):
+        map_model(odd, ModelReader(odd), 4)
+
+
+def test_nan_in_a_base_is_named(tmp_path: Path) -> None:
+    base = make_dense(tmp_path / "base", tie_word_embeddings=False)
+    broken = edited(base, tmp_path / "n", lambda t: {**t, "lm_head.weight": t["lm_head.weight"] * float("nan")})
+    reader = ModelReader(broken)
+    with pytest.raises(UpcycleError, match=r"n: lm_head\.weight holds NaN or Inf; this model is damaged"):
+        check_source(map_model(broken, reader, 4), reader)
