@@ -202,7 +202,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UpcycleError(f"override '{override}': '{section}' is a value, not a section")
         values[section] = dict(inner)  # a copy: a YAML alias may name the same section twice
         values = values[section]
-    values[field] = _number(parse_yaml(text, f"the value of override '{brief(override)}'"))
+    try:
+        values[field] = _number(parse_yaml(text, f"override '{override}': the value"))
+    except UpcycleError as error:
+        raise UpcycleError(f"{error}; quote it in the shell") from None
 
 
 def _number(value: Any) -> Any:

@@ -44,14 +44,13 @@ def test_every_assistant_turn_is_learned_and_the_last_one_generated(tokenizer) -
     assert "bb" in tokenizer.decode(sample.input_ids[: sample.answer_start])
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer) -> None:
-    original = tokenizer.chat_template
-    tokenizer.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    try:
-        with pytest.raises(UpcycleError, match="here:1: the chat template rewrites earlier turns"):
-            encode(chat(("user", "a"), ("assistant", "b")), tokenizer)
-    finally:
-        tokenizer.chat_template = original
+def test_an_answer_that_a_template_rewrites_must_be_found_or_is_refused(tokenizer, monkeypatch) -> None:
+    counted = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", counted)
+    assert labelled(tokenizer, encode(chat(("user", "a"), ("assistant", "b")), tokenizer)) == "b"
+    monkeypatch.setattr(tokenizer, "chat_template", counted.replace("m['content']", "m['content'] | length"))
+    with pytest.raises(UpcycleError, match="here:1: the chat template rewrites message 1"):
+        encode(chat(("user", "a"), ("assistant", "b")), tokenizer)
 
 
 def test_a_tokenizer_without_template_is_refused_unless_one_is_given(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def test_what_an_adapter_adds_is_what_peft_merges(options: dict[str, Any], base:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "use_dora is True, expected False"),
+        ({"use_dora": True}, "use_dora is True, which is not honoured here"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changed the base too"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changed the base too"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"target_modules": ["q_proj", "up_proj"]}, "q_proj.lora_A.weight is not a LoRA factor of gate_proj"),
         ({"modules_to_save": ["norm"]}, r"modules_to_save is \['norm'\]"),
@@ -72,3 +74,13 @@ def test_damage_is_named(base: Path, tmp_path: Path) -> None:
     (folder / CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(UpcycleError, match="peft_type is 'IA3', expected 'LORA'"):
         read_adapter(folder, config)
+
+
+def test_a_field_that_nobody_here_knows_is_refused_if_it_is_on(base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(base, tmp_path, 1)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "use_newlora": False, "newlora_config": None}))
+    read_adapter(folder, read_config(base))
+    (folder / CONFIG).write_text(json.dumps({**config, "use_newlora": True}))
+    with pytest.raises(UpcycleError, match="use_newlora is True, which is not honoured here"):
+        read_adapter(folder, read_config(base))

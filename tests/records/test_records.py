@@ -77,7 +77,7 @@ def test_a_missing_file_is_named_or_unknown(tmp_path: Path) -> None:
         PLAN.read(tmp_path)
     assert PLAN.known(tmp_path) is None
     (tmp_path / PLAN.name).mkdir()
-    with pytest.raises(UpcycleError, match=r"plan\.json cannot be read: Is a directory"):
+    with pytest.raises(UpcycleError, match=r"plan\.json is a folder, expected a file"):
         PLAN.read(tmp_path)
 
 

@@ -72,7 +72,9 @@ def read_rows(sources: str | list[str]) -> list[Row]:
 def hash_sources(sources: str | list[str]) -> str:
     """A hash of the rows' content, the same wherever the files lie."""
     names = [sources] if isinstance(sources, str) else sources
-    return digest([hash_file(Path(n)) if Path(n).is_file() else _hash_rows(_read(n)) for n in names])
+    return digest(
+        [hash_file(Path(n).expanduser()) if Path(n).expanduser().is_file() else _hash_rows(_read(n)) for n in names]
+    )
 
 
 def _hash_rows(rows: Iterable[Row]) -> str:
@@ -83,7 +85,7 @@ def _hash_rows(rows: Iterable[Row]) -> str:
 
 
 def _read(name: str) -> Iterator[Row]:
-    path = Path(name)
+    path = Path(name).expanduser()
     if name.startswith(BUILTIN):
         return _read_builtin(name)
     if path.is_file():

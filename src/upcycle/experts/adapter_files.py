@@ -16,7 +16,7 @@ from upcycle.architectures.layouts import SEPARATE
 from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
 from upcycle.merging.low_rank import LowRank
-from upcycle.reading import read_json
+from upcycle.reading import brief, read_json
 from upcycle.types import Config
 from upcycle.weights.base import Base
 from upcycle.weights.safetensors_io import plain_name
@@ -27,18 +27,32 @@ FFN = ("gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
 NAME = re.compile(r"base_model\.model\.(model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj)\.lora_(A|B)\.weight")
 UNORDERED = ("target_modules", "exclude_modules")
-UNSUPPORTED = {
-    "use_dora": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "layer_replication": None,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
+HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
+"""Fields of adapter_config.json that decide what its tensors add, as read here."""
+INERT = {
+    "arrow_config",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "eva_config",
 }
-"""Fields of an adapter that make it more than s B A on linear layers, and the value with which they do not."""
+"""Fields that say nothing which the tensors do not say too; all others must be off, as PEFT has them by default."""
+OFF: tuple[Any, ...] = (None, False, "none", {}, [], "")
+SAME_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it is; PiSSA, OLoRA, LoftQ, CorDA and others change it."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -129,12 +143,17 @@ def ffn_shapes(base: Config) -> dict[str, tuple[int, int]]:
 def _check_kind(folder: Path, config: Config) -> None:
     if (kind := config.get("peft_type")) != "LORA":
         raise UpcycleError(f"{folder / CONFIG}: peft_type is {kind!r}, expected 'LORA'")
-    for field, plain in UNSUPPORTED.items():
-        if (found := config.get(field, plain)) not in (plain, None):
+    for field, found in config.items():
+        if field not in HONOURED | INERT and found not in OFF:
             raise UpcycleError(
-                f"{folder / CONFIG}: {field} is {found!r}, expected {plain!r}: what it adds is not a product of two "
-                "matrices, so it would be lost"
+                f"{folder / CONFIG}: {field} is {brief(found)}, which is not honoured here: what it adds would be "
+                "lost; merge the adapter into a model of its own and take that as a checkpoint (prepare.train=ffn)"
             )
+    if (start := config.get("init_lora_weights", True)) not in SAME_BASE:
+        raise UpcycleError(
+            f"{folder / CONFIG}: init_lora_weights is {brief(start)}, which changed the base too, so the adapter adds "
+            "to another model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
 
 
 def _update(folder: Path, name: str, pair: dict[str, Tensor], config: Config, base: Config) -> LowRank:

@@ -62,7 +62,7 @@ def template_text(name: str) -> str:
     """
     if name == "chatml":
         return CHATML
-    path = Path(name)
+    path = Path(name).expanduser()
     if not path.is_file():
         raise UpcycleError(f"data.chat_template: no file {name} (or use chatml)")
     return read_text(path)

@@ -37,7 +37,7 @@ def find_model(name: str) -> Path:
     """
     if name == BUILTIN_BASE:
         return Path(__file__).parents[1] / "assets" / "tiny_base"
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -130,7 +130,8 @@ def _with_valid_generation(model: Model) -> Model:
 
 def base_name(name: str) -> str:
     """What an adapter calls its dense model: a hub name as it is, a folder by its whole path."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
 
 
 def load_state(config: Config, tensors: dict[str, torch.Tensor], what: str) -> Model:

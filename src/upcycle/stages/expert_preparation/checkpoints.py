@@ -1,5 +1,6 @@
 """Checkpoints that exist already: any list of model folders, or a Trainer's output folder."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from upcycle.training.checkpoints import step_of
 from upcycle.weights.base import Base
 from upcycle.weights.folders import find_model
 
+NUMBERED = re.compile(r"(checkpoint-)?[0-9]+")
 EOS = "eos_token_id"
 TEMPLATE = "chat_template.jinja"
 
@@ -28,7 +30,11 @@ def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Pa
         UpcycleError: a checkpoint has another architecture or tokenizer than the base, or weights of a dtype in which
             the difference to the base would drown; an adapter is not one of the base's FFN weights.
     """
-    folders = [folder for folder, _ in given]
+    folders, hashes = [folder for folder, _ in given], [sha256 for _, sha256 in given]
+    for place, sha256 in enumerate(hashes):
+        if sha256 in hashes[:place]:
+            first = folders[hashes.index(sha256)]
+            raise UpcycleError(f"prepare.checkpoints: {folders[place]} and {first} are the same model; leave one out")
     for folder in folders:
         check_same_tokenizer(base.folder, folder)
         kind.check_checkpoint(base, folders[0], folder)
@@ -67,15 +73,15 @@ def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
         return []
     if isinstance(given, list):
         return [find_model(name) for name in given]
-    parent = Path(given)
+    parent = Path(given).expanduser()
     if not parent.is_dir():
         raise UpcycleError(f"prepare.checkpoints: {parent} is not a folder")
-    numbered = (p for p in parent.glob("checkpoint-*") if p.is_dir() and p.name.partition("-")[2].isdigit())
+    numbered = (p for p in parent.iterdir() if p.is_dir() and NUMBERED.fullmatch(p.name))
     folders = sorted(numbered, key=step_of)
     if len(folders) < 2:
         raise UpcycleError(
-            f"prepare.checkpoints: {parent} holds {len(folders)} folders named checkpoint-<step>, expected 2 or "
-            "more; to name model folders yourself give a list"
+            f"prepare.checkpoints: {parent} holds {len(folders)} folders named checkpoint-<step> or <step>, expected "
+            "2 or more; to name model folders yourself give a list"
         )
     return folders
 
