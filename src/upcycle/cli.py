@@ -95,7 +95,7 @@ def settings() -> None:
 @app.command()
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.")],
-    num_experts: Annotated[int, typer.Option(min=2, help="Experts per layer.")] = 8,
+    num_experts: Annotated[int, typer.Option(min=2, max=4096, help="Experts per layer.")] = 8,
     num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts active for a token.")] = 2,
     dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
 ) -> None:

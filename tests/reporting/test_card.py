@@ -15,7 +15,7 @@ from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.records.files import BENCHMARK_SCORES
-from upcycle.reporting.card import licence_of
+from upcycle.reporting.card import _cell, licence_of
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,12 @@ def test_the_licence_is_the_bases(tmp_path: Path) -> None:
     assert licence_of(tmp_path) is None
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# a model")
     assert licence_of(tmp_path) == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: [apache\n---\n# a model")
+    assert licence_of(tmp_path) is None
+
+
+def test_a_name_does_not_break_a_table() -> None:
+    assert _cell("a|b <script>") == "a\\|b &lt;script>"
 
 
 def test_nothing_is_uploaded_without_a_yes(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

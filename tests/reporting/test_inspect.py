@@ -21,7 +21,7 @@ from upcycle.reporting.inspect import find_plan, inspect, lineage_tree
 from upcycle.settings import ExpandSettings
 from upcycle.stages.expert_expansion.expand import expand
 from upcycle.weights.safetensors_io import ModelReader
-from worlds import as_base, assemble
+from worlds import as_base, assemble, plan_of
 
 
 def plan_with_base(base: Path, checkpoints: list[Path], out: Path, **settings: Any) -> ExpansionPlan:
@@ -117,3 +117,11 @@ def test_a_run_has_pictures_of_its_routing_and_load(moe: Path, tmp_path: Path) -
     LOG.write(run / "posttrain", TrainingRecord(rows=1, tokens=2, answer_tokens=1, steps=2, log=log))
     inspect(run, tmp_path / "picture.png")
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["picture-load.png", "picture-routing.png", "picture.png"]
+
+
+def test_a_name_with_brackets_is_shown_as_it_is() -> None:
+    plan = plan_of(1)
+    odd = plan.model_copy(update={"experts": (plan.experts[0].model_copy(update={"name": "[bold]c[/bold]"}),)})
+    with console.capture() as capture:
+        console.print(lineage_tree(odd))
+    assert "E0 [bold]c[/bold]" in capture.get()

@@ -25,7 +25,8 @@ class Measures(Record):
     """Training tokens by stage."""
     loss: ByDomain
     exact_match: dict[str, Share] | None = optional()
-    benchmark: dict[str, Share] | None = optional()
+    benchmark: ByDomain | None = optional()
+    """By benchmark."""
     dense: dict[str, Dense] | None = optional()
     """Of the base and the checkpoints on the way."""
 

@@ -5,8 +5,10 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from upcycle.architectures.clients import commands
+from upcycle.console import warn
 from upcycle.disk import write_text
 from upcycle.pipeline.benchmarks import read_scores
+from upcycle.reading import brief
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.records.benchmark import score_table
 from upcycle.records.description import Description
@@ -39,7 +41,11 @@ def write_card(folder: Path, run: Path, recipe: Recipe, base: Path, made: Descri
 def licence_of(base: Path) -> str | None:
     """What the base's own model card says; None if it has none."""
     path = CARD.of(base)
-    licence = ModelCard.load(path).data.license if path.is_file() else None
+    try:
+        licence = ModelCard.load(path).data.license if path.is_file() else None
+    except Exception as error:  # its metadata are YAML that anyone may have written
+        warn(f"{path} is no model card that can be read ({brief(str(error))}): the licence of the base is not known")
+        return None
     return str(licence) if licence else None
 
 
@@ -53,7 +59,7 @@ def card_text(folder: Path, run: Path, recipe: Recipe, licence: str | None, made
         tags=["moe", "mixture-of-experts", "upcycling", "upit"],
     )
     plan = LINEAGE.read(folder)
-    lineage = "\n".join(f"- {line}" for line in plan.lines)
+    lineage = "\n".join(f"- {_cell(line)}" for line in plan.lines)
     versions = ", ".join(f"{name} {version}" for name, version in MANIFEST.read(RESULT.of(run)).versions.items())
     inherited = (
         f"The base's: {licence}." if licence else "Not stated by the base's folder: look it up before you publish."
@@ -127,13 +133,18 @@ def _scores(run: Path) -> str:
     if scores is None:
         return "Not evaluated."
     lines = ["| model | loss | exact match |", "| --- | --: | --: |"]
-    lines += [f"| {name} | {entry.loss[ALL]:.3f} | {_exact(entry)} |" for name, entry in scores.items()]
+    lines += [f"| {_cell(name)} | {entry.loss[ALL]:.3f} | {_exact(entry)} |" for name, entry in scores.items()]
     if benchmarks := read_scores(run):
         heads, rows = score_table(benchmarks)
         cells = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
         lines += ["", "## Benchmarks (lm-evaluation-harness, * the best)", ""]
-        lines += [f"| {' | '.join(row)} |" for row in cells]
+        lines += [f"| {' | '.join(map(_cell, row))} |" for row in cells]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A name as a cell of a table in Markdown: no bar ends it, no tag is one."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _exact(entry: ModelScores) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from rich.text import Text
 from rich.tree import Tree
 
 from upcycle.console import console, say, table
@@ -94,11 +95,11 @@ def describe(path: Path) -> None:
 
 def lineage_tree(plan: ExpansionPlan) -> Tree:
     """Each expert under the younger of its parents, the sources at the root."""
-    root = Tree(f"lineage ({plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed})")
+    root = Tree(Text(f"lineage ({plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed})"))
     branches: list[Tree] = []
     for line, expert in zip(plan.lines, plan.experts, strict=True):
         above = branches[max(expert.parents)] if expert.parents else root
-        branches.append(above.add(line))
+        branches.append(above.add(Text(line)))  # a name may have brackets
     return root
 
 
