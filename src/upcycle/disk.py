@@ -18,7 +18,13 @@ def digest(value: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        UpcycleError: there is no regular file; a pipe or a device would never end.
+    """
+    if not path.is_file():
+        raise UpcycleError(f"{path} is not a file that can be read")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -74,7 +80,11 @@ def inside(folder: Path, name: str) -> Path:
         UpcycleError: the name, or a link that it names, leads out of the folder.
     """
     path = named_inside(folder, name)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        leads = path.resolve()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        raise UpcycleError(f"{path} is a link that leads nowhere") from None
+    if not leads.is_relative_to(folder.resolve()):
         raise UpcycleError(f"'{name}' leads out of {folder}")
     return path
 

@@ -118,8 +118,8 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         UpcycleError: not YAML, with line and column; a key twice; or aliases that stand for too much.
     """
-    loader = _PlainLoader(text)
     try:
+        loader = _PlainLoader(text)  # refuses control characters
         node = loader.get_single_node()
         if node is None:
             return None
@@ -136,8 +136,6 @@ def parse_yaml(text: str, where: str) -> Any:
         raise
     except UNREADABLE as error:
         raise UpcycleError(f"{where} is not YAML that can be read ({brief(str(error))})") from None
-    finally:
-        loader.dispose()
 
 
 def _expanded(node: yaml.Node, known: dict[int, float], above: set[int]) -> float:
