@@ -167,6 +167,7 @@ def inspect(
     inspect(path, figure)
 
 
+# eight parameters: the options of the verb
 @app.command()
 def benchmark(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Runs, model folders or hub names.")],

@@ -146,6 +146,7 @@ class _Mix(torch.autograd.Function):
     """(sum_e w_e h_e, sum_e w_e s_e B_e A_e h_e) of tokens sorted by their first expert."""
 
     @staticmethod
+    # positional, as autograd wants every input that may get a gradient
     def forward(
         ctx: Any,
         x: Tensor,

@@ -17,6 +17,7 @@ class Child:
     weights: tuple[float, ...]
 
 
+# eight parameters: a pure function of tensors and of what a plan says of them
 def materialise(
     base: Float[Tensor, " n"],
     checkpoints: Sequence[Float[Tensor, " n"]],
