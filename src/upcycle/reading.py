@@ -12,14 +12,14 @@ import yaml
 from upcycle.errors import UpcycleError
 
 MAX_BYTES = 64 << 20
-"""A file of text, JSON or YAML that is larger is none."""
+"""A user's file of text, JSON or YAML that is larger is none."""
 MAX_NODES = 10_000
 """Of a recipe, with every alias written out."""
 UNREADABLE = (ValueError, RecursionError, OverflowError, TypeError, KeyError, AttributeError)
 """What decoders raise for what nobody writes: numbers of thousands of digits, a thousand brackets, odd tags."""
 
 
-def read_text(path: Path, most_bytes: int = MAX_BYTES) -> str:
+def read_text(path: Path, most_bytes: int | None = MAX_BYTES) -> str:
     """A text file, UTF-8 with or without a byte order mark.
 
     Raises:
@@ -28,8 +28,11 @@ def read_text(path: Path, most_bytes: int = MAX_BYTES) -> str:
     return decoded(read_bytes(path, most_bytes), str(path))
 
 
-def read_bytes(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
+def read_bytes(path: Path, most_bytes: int | None = MAX_BYTES) -> bytes:
     """A regular file's content.
+
+    Args:
+        most_bytes: refuse more; None: what we or the Trainer wrote may be of any size.
 
     Raises:
         UpcycleError: it is missing, a folder, a pipe or a device, or too large.
@@ -41,7 +44,7 @@ def read_bytes(path: Path, most_bytes: int = MAX_BYTES) -> bytes:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise UpcycleError(f"{path} is {_kind(found.st_mode)}, expected a file")
-            if found.st_size > most_bytes:
+            if most_bytes is not None and found.st_size > most_bytes:
                 size, most = found.st_size / 1e6, most_bytes / 1e6
                 raise UpcycleError(f"{path} has {size:,.0f} MB, expected at most {most:,.0f} MB of text")
             return file.read()
@@ -63,13 +66,13 @@ def decoded(content: bytes, where: str) -> str:
         raise UpcycleError(f"{where} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, most_bytes: int | None = MAX_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
         UpcycleError: see `read_text`; or it is not JSON, holds something else, or has a key twice.
     """
-    value = parse_json(read_text(path), str(path))
+    value = parse_json(read_text(path, most_bytes), str(path))
     if not isinstance(value, dict):
         raise UpcycleError(f"{path} holds {type(value).__name__}, expected an object")
     return value

@@ -376,7 +376,8 @@ def test_a_kill_after_the_renaming_leaves_nothing_behind(copy: tuple[dict[str, A
         (("report", "{}"), "route/report.json"),
         (("inspect", "{}", "--figure", "{}/x.png"), "expand/plan.json"),
         (("inspect", "{}/posttrain", "--figure", "{}/x.png"), "posttrain/model.safetensors"),
-        (("benchmark", "{}", "--tasks", "arc_easy"), "assemble/model.safetensors"),
+        (("benchmark", "{}", "--tasks", "arc_easy"), "posttrain/model.safetensors"),
+        (("benchmark", "{}", "--tasks", "arc_easy", "--experts"), "assemble/model.safetensors"),
     ],
     ids=lambda value: "-".join(value).replace("{}", "") if isinstance(value, tuple) else value,
 )

@@ -295,6 +295,8 @@ def check_same_base(source: Path, base: Path) -> None:
 
 def describe(folder: Path) -> Description:
     """From its configuration."""
+    if read_adapter_config(folder).get("peft_type") != LORA_MIXTURE:
+        return Description("A LoRA adapter (it needs its base)", plain=False)
     count = MixtureConfig.load(folder).num_experts
     what = f"A mixture of {count} LoRA adapters in compact form (it needs its base and upcycle)"
     return Description(what, plain=False, folds=True)

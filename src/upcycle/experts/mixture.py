@@ -57,7 +57,7 @@ class MixtureConfig:
     def load(cls, folder: Path) -> "MixtureConfig":
         values = read_adapter_config(folder)
         values.pop("r", None)
-        lists = {name: tuple(values.get(name, ())) for name in ("expert_ranks", "expert_scaling")}
+        lists = {name: tuple(values[name]) for name in ("expert_ranks", "expert_scaling") if values.get(name)}
         try:
             return cls(**{**values, **lists})
         except TypeError as error:

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
+from upcycle.console import warn
+from upcycle.errors import UpcycleError
 from upcycle.records.cost import Cost
 from upcycle.records.files import COSTS
 
@@ -28,11 +30,20 @@ def measured(run: Path, stage: str, resumed: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        costs = read_costs(run)
+        costs = _known_costs(run)
         before = costs.pop(stage, None)
         spent = time.monotonic() - begin
         cost = Cost(seconds=round(spent, 1), memory_gb=round(_resident_peak() / 1e9, 2), gpu_gb=_gpu_peak_gb())
         COSTS.write(run, {**costs, stage: cost.after(before) if before and resumed else cost})
+
+
+def _known_costs(run: Path) -> dict[str, Cost]:
+    """What is recorded; nothing if that is damaged: it must not cost the stage that has just been made."""
+    try:
+        return read_costs(run)
+    except UpcycleError as error:
+        warn(f"{error}: its costs are recorded anew")
+        return {}
 
 
 def _reset_peaks() -> None:

@@ -29,7 +29,9 @@ ALL = "all"
 class Record(BaseModel):
     """What a part of the program writes, checked when another reads it."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
 
 
 def optional() -> Any:
@@ -49,7 +51,7 @@ def read_record(path: Path, kind: Any) -> Any:
         UpcycleError: it is missing, not JSON, or not of that type; names the file and the first field that is wrong.
     """
     try:
-        return TypeAdapter(kind).validate_json(read_bytes(path))
+        return TypeAdapter(kind).validate_json(read_bytes(path, most_bytes=None))
     except ValidationError as error:
         raise UpcycleError(f"{path} is damaged: {_first(error)}; restore it, or make it again") from None
 

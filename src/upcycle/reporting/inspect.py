@@ -10,7 +10,7 @@ from upcycle.console import console, say, table
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.manifest import read_manifest, verified
 from upcycle.reading import read_json
-from upcycle.records.files import EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
+from upcycle.records.files import DELETED, EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import read_record
 from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
@@ -25,8 +25,9 @@ def inspect(path: Path, figure: Path) -> None:
     Raises:
         UpcycleError: nothing here has experts.
     """
-    for folder in (path, *(path / stage for stage in (EXPAND, POSTTRAIN, EVALUATE))):
-        verified(folder)  # what is shown is what was made
+    if not any(DELETED.of(folder).exists() for folder in (path, path.resolve().parent)):
+        for folder in (path, *(path / stage for stage in (EXPAND, POSTTRAIN, EVALUATE))):
+            verified(folder)  # what is shown is what was made
     plan = find_plan(path)
     describe(path)
     console.print(lineage_tree(plan))
@@ -65,7 +66,7 @@ def find_plan(path: Path) -> ExpansionPlan:
         (PLAN, path),  # the stage's own folder
         (LINEAGE, path),  # a MoE's
         (PLAN, path / PLAN.stage),  # a run
-        (PLAN, path.parent / PLAN.stage),  # beside a stage's
+        (PLAN, path.resolve().parent / PLAN.stage),  # beside a stage's
     ]
     for file, folder in places:
         if (plan := file.known(folder)) is not None:

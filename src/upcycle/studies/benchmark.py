@@ -8,9 +8,8 @@ from upcycle.evaluation.benchmark import Contender, Task, benchmark, check_names
 from upcycle.evaluation.tasks import read_tasks
 from upcycle.pipeline.benchmarks import mark
 from upcycle.pipeline.run import Run, is_run, open_run
-from upcycle.pipeline.stages import stage_names
 from upcycle.records.benchmark import BenchmarkScores
-from upcycle.records.files import BENCHMARK, RESULT
+from upcycle.records.files import ASSEMBLE, BENCHMARK, EXPAND, POSTTRAIN, PREPARE, RESULT, ROUTE
 from upcycle.records.scores import BASE, MOE
 from upcycle.weights.folders import find_model
 
@@ -76,7 +75,11 @@ def contenders(paths: Sequence[str], experts: bool) -> list[Contender]:
     for path in paths:
         if is_run(Path(path)):
             prefix = f"{Path(path).name}: " if len(paths) > 1 else ""
-            found += _of_run(open_run(Path(path), stage_names()[:-1]), prefix, experts)
+            found += _of_run(
+                open_run(Path(path), (PREPARE, POSTTRAIN, *((EXPAND, ASSEMBLE, ROUTE) if experts else ()))),
+                prefix,
+                experts,
+            )
         else:
             found.append(Contender(Path(path).name, find_model(path)))
     names = [contender.name for contender in found]

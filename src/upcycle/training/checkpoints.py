@@ -50,7 +50,7 @@ def finish(folder: Path) -> None:
 def _is_complete(folder: Path) -> bool:
     # the Trainer writes trainer_state.json last
     try:
-        read_json(folder / STATE)
+        read_json(folder / STATE, most_bytes=None)
     except UpcycleError:
         return False
     return True

@@ -69,3 +69,16 @@ def test_bottlenecks_cannot_be_folded(base: Path, tmp_path: Path) -> None:
     (made / CONFIG).write_text(json.dumps({**config, "peft_type": "UPCYCLE_BOTTLENECK_MOE"}))
     with pytest.raises(UpcycleError, match=r"bottleneck experts .* which are not linear"):
         export(made, tmp_path / "out", True, "source")
+
+
+def test_an_adapter_alone_is_exported_as_it_is(base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(base, tmp_path / "adapter", 1)
+    export(folder, tmp_path / "out", False, "source")
+    assert (tmp_path / "out" / CONFIG).read_bytes() == (folder / CONFIG).read_bytes()
+
+
+def test_what_cannot_be_folded_leaves_nothing_behind(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    made = assembled(base, checkpoints, tmp_path / "made")
+    with pytest.raises(UpcycleError, match="is a plain model already"):
+        export(made, tmp_path / "out", True, "source")
+    assert not (tmp_path / "out.partial").exists()

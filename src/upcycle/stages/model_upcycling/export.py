@@ -32,7 +32,11 @@ def export(source: Path, target: Path, fold: bool, dtype: str, base: str | None 
     shutil.rmtree(partial_target, ignore_errors=True)  # of an export that was interrupted
     partial_target.mkdir(parents=True)
     if fold:
-        kind.fold(source, partial_target, dtype, base)
+        try:
+            kind.fold(source, partial_target, dtype, base)
+        except UpcycleError:
+            shutil.rmtree(partial_target)
+            raise
     else:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in NOT_EXPORTED:
