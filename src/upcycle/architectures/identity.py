@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from upcycle.architectures.families import moe_config
-from upcycle.architectures.layouts import EMBEDDINGS, Region, layer_of, router_tensors
+from upcycle.architectures.layouts import Region, layer_of, router_tensors
 from upcycle.architectures.mapping import Mapping
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
 from upcycle.weights.folders import load_state
+from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD
 
 CHANNELS, TOKENS, WINDOW, LENGTH = 64, 256, 8, 48
 TOLERANCE = 1e-4
@@ -126,7 +127,7 @@ def _moves(
 
 
 def _cut_shape(name: str, shape: tuple[int, ...], small: Config) -> tuple[int, ...]:
-    return (small["vocab_size"], *shape[1:]) if name in EMBEDDINGS else shape
+    return (small["vocab_size"], *shape[1:]) if name in (EMBEDDINGS, HEAD) else shape
 
 
 def _corner(values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,6 @@ from upcycle.types import Config
 
 SHARED_EXPERT_SIZE = 256
 """Channels of a shared expert of zeros: size 0 would do for transformers, but vLLM refuses it; 256 suits quantizers."""
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)

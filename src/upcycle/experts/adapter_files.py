@@ -23,7 +23,7 @@ from upcycle.weights.safetensors_io import plain_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-FFN = ("gate_proj", "up_proj", "down_proj")
+FFN_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
 NAME = re.compile(r"base_model\.model\.(model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj)\.lora_(A|B)\.weight")
 UNORDERED = ("target_modules", "exclude_modules")
@@ -88,7 +88,7 @@ def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
             raise UpcycleError(
                 f"{folder / WEIGHTS}: {name} is not a LoRA factor of gate_proj, up_proj or down_proj; an expert is an "
                 "FFN block, so an adapter that changes anything else cannot be one: train it with "
-                f"target_modules={list(FFN)}"
+                f"target_modules={list(FFN_WEIGHTS)}"
             )
         if not tensor.isfinite().all():
             raise UpcycleError(f"{folder / WEIGHTS}: {name} holds NaN or Inf; leave this adapter out")
@@ -137,7 +137,7 @@ def ffn_shapes(base: Config) -> dict[str, tuple[int, int]]:
     hidden, channels = base["hidden_size"], base["intermediate_size"]
     shapes = {"gate_proj": (channels, hidden), "up_proj": (channels, hidden), "down_proj": (hidden, channels)}
     layers = range(base["num_hidden_layers"])
-    return {f"model.layers.{layer}.mlp.{weight}": shapes[weight] for layer in layers for weight in FFN}
+    return {f"model.layers.{layer}.mlp.{weight}": shapes[weight] for layer in layers for weight in FFN_WEIGHTS}
 
 
 def _check_kind(folder: Path, config: Config) -> None:

@@ -18,7 +18,7 @@ from upcycle.console import warn
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import (
-    FFN,
+    FFN_WEIGHTS,
     PREFIX,
     check_base,
     ffn_shapes,
@@ -81,7 +81,7 @@ class LoraExperts(nn.ModuleDict):
         self.register_buffer("scaling", torch.tensor(config.expert_scaling), persistent=False)
 
     def factors(self) -> Factors:
-        gate, up, down = (cast(StackedLora, self[name]) for name in FFN)
+        gate, up, down = (cast(StackedLora, self[name]) for name in FFN_WEIGHTS)
         return Factors(torch.cat([gate.lora_A, up.lora_A], dim=1), gate.lora_B, up.lora_B, down.lora_A, down.lora_B)
 
     def forward(
@@ -91,7 +91,7 @@ class LoraExperts(nn.ModuleDict):
 
     def on_disk(self, expert: int, rank: int) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of an expert's A and B of each weight, without the padding of their rank."""
-        for weight in FFN:
+        for weight in FFN_WEIGHTS:
             stacked = cast(StackedLora, self[weight])
             yield f"{weight}.lora_A", stacked.lora_A.data[expert, :rank]
             yield f"{weight}.lora_B", stacked.lora_B.data[expert, :rank].T

@@ -72,14 +72,11 @@ def own_folder(paths: Sequence[str]) -> Path:
 def contenders(paths: Sequence[str], experts: bool) -> list[Contender]:
     """Of a run: base, checkpoints, the experts alone if wanted, the MoE; of any other path: the model there."""
     found: list[Contender] = []
+    needs = (PREPARE, POSTTRAIN, *((EXPAND, ASSEMBLE, ROUTE) if experts else ()))
     for path in paths:
         if is_run(Path(path)):
             prefix = f"{Path(path).name}: " if len(paths) > 1 else ""
-            found += _of_run(
-                open_run(Path(path), (PREPARE, POSTTRAIN, *((EXPAND, ASSEMBLE, ROUTE) if experts else ()))),
-                prefix,
-                experts,
-            )
+            found += _of_run(open_run(Path(path), needs), prefix, experts)
         else:
             found.append(Contender(Path(path).name, find_model(path)))
     names = [contender.name for contender in found]

@@ -13,6 +13,7 @@ from upcycle.records.files import LINEAGE
 from upcycle.types import Config, Model
 
 BUILTIN_BASE = "builtin:tiny"
+TEMPLATE = "chat_template.jinja"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,7 +22,7 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    TEMPLATE,
     "generation_config.json",
     LINEAGE.name,
 )
@@ -162,7 +163,7 @@ def copy_companions(source: Path, folder: Path, chat_template: str | None = None
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if chat_template is not None:
-        (folder / "chat_template.jinja").write_text(chat_template)
+        (folder / TEMPLATE).write_text(chat_template)
 
 
 def require_space(folder: Path, needed: int, what: str, hint: str) -> None:

@@ -13,11 +13,10 @@ from upcycle.records.plan import Checkpoint
 from upcycle.records.scores import RESERVED
 from upcycle.training.checkpoints import step_of
 from upcycle.weights.base import Base
-from upcycle.weights.folders import find_model
+from upcycle.weights.folders import TEMPLATE, find_model
 
 NUMBERED = re.compile(r"(checkpoint-)?[0-9]+")
 EOS = "eos_token_id"
-TEMPLATE = "chat_template.jinja"
 
 
 def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Path) -> list[Checkpoint]:
@@ -50,7 +49,7 @@ def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Pa
 
 def say_what_differs(base: Base, last: Path) -> None:
     """Warn of what the MoE will have from the base though the last checkpoint has it otherwise."""
-    template, own = last / "chat_template.jinja", base.folder / "chat_template.jinja"
+    template, own = last / TEMPLATE, base.folder / TEMPLATE
     if (
         base.chat_template is None
         and template.is_file()
