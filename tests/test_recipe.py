@@ -1,5 +1,6 @@
 """Recipes: shipped ones, overrides, and errors that name the field."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,26 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("prepare.micro_batch_size=3", r"prepare: batch_size 16 is not a multiple of micro_batch_size 3"),
         ("data.train=[a", r"override 'data\.train=\[a': the value is not YAML"),
         ("data.train=3", r"data\.train: "),
+        ("prepare.lr_scheduler=linear", r"posttrain.lr_scheduler is cosine and .* set both alike"),
+        ("'prepare.checkpoints=[a, b]' posttrain.schedule=continue", r"given checkpoints .* do not say how far"),
         ("seed", r"override 'seed' is not of the form section\.field=value"),
         ("base.x=1", r"override 'base\.x=1': 'base' is a value, not a section"),
     ],
 )
 def test_a_bad_setting_is_named(override: str, message: str) -> None:
     with pytest.raises(UpcycleError, match=message):
-        load_recipe("upit", override.split())
+        load_recipe("upit", shlex.split(override))
+
+
+def test_one_schedule_spans_what_a_run_trains() -> None:
+    def share(name: str, *overrides: str) -> float:
+        return load_recipe(name, overrides).dense_share
+
+    assert share("upit") == 0.5
+    assert share("upit", "prepare.epochs=1", "prepare.checkpoint_every=0.25", "posttrain.epochs=3") == 0.25
+    # a schedule of its own: none to share, or said so; then the shapes may differ
+    assert share("vanilla") == share("sft") == share("upit", "prepare.checkpoints=[a, b]") == 1
+    assert share("upit", "posttrain.schedule=restart", "prepare.lr_scheduler=linear") == 1
 
 
 def test_a_missing_setting_and_a_missing_recipe_are_named(tmp_path: Path) -> None:

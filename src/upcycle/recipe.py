@@ -57,6 +57,13 @@ class Recipe(Settings):
         return self.prepares and not self.prepare.checkpoints
 
     @property
+    def dense_share(self) -> float:
+        """The part of its learning-rate schedule that preparation takes; post-training takes the rest."""
+        if not self.tunes or self.posttrain.schedule == "restart":
+            return 1.0
+        return self.prepare.epochs / (self.prepare.epochs + self.posttrain.epochs)
+
+    @property
     def kind_settings(self) -> dict[str, dict[str, Any]]:
         """What decides the kind of the experts besides `prepare`: nothing for whole FFNs."""
         return {"lora": {**self.lora.model_dump(), "kind": self.prepare.train}} if self.prepare.shares_base else {}
@@ -65,6 +72,22 @@ class Recipe(Settings):
     def _enough_checkpoints(self) -> "Recipe":
         if self.prepares and (n := self.prepare.num_checkpoints) is not None:
             self.expand.num_chosen(n)
+        return self
+
+    @model_validator(mode="after")
+    def _one_schedule_has_one_shape(self) -> "Recipe":
+        if self.posttrain.schedule == "continue" and self.prepare.checkpoints:
+            raise ValueError(
+                "posttrain.schedule is continue, but given checkpoints (prepare.checkpoints) do not say how far their "
+                "schedule had come; leave it out, or set posttrain.schedule=restart"
+            )
+        for field in ("lr_scheduler", "warmup_fraction") if self.dense_share < 1 else ():
+            before, after = getattr(self.prepare, field), getattr(self.posttrain, field)
+            if before != after:
+                raise ValueError(
+                    f"posttrain.{field} is {after} and prepare.{field} {before}, but one schedule spans both stages; "
+                    "set both alike, or posttrain.schedule=restart"
+                )
         return self
 
     @model_validator(mode="after")

@@ -45,9 +45,9 @@ class TrainingSettings(Settings):
     micro_batch_size: int = Field(4, ge=1)
     """Rows per forward pass and device; must divide batch_size."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning-rate schedule over the stage."""
+    """Shape of the learning-rate schedule; over which stages it goes, posttrain.schedule says."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
-    """Share of the steps with a linearly rising learning rate."""
+    """Share of the schedule's steps with a linearly rising learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay."""
     gradient_checkpointing: bool = False
@@ -238,6 +238,9 @@ class RouteSettings(Settings):
 class PosttrainSettings(TrainingSettings):
     """Stage 4, model upcycling: the whole MoE is trained on D."""
 
+    schedule: Literal["continue", "restart"] | None = None
+    """Go on with preparation's learning-rate schedule, which then spans the epochs of both stages, or start one with a
+    warm-up of its own. Null: continue, unless the checkpoints are given."""
     router_aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the per-layer load-balancing loss; 0: none."""
     router_z_loss_coef: float = Field(0.0, ge=0)

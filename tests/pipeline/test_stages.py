@@ -15,7 +15,7 @@ from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import stage_names, training_tokens
 from upcycle.recipe import parse_recipe
-from upcycle.records.files import POSTTRAIN, ROUTE
+from upcycle.records.files import POSTTRAIN, PREPARE, ROUTE
 
 REST = Stage(
     name="rest",
@@ -41,6 +41,20 @@ def with_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 def values(tiny_recipe: dict[str, Any], checkpoints: list[Path]) -> dict[str, Any]:
     given = {"prepare": {"checkpoints": [str(c) for c in checkpoints]}}
     return {**tiny_recipe, **given, "evaluate": {"models": "ends", "exact_match": False}}
+
+
+def test_what_one_schedule_spans_decides_both_stages(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A longer post-training leaves other checkpoints, unless it has a schedule of its own."""
+
+    def settings(epochs: float, schedule: str | None) -> tuple[Any, ...]:
+        posttrain = {**tiny_recipe["posttrain"], "epochs": epochs, "schedule": schedule}
+        run = Run(parse_recipe({**tiny_recipe, "posttrain": posttrain}, "test"), tmp_path)
+        return tuple(run.settings(stage) for stage in stages.STAGES if stage.name in (PREPARE, POSTTRAIN))
+
+    assert settings(1, "continue") == settings(1, None)
+    assert settings(1, None)[0] != settings(2, None)[0]
+    assert settings(1, "restart")[0] == settings(2, "restart")[0] != settings(1, None)[0]
+    assert settings(1, "restart")[1] != settings(1, None)[1]
 
 
 @pytest.mark.usefixtures("with_rest")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 
 from upcycle.data.chat import Sample
 from upcycle.data.splits import load_splits
@@ -103,9 +103,40 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-4").exists()
 
 
-def test_ffn_only_tuning_leaves_everything_else_as_the_base(base: Path, samples: list[Sample], tmp_path: Path) -> None:
-    settings = PrepareSettings(**SETTINGS.model_dump(), train="ffn")
-    made = tune(KINDS["ffn"], as_base(base), samples, settings, LoraSettings(), 0, tmp_path)
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_two_trainings_share_one_schedule(
+    shape: str, base: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rate by rate what transformers gives one training of all the steps, also when the second half is interrupted."""
+    settings = SETTINGS.model_copy(update={"lr_scheduler": shape, "warmup_fraction": 0.25})
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=settings.learning_rate)
+    schedule = get_scheduler(shape, optimizer, num_warmup_steps=3, num_training_steps=12)
+    expected = []
+    for _ in range(12):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+    def rates(name: str, rows: int, span: tuple[float, float]) -> list[float | None]:
+        model = load_model(base, torch.float32).train()
+        training = Training(settings, 0, name, tmp_path / name, span=span)
+        record = fine_tune(model, load_tokenizer(base, None), samples[:rows], training)
+        return [entry.learning_rate for entry in record.log]
+
+    assert rates("first", 32, (0.0, 1 / 3)) == pytest.approx(expected[:4])
+    with monkeypatch.context() as patch:
+        patch.setattr("upcycle.training.fine_tune.StripOlder", lambda: StopAt(5))
+        with pytest.raises(KeyboardInterrupt):
+            rates("second", 64, (1 / 3, 1.0))
+    assert rates("second", 64, (1 / 3, 1.0)) == pytest.approx(expected[4:])
+
+
+def test_ffn_only_tuning_leaves_everything_else_as_the_base(
+    base: Path, recipe: Recipe, samples: list[Sample], tmp_path: Path
+) -> None:
+    tuned = recipe.model_copy(update={"prepare": PrepareSettings(**SETTINGS.model_dump(), train="ffn")})
+    made = tune(KINDS["ffn"], as_base(base), samples, tuned, tmp_path)
     assert [c.epoch for c in made] == [0.25, 0.5, 0.75, 1.0]
     before = load_model(base, torch.float32).state_dict()
     after = load_model(tmp_path / made[-1].path, torch.float32).state_dict()

@@ -42,7 +42,7 @@ def _prepare(run: Run, out: Path) -> None:
     elif recipe.prepare.checkpoints:
         adopt(run.kind, base, run.given_checkpoints, out)
     else:
-        tune(run.kind, base, run.splits.train, recipe.prepare, recipe.lora, recipe.seed, out)
+        tune(run.kind, base, run.splits.train, recipe, out)
 
 
 def _expand(run: Run, out: Path) -> None:
@@ -100,6 +100,17 @@ def _section(name: str) -> Callable[[Recipe], Sections]:
     return lambda recipe: {name: getattr(recipe, name).model_dump(), **recipe.kind_settings}
 
 
+def _scheduled(name: str) -> Callable[[Recipe], Sections]:
+    """A section of training, and where on one schedule the dense half ends; with a schedule of its own, the section."""
+
+    def sections(recipe: Recipe) -> Sections:
+        own = _section(name)(recipe)
+        own[name].pop("schedule", None)  # what it comes to is `dense_share`
+        return own | ({"dense_share": recipe.dense_share} if recipe.dense_share < 1 else {})
+
+    return sections
+
+
 def _trained_tokens(folder: Path) -> int:
     record = LOG.known(folder)
     return record.tokens if record else 0
@@ -116,7 +127,7 @@ STAGES = (
         help="Stage 1, expert preparation: instruction-tune the base and keep checkpoints, or take existing ones.",
         needs=(),
         run=_prepare,
-        settings=_section(PREPARE),
+        settings=_scheduled(PREPARE),
         reads_data=lambda recipe: recipe.tunes,
         held_out=lambda recipe: recipe.tunes and recipe.route.seed_from == "held_out",
         more_inputs=lambda run: run.given_hashes,
@@ -152,7 +163,7 @@ STAGES = (
         help="Stage 4, model upcycling: train the MoE with top-k routing and a load-balancing loss.",
         needs=(ASSEMBLE, ROUTE),
         run=_posttrain,
-        settings=_section(POSTTRAIN),
+        settings=_scheduled(POSTTRAIN),
         reads_data=lambda _: True,
         held_out=lambda recipe: recipe.route.seed_from == "held_out",
         tokens=_trained_tokens,

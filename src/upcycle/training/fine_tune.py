@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -35,13 +37,25 @@ Inputs = dict[str, torch.Tensor]
 class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that resumes a MoE with its experts, balances its routers per layer and stops at NaN."""
 
-    def __init__(self, model: Model, balance: PosttrainSettings | None, **arguments: Any):
+    def __init__(self, model: Model, balance: PosttrainSettings | None, span: tuple[float, float], **arguments: Any):
         self.balance = balance
+        self.span = span
         self.recorder = RouterRecorder(model) if balance else None
         self.load_monitor = LoadMonitor() if balance else None
         rate = balance.balance_bias_rate if balance else 0.0
         self.bias = LossFreeBias(model, rate) if rate else None
         super().__init__(model=model, **arguments)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """The part of the schedule that this training takes."""
+        begin, end = self.span
+        steps = round(num_training_steps / (end - begin))
+        scheduler: LambdaLR = super().create_scheduler(steps, optimizer)
+        if skipped := round(begin * steps):
+            rate = scheduler.lr_lambdas[0]
+            scheduler = LambdaLR(scheduler.optimizer, lambda step: rate(step + skipped))
+        self.lr_scheduler = scheduler
+        return scheduler
 
     def compute_loss(self, model: Model, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> torch.Tensor:
         """TRL's loss plus what keeps a MoE's routers balanced."""
@@ -136,6 +150,8 @@ class Training:
     """How many checkpoints stay (None: all; only the newest keeps its optimizer state)."""
     balance: PosttrainSettings | None = None
     """How a MoE's routers are balanced; None for a dense model."""
+    span: tuple[float, float] = (0.0, 1.0)
+    """From where to where on the learning-rate schedule, of which the whole is 1."""
 
 
 def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], training: Training) -> TrainingRecord:
@@ -151,6 +167,7 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
     trainer = UpcyclingTrainer(
         model=model,
         balance=training.balance,
+        span=training.span,
         args=_arguments(training),
         train_dataset=Dataset.from_dict(
             {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}

@@ -8,10 +8,11 @@ from upcycle.data.chat import Sample
 from upcycle.disk import sync_files
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
+from upcycle.recipe import Recipe
 from upcycle.records.files import CHECKPOINTS, LOG
 from upcycle.records.plan import Checkpoint
 from upcycle.records.training import TrainingRecord
-from upcycle.settings import LoraSettings, PrepareSettings
+from upcycle.settings import PrepareSettings
 from upcycle.training.checkpoints import finish, step_of
 from upcycle.training.fine_tune import Training, fine_tune
 from upcycle.types import Model
@@ -19,15 +20,7 @@ from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, require_space
 
 
-def tune(
-    kind: Kind,
-    base: Base,
-    train: Sequence[Sample],
-    settings: PrepareSettings,
-    lora: LoraSettings,
-    seed: int,
-    out_dir: Path,
-) -> list[Checkpoint]:
+def tune(kind: Kind, base: Base, train: Sequence[Sample], recipe: Recipe, out_dir: Path) -> list[Checkpoint]:
     """Instruction-tune the base and keep a checkpoint every `checkpoint_every` epochs (UpIT, section 3).
 
     With `by_domain` there is a training for each domain label, and the end of each is a checkpoint. Writes
@@ -40,17 +33,18 @@ def tune(
     Raises:
         UpcycleError: training diverges, the checkpoints would not fit on the disk, or there are no domains.
     """
-    checkpoints, records = [], []
+    checkpoints, records, settings = [], [], recipe.prepare
     for name, samples in _trainings(train, settings):
         folder = out_dir / name
         folder.mkdir(exist_ok=True)
         record = LOG.known(folder)
         if record is None:  # else only the folders are left to be finished
-            model = kind.trainable(base, lora, seed)
+            model = kind.trainable(base, recipe.lora, recipe.seed)
             _require_space(kind, model, settings, out_dir)
             title = f"prepare: instruction tuning {name}".strip()
             keep = 1 if settings.by_domain else None
-            record = fine_tune(model, base.tokenizer, samples, Training(settings, seed, title, folder, keep))
+            training = Training(settings, recipe.seed, title, folder, keep, span=(0.0, recipe.dense_share))
+            record = fine_tune(model, base.tokenizer, samples, training)
             sync_files(folder)  # the log says that the checkpoints are there
             LOG.write(folder, record)
         records.append(record)

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from upcycle.console import say
 from upcycle.data.chat import Sample
 from upcycle.disk import sync_files
 from upcycle.experts.kinds import load_for_training, load_routers, save_model, trained_parameters
@@ -39,7 +40,12 @@ def posttrain(
         load_routers(model, router)
         _require_space(model, out_dir)
         title = "posttrain: mixture of experts"
-        training = Training(settings, recipe.seed, title, out_dir / TRAINER, keep=1, balance=settings)
+        begin = recipe.dense_share if recipe.dense_share < 1 else 0.0
+        if recipe.prepare.checkpoints:
+            say(
+                "posttrain: a schedule of its own, with a warm-up: given checkpoints do not say how far theirs had come"
+            )
+        training = Training(settings, recipe.seed, title, out_dir / TRAINER, 1, settings, span=(begin, 1.0))
         record = fine_tune(model, base.tokenizer, train, training)
         save_model(model, out_dir, initial)
         sync_files(out_dir)  # the log says that the weights are there
