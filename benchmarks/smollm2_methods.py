@@ -23,6 +23,7 @@ from upcycle.records.files import BENCHMARK, RESULT
 from upcycle.records.record import ALL, ByDomain, write_record
 from upcycle.reporting.figures import comparison_figure, sweep_figure
 from upcycle.studies.benchmark import choose_tasks, run_benchmark
+from upcycle.studies.cells import Study
 from upcycle.studies.compare import compare
 from upcycle.studies.sweep import show_sweep
 
@@ -148,7 +149,8 @@ def main() -> None:
         folder = arguments.out / f"{kind}-{fraction}"
         benchmark = partial(benchmark_mean, data=arguments.data, rows=size.bench_rows) if size.bench_rows else None
         # forced: the paper's start of the router trains on some tokens of its own; the table says on how many
-        found = compare(list(texts.values()), arguments.seeds, folder, True, keep_models=False, benchmark=benchmark)
+        study = Study(list(texts.values()), range(arguments.seeds), folder, keep_models=False, benchmark=benchmark)
+        found = compare(study, force=True)
         comparison_figure(found, folder / "comparison.png")
         before = grids.get(kind)
         grids[kind] = Sweep(

@@ -11,11 +11,15 @@ starts with checkpoints and with copies of the half-trained model as experts, on
 import argparse
 from pathlib import Path
 
-from router_starts import EXPERTS, STARTS
 from smollm2_methods import inputs
 
 from upcycle.reporting.figures import comparison_figure
+from upcycle.studies.cells import Study
 from upcycle.studies.compare import compare
+
+STARTS = ("random", "mean_hidden", "kmeans", "ridge", "upit", "contrastive")
+EXPERTS = ("none", "last")
+"""Checkpoints and their children, or copies of the last (`expand.copies_of`)."""
 
 CPU = "data.fraction=0.002"
 FULL = (
@@ -40,7 +44,7 @@ def main() -> None:
     common = f"smollm2-cpu {inputs(arguments.base, arguments.data)} expand.num_experts=4 evaluate.models=ends"
     variants = [f"{common} {variant}" for variant in VARIANTS[arguments.size]]
     # forced: the paper's start of the router trains on some tokens of its own; the table says on how many
-    found = compare(variants, arguments.seeds, arguments.out, force=True)
+    found = compare(Study(variants, range(arguments.seeds), arguments.out), force=True)
     comparison_figure(found, arguments.out / "comparison.png")
 
 

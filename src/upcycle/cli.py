@@ -122,16 +122,27 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds 0, 1, ...")] = 3,
     force: Annotated[bool, typer.Option(help="Compare runs of other data or training tokens, and mark it.")] = False,
     keep_models: KeepModelsOption = True,
+    against: Annotated[
+        str | None, typer.Option(help="Name of the variant that the others are compared with; else the first.")
+    ] = None,
+    match: Annotated[
+        str, typer.Option(help="tokens, or flops: scale the others' epochs to the training FLOPs of the first.")
+    ] = "tokens",
+    results: Annotated[
+        Path | None, typer.Option(help="Keep the measures of every run here too, and take those that are here already.")
+    ] = None,
 ) -> None:
-    """Run recipes with several seeds; mean, spread and a paired test against the first."""
+    """Run recipes with several seeds; mean, spread and paired tests against one of them."""
     if len(set(variants)) < 2:
         raise UpcycleError('compare needs two variants or more, such as "upit" "upit route.start=random"')
     _quiet_libraries()
     from upcycle.records.files import COMPARISON
     from upcycle.reporting.figures import comparison_figure
+    from upcycle.studies.cells import Study
     from upcycle.studies.compare import compare
 
-    comparison_figure(compare(variants, seeds, out, force, keep_models), out / "comparison.png")
+    study = Study(variants, range(seeds), out, keep_models=keep_models, results=results)
+    comparison_figure(compare(study, force, against, match), out / "comparison.png")
     print(f"written: {COMPARISON.of(out)}, {out / 'comparison.png'}")
 
 

@@ -49,7 +49,7 @@ def test_it_says_which_is_better_and_whether_that_is_noise(tmp_path: Path) -> No
         "The lowest held-out loss, 1.0000 ± 0.1952, is that of “&lt;ours&gt;”: -0.2000 against sft (p 0.001, paired"
         in text
     )
-    assert "that is more than noise, after Bonferroni), 3 seeds" in text
+    assert "after Holm for 2 such tests: more than noise), 3 seeds" in text
     assert "NOT COMPARABLE" not in text
     assert "<td>sft</td><td>1.0000</td><td>1.2000</td><td>1.4000</td>" in text  # by seed
     assert "<td>sft</td><td>1.2000 ± 0.2000</td><td>1.3000 ± 0.2000</td><td>1.2000 ± 0.1414</td>" in text  # by domain

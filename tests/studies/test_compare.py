@@ -2,21 +2,27 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from scipy.stats import t, ttest_rel
+from transformers import AutoModelForCausalLM
 
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.run import Run, open_run
 from upcycle.pipeline.stages import training_tokens
-from upcycle.records.comparison import Comparison, Measures
+from upcycle.recipe import load_recipe, parse_recipe
+from upcycle.records.comparison import Cell, Comparison, Measures
 from upcycle.records.files import COMPARISON, ROUTE_REPORT
+from upcycle.records.record import read_record
 from upcycle.reporting.figures import comparison_figure, sweep_figure
-from upcycle.studies.cells import Variant, labels, run_cells
+from upcycle.studies.cells import Study, Variant, labels, run_cells
 from upcycle.studies.compare import compare, differences, show
-from upcycle.studies.statistics import paired, spread, summary
+from upcycle.studies.statistics import holm, paired, spread, summary
 from upcycle.studies.sweep import axis_values, sweep
 
 
@@ -41,7 +47,7 @@ def test_variants_share_what_has_the_same_inputs(recipe_file: Path, tmp_path: Pa
         f"{recipe_file} route.start=random",
         f"{recipe_file} expand.copies_of=last route.start=random",
     ]
-    found = compare(texts, 2, tmp_path / "out", force=False)
+    found = compare(Study(texts, range(2), tmp_path / "out"), force=False)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("prepare: taken from") == 4  # of three variants with two seeds, two are trained
     assert said.count("assemble: taken from") == 2
@@ -56,7 +62,7 @@ def test_variants_share_what_has_the_same_inputs(recipe_file: Path, tmp_path: Pa
     assert len({row.tokens for row in rows}) == 1
     comparison_figure(found, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    again = compare(texts, 2, tmp_path / "out", force=False)  # resumed: nothing is done again
+    again = compare(Study(texts, range(2), tmp_path / "out"), force=False)  # resumed: nothing is done again
     assert str(again.summary) == str(found.summary)
     assert "prepare ..." not in capsys.readouterr().out
 
@@ -78,18 +84,18 @@ def test_a_sweep_runs_the_whole_grid(recipe_file: Path, tmp_path: Path, capsys: 
 
 def test_models_can_be_deleted_once_they_are_measured(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
     texts, out = [str(recipe_file), f"{recipe_file} route.start=random"], tmp_path / "out"
-    options: dict[str, Any] = {"force": False, "keep_models": False, "benchmark": lambda run: {"all": 0.5}}
-    found = compare(texts, 1, out, **options)
+    study = Study(texts, range(1), out, keep_models=False, benchmark=lambda run: {"all": 0.5})
+    found = compare(study, force=False)
     assert not list(out.rglob("*.safetensors"))
     assert [row.benchmark.mean for row in found.summary] == [0.5, 0.5]
     assert "prepare: taken from" in " ".join(capsys.readouterr().out.split())  # while they are there they are shared
-    assert str(compare(texts, 1, out, **options)) == str(found)
+    assert str(compare(study, force=False)) == str(found)
     assert "prepare" not in capsys.readouterr().out
     changed = [f"{text} route.init_std=0.03" for text in texts]
     with pytest.raises(UpcycleError, match="was made by another recipe"):
-        compare(changed, 1, out, **options)
+        compare(replace(study, texts=changed), force=False)
     with pytest.raises(UpcycleError, match="go on with --no-keep-models"):
-        compare(texts, 1, out, force=False)
+        compare(Study(texts, range(1), out), force=False)
     with pytest.raises(UpcycleError, match="were deleted once they were measured"):
         open_run(out / "0-seed0")
 
@@ -103,10 +109,10 @@ def test_what_a_killed_comparison_made_is_shared(recipe_file: Path, tmp_path: Pa
         return {"all": 0.5}
 
     with pytest.raises(KeyboardInterrupt):
-        compare(texts, 1, out, force=False, keep_models=False, benchmark=killed)
+        compare(Study(texts, range(1), out, keep_models=False, benchmark=killed), force=False)
     shutil.rmtree(out / "1-seed0")
     capsys.readouterr()
-    compare(texts, 1, out, force=False, keep_models=False)
+    compare(Study(texts, range(1), out, keep_models=False), force=False)
     assert "prepare: taken from" in " ".join(capsys.readouterr().out.split())
 
 
@@ -135,7 +141,7 @@ def test_a_label_is_what_the_others_do_not_say() -> None:
 def test_twins_are_refused_before_anything_runs(tmp_path: Path) -> None:
     for texts in (["a", "b", "a"], ["x: a", "x: b"]):
         with pytest.raises(UpcycleError, match="there are two variants"):
-            run_cells(texts, 1, tmp_path / "out")
+            run_cells(Study(texts, range(1), tmp_path / "out"))
     with pytest.raises(UpcycleError, match="there are two variants"):
         sweep("a", ["seed=1,1"], 1, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -156,8 +162,8 @@ def test_a_metric_counts_if_all_have_it_and_a_run_that_diverged_is_shown(tmp_pat
 def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_path: Path) -> None:
     texts = [str(recipe_file), f"{recipe_file} posttrain.epochs=2 posttrain.checkpoint_every=1"]
     with pytest.raises(UpcycleError, match=r"seed 0: different numbers of training tokens .*--force"):
-        compare(texts, 1, tmp_path / "out", force=False)
-    found = compare(texts, 1, tmp_path / "out", force=True)
+        compare(Study(texts, range(1), tmp_path / "out"), force=False)
+    found = compare(Study(texts, range(1), tmp_path / "out"), force=True)
     assert found.not_comparable[0].startswith("seed 0: different numbers of training tokens")
     assert differences({"a": [cell(0, 1.0)], "b": [cell(0, 1.0, data="e")]}) == [
         "seed 0: the variants saw different data"
@@ -168,22 +174,94 @@ def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_p
 def test_the_paired_test_sees_what_an_unpaired_one_would_not() -> None:
     """Seeds differ by far more than the variants, but each seed by the same."""
     reference, values = [1.0, 2.0, 3.0, 4.0], [0.9, 1.89, 2.91, 3.9]
-    found = paired(values, reference)
-    assert found[0] == pytest.approx(-0.1)
-    assert found[1] < 0.001
-    assert math.isnan(paired([1.0], [2.0])[1])
+    gaps = [a - b for a, b in zip(values, reference, strict=True)]
+    difference, (low, high), p = paired(gaps)
+    assert difference == pytest.approx(-0.1)
+    assert p == pytest.approx(ttest_rel(values, reference).pvalue)
+    assert p < 0.001
+    half = t.ppf(0.975, 3) * np.std(gaps, ddof=1) / 2
+    assert (low, high) == pytest.approx((difference - half, difference + half))
+    assert math.isnan(paired([-1.0])[2])
     assert math.isnan(spread([1.0]))
     cells = {"a": [cell(s, x) for s, x in enumerate(reference)], "b": [cell(s, x) for s, x in enumerate(values)]}
     rows = compared(cells).summary
     assert rows[0].loss.std == pytest.approx(1.29, abs=0.01)
-    assert rows[1].loss.p == found[1]
+    assert rows[1].loss.p == rows[1].loss.p_corrected == p  # one test
+
+
+def test_any_row_may_be_the_reference_and_p_is_corrected_for_the_number_of_tests() -> None:
+    losses = {"a": [1.0, 2.0, 3.0], "b": [0.9, 1.89, 2.91], "c": [1.3, 2.1, 3.4], "d": [9.0, 1.0, 2.0]}
+    cells = {name: [cell(s, x) for s, x in enumerate(found)] for name, found in losses.items()}
+    rows = summary(cells, list(cells), against=1)
+    assert [row.loss.difference is None for row in rows] == [False, True, False, False]
+    ps = [rows[i].loss.p for i in (0, 2, 3)]
+    assert [rows[i].loss.p_corrected for i in (0, 2, 3)] == holm(ps) != ps
+    assert Comparison(variants=cells, summary=rows, not_comparable=[]).reference == "b"
+
+
+def test_holm_is_what_r_says() -> None:
+    """p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm")"""
+    assert holm([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert holm([0.04, math.nan, 0.01]) == pytest.approx([0.04, math.nan, 0.02], nan_ok=True)
+
+
+def test_seeds_that_one_variant_lacks_are_left_out_of_its_test() -> None:
+    cells = {"a": [cell(s, float(s)) for s in range(5)], "b": [cell(s, s - 0.1 - 0.01 * s) for s in (1, 3, 4)]}
+    rows = summary(cells, ["a", "b"])
+    assert rows[1].loss.difference == pytest.approx(-0.1 - 0.01 * 8 / 3)
+    assert rows[1].loss.mean == pytest.approx((1 + 3 + 4) / 3 + rows[1].loss.difference)
+
+
+DENSE = (
+    "expand.num_experts=1 expand.copies_of=base assemble.shared=base assemble.num_experts_per_tok=1 "
+    "route.start=random route.min_samples_per_expert=12 posttrain.epochs=2 posttrain.router_aux_loss_coef=0"
+)
+
+
+def multiplied(folder: Path) -> int:
+    """Parameters of a tied model that a token meets, two experts of a MoE among them."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    share = 2 / model.config.num_local_experts if getattr(model.config, "num_local_experts", 1) > 1 else 1
+    return round(sum(p.numel() * (share if ".experts." in name else 1) for name, p in model.named_parameters()))
+
+
+def test_epochs_are_scaled_to_the_flops_of_the_first(recipe_file: Path, tmp_path: Path) -> None:
+    """6 a parameter that multiplies a token, and token: counted here from the models that were trained."""
+    texts = [f"moe: {recipe_file}", f"dense: {recipe_file} {DENSE}"]
+    found = compare(Study(texts, range(1), tmp_path / "out"), force=True, match="flops")  # the start is not matched
+    moe, dense = (runs[0] for runs in found.variants.values())
+    trained = [(run.flops or {})["posttrain"] + (run.flops or {}).get("prepare", 0) for run in (moe, dense)]
+    assert trained[1] == pytest.approx(trained[0], rel=0.001)
+    assert moe.total_tokens < dense.total_tokens
+    for number, run in enumerate((moe, dense)):
+        count = multiplied(tmp_path / "out" / f"{number}-seed0" / "posttrain")
+        assert (run.flops or {})["posttrain"] == 6 * count * run.tokens["posttrain"]
+    count = multiplied(next((tmp_path / "out" / "0-seed0" / "prepare").glob("checkpoint-*")))
+    assert (moe.flops or {})["prepare"] == 6 * count * moe.tokens["prepare"]
+
+
+def test_cells_that_are_kept_are_taken_from_there(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
+    texts = [f"ours: {recipe_file}", f"random: {recipe_file} route.start=random"]
+    study = Study(texts, range(1), tmp_path / "out", keep_models=False, results=tmp_path / "results")
+    found = compare(study, force=False)
+    kept = read_record(tmp_path / "results" / "ours" / "seed-0.json", Cell)
+    assert (kept.recipe["seed"], kept.loss) == (0, found.variants[texts[0]][0].loss)
+    assert parse_recipe(kept.recipe, "kept") == load_recipe(str(recipe_file))
+    assert "threads" in kept.machine
+    capsys.readouterr()
+    elsewhere = replace(study, out=tmp_path / "elsewhere")
+    assert str(compare(elsewhere, force=False).summary) == str(found.summary)
+    assert "prepare" not in capsys.readouterr().out
+    changed = replace(elsewhere, texts=[f"{texts[0]} route.init_std=0.03", texts[1]])
+    with pytest.raises(UpcycleError, match=r"seed-0.json was made by another recipe \(route.init_std: 0.02 -> 0.03\)"):
+        compare(changed, force=False)
 
 
 def test_training_tokens_of_the_routers_start_count(recipe_file: Path, tmp_path: Path) -> None:
     """The paper's pre-optimisation trains on the seed data; a random router on nothing."""
     texts = [f"{recipe_file} route.start={start}" for start in ("random", "upit")]
     with pytest.raises(UpcycleError, match=r"seed 0: different numbers of training tokens"):
-        compare(texts, 1, tmp_path / "out", force=False)
+        compare(Study(texts, range(1), tmp_path / "out"), force=False)
     tokens = [training_tokens(tmp_path / "out" / f"{number}-seed0") for number in (0, 1)]
     assert tokens[0] == {**tokens[1], "route": 0}
     assert tokens[1]["route"] == ROUTE_REPORT.read_of(tmp_path / "out" / "1-seed0").cost.backward > 0

@@ -41,17 +41,11 @@ def check_source(mapping: Mapping, reader: ModelReader) -> float:
 
 
 def _rows(mapping: Mapping, active: int, itemsize: int) -> Iterator[tuple[str, str]]:
-    total, dense = mapping.num_parameters(), _num_dense(mapping)
-    yield "parameters, dense", f"{dense / 1e6:,.1f} M"
+    total = mapping.num_parameters()
+    yield "parameters, dense", f"{mapping.num_dense / 1e6:,.1f} M"
     yield "parameters, total", f"{total / 1e6:,.1f} M"
     yield "parameters, active per token", f"{mapping.num_parameters(active) / 1e6:,.1f} M"
     yield "disk for the assembled MoE", f"{total * itemsize / 1e9:,.2f} GB"
     yield "memory for its weights, to serve it", f"{total * itemsize / 1e9:,.2f} GB"
     yield "memory to route it on a CPU (fp32)", f"{total * 4 / 1e9:,.2f} GB"
     yield "memory to post-train all of it (fp32, AdamW)", f"{total * TRAINING_BYTES / 1e9:,.2f} GB and activations"
-
-
-def _num_dense(mapping: Mapping) -> int:
-    """Parameters of the dense model."""
-    shared = sum(move.dense.count for move in mapping.shared)
-    return shared + sum(move.dense.count for move in mapping.ffn)

@@ -65,6 +65,11 @@ class Mapping:
     def specs(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
         return {name: TensorSpec(shape, dtype) for name, shape in self.moe_shapes.items()}
 
+    @property
+    def num_dense(self) -> int:
+        """Parameters of the dense model."""
+        return sum(move.dense.count for move in self.shared) + sum(move.dense.count for move in self.ffn)
+
     def num_parameters(self, active_experts: int | None = None) -> int:
         """Of the MoE: in all, or used for a token that goes to `active_experts`; embeddings included."""
         idle = 0 if active_experts is None else self.num_experts - active_experts

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from upcycle.errors import UpcycleError
+from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_files import PREFIX, check_base
 from upcycle.experts.gram import Measure
 from upcycle.experts.kind import Kind, Load, Routers
@@ -144,5 +145,6 @@ BOTTLENECK = Kind(
     resume=load_tensors,
     router_keys=router_keys,
     fold=fold,
+    active=active_additions(lambda hidden, _, recipe: 2 * hidden * recipe.lora.rank),
     describe=describe,
 )

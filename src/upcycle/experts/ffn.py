@@ -19,6 +19,7 @@ from upcycle.architectures.layouts import Region, ffn_tensors, router_tensors
 from upcycle.architectures.mapping import Mapping, map_model, needed_tensors, read_region
 from upcycle.console import warn
 from upcycle.errors import UpcycleError
+from upcycle.experts.active import active_ffns
 from upcycle.experts.adapter_files import is_adapter
 from upcycle.experts.gram import Measure, task_vector_gram
 from upcycle.experts.kind import Kind, Load, Routers
@@ -267,6 +268,7 @@ FFN = Kind(
     resume=resume,
     router_keys=router_keys,
     fold=no_fold,
+    active=active_ffns,
     describe=describe,
 )
 """Only the FFNs are tuned."""

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from upcycle.experts.active import Active
 from upcycle.experts.gram import Measure
+from upcycle.recipe import Recipe
 from upcycle.records.description import Description
 from upcycle.records.plan import AdapterMerge, ExpansionPlan, Gram
 from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
@@ -76,5 +78,7 @@ class Kind:
     """The name on disk of every layer's routing vectors."""
     fold: Callable[[Path, Path, str, str | None], None]
     """(mixture, new folder, dtype, base or None): write it as a plain MoE."""
+    active: Callable[[Base, Recipe], Active]
+    """Parameters that multiply a token."""
     describe: Callable[[Path], Description]
     """What a folder with a MoE of this kind is, in words."""

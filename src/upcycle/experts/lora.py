@@ -17,6 +17,7 @@ from upcycle.architectures.mapping import map_model, read_region
 from upcycle.console import warn
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
+from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_files import (
     FFN_WEIGHTS,
     PREFIX,
@@ -319,5 +320,8 @@ LORA = Kind(
     resume=load_tensors,
     router_keys=router_keys,
     fold=fold,
+    active=active_additions(
+        lambda hidden, inner, recipe: len(recipe.lora.targets) * recipe.lora.rank * (hidden + inner)
+    ),
     describe=describe,
 )

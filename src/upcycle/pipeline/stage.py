@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.recipe import Recipe
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
+    import upcycle.experts.active
     from upcycle.pipeline.run import Run
 
 Sections = dict[str, Any]
@@ -38,3 +39,5 @@ class Stage:
     """Hashes of what else it reads."""
     tokens: Callable[[Path], int] | None = None
     """Training tokens that the artifact in a folder took; None: it trains nothing."""
+    flops: Callable[["upcycle.experts.active.Active", Path], int] = lambda _, __: 0
+    """What making it took in floating-point operations, of a stage that trains."""

@@ -5,6 +5,7 @@ prepare -> expand -> assemble -> route -> posttrain -> evaluate. A new stage is 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upcycle.console import say, warn
 from upcycle.pipeline.run import Run
@@ -24,6 +25,9 @@ from upcycle.records.files import (
     ROUTER,
 )
 from upcycle.records.scores import BASE, MOE, MOE_INIT
+
+if TYPE_CHECKING:  # what imports torch
+    import upcycle.experts.active
 
 
 def _prepare(run: Run, out: Path) -> None:
@@ -121,6 +125,11 @@ def _started_tokens(folder: Path) -> int:
     return cost.backward if cost else 0
 
 
+def _started_flops(active: "upcycle.experts.active.Active", folder: Path) -> int:
+    cost = ROUTE_REPORT.read(folder).cost
+    return active.dense * (2 * (cost.scoring + cost.forward) + 4 * cost.backward) if cost else 0
+
+
 STAGES = (
     Stage(
         name=PREPARE,
@@ -132,6 +141,7 @@ STAGES = (
         held_out=lambda recipe: recipe.tunes and recipe.route.seed_from == "held_out",
         more_inputs=lambda run: run.given_hashes,
         tokens=_trained_tokens,
+        flops=lambda active, folder: 6 * active.dense * _trained_tokens(folder),
     ),
     Stage(
         name=EXPAND,
@@ -157,6 +167,7 @@ STAGES = (
         reads_data=lambda _: True,
         held_out=lambda _: True,
         tokens=_started_tokens,
+        flops=_started_flops,
     ),
     Stage(
         name=POSTTRAIN,
@@ -167,6 +178,7 @@ STAGES = (
         reads_data=lambda _: True,
         held_out=lambda recipe: recipe.route.seed_from == "held_out",
         tokens=_trained_tokens,
+        flops=lambda active, folder: 6 * active.moe * _trained_tokens(folder),
     ),
     Stage(
         name=EVALUATE,
@@ -187,5 +199,14 @@ def stage_names() -> tuple[str, ...]:
 
 def training_tokens(run: Path) -> dict[str, int]:
     """By stage, of those that train and have been run."""
-    folders = {stage: run / stage.name for stage in STAGES if stage.tokens and (run / stage.name).is_dir()}
-    return {stage.name: stage.tokens(folder) for stage, folder in folders.items() if stage.tokens}
+    return {stage.name: stage.tokens(folder) for stage, folder in _trained(run) if stage.tokens}
+
+
+def training_flops(run: Run) -> dict[str, int]:
+    """By stage, of those that train and have been run; the scores of attention left out."""
+    active = run.kind.active(run.base, run.recipe)
+    return {stage.name: stage.flops(active, folder) for stage, folder in _trained(run.folder)}
+
+
+def _trained(run: Path) -> list[tuple[Stage, Path]]:
+    return [(stage, run / stage.name) for stage in STAGES if stage.tokens and (run / stage.name).is_dir()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from upcycle.records.benchmark import BenchmarkScores, ScoredModel
-from upcycle.records.comparison import Comparison, KeptMeasures, Sweep
+from upcycle.records.comparison import Cell, Comparison, Sweep
 from upcycle.records.cost import Cost
 from upcycle.records.manifest import Manifest
 from upcycle.records.plan import Checkpoint, ExpansionPlan
@@ -77,7 +77,7 @@ LOCK = Place("", ".lock")
 COSTS: RecordFile[dict[str, Cost]] = RecordFile("", "costs.json", kind=dict[str, Cost])
 DELETED = Place("", "models-deleted")
 """Says that only the scores of a run were kept."""
-MEASURES: RecordFile[KeptMeasures] = RecordFile("", "measures.json", kind=KeptMeasures)
+MEASURES: RecordFile[Cell] = RecordFile("", "measures.json", kind=Cell)
 REPORT = Place("", "report.html")
 
 # of every stage

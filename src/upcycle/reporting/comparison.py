@@ -37,7 +37,7 @@ def write_comparison_report(found: Comparison | Sweep, folder: Path, out: Path) 
         "comparison.html.j2",
         title=f"{folder.resolve().name}: {len(found.summary)} variants, {_seeds(found)}",
         sections=SECTIONS,
-        tables=[_against_first(found, metric) for metric in found.metrics],
+        tables=[_against_reference(found, metric) for metric in found.metrics],
         details=_details(found),
         costs=_costs(folder, found),
         command=_command(found),
@@ -90,15 +90,15 @@ def _lead(found: Comparison | Sweep) -> str:
     text = f"The lowest held-out loss, {_plus_minus(loss, METRICS['loss'])}, is that of “{best.label}”"
     if isinstance(found, Sweep):
         return f"{text}. Points of a sweep may differ in training tokens."
-    if loss.difference is None or loss.p is None:
-        return f"{text}, the first one, with which the others are compared."
+    if loss.difference is None or loss.p is None or loss.p_corrected is None:
+        return f"{text}, with which the others are compared."
     if math.isnan(loss.p):
         why = "One seed says nothing about noise." if found.seeds == 1 else "No paired test could be made."
-        return f"{text}: {loss.difference:+.4f} against {rows[0].label}. {why}"
-    verdict = "more than noise" if loss.p < 0.05 / (len(rows) - 1) else "not more than noise"
+        return f"{text}: {loss.difference:+.4f} against {found.reference}. {why}"
+    verdict = "more than noise" if loss.p_corrected < 0.05 else "not more than noise"
     return (
-        f"{text}: {loss.difference:+.4f} against {rows[0].label} (p {loss.p:.3f}, paired by seed; with "
-        f"{len(rows) - 1} such tests that is {verdict}, after Bonferroni), {_seeds(found)}."
+        f"{text}: {loss.difference:+.4f} against {found.reference} (p {loss.p:.3f}, paired by seed; p "
+        f"{loss.p_corrected:.3f} after Holm for {len(rows) - 1} such tests: {verdict}), {_seeds(found)}."
     )
 
 
@@ -149,20 +149,29 @@ def _places(names: Sequence[str]) -> dict[str, float]:
         return {name: float(i) for i, name in enumerate(names)}
 
 
-def _against_first(found: Found, metric: str) -> Table:
+def _against_reference(found: Found, metric: str) -> Table:
     rows, pattern = found.summary, METRICS[metric]
     lines = []
     for row in rows:
         value = row.metric(metric)
         gap = "" if value.difference is None else _signed(pattern, value.difference)
         error = pattern.format(value.std) if _error(value) else ""
-        lines.append([row.label, pattern.format(value.mean), error, gap, _p_value(value.p)])
-    heads = ["variant", "mean", f"std ({_seeds(found)})", f"against {rows[0].label}", "p (paired t-test)"]
+        ps = (_p_value(value.p), _p_value(value.p_corrected))
+        lines.append([row.label, pattern.format(value.mean), error, gap, _interval(pattern, value), *ps])
+    against = f"against {found.reference}"
+    heads = ["variant", "mean", f"std ({_seeds(found)})", against, "95% interval", "p (paired t-test)", "p (Holm)"]
     return Table(TITLES[metric], heads, lines, [_best(rows, metric)])
 
 
 def _signed(pattern: str, value: float) -> str:
     return ("+" if value > 0 else "") + pattern.format(value)
+
+
+def _interval(pattern: str, value: Spread) -> str:
+    """Of the difference; nothing where there is none, or one seed."""
+    if value.interval is None or math.isnan(value.interval[0]):
+        return ""
+    return " to ".join(_signed(pattern, end) for end in value.interval)
 
 
 def _p_value(p: float | None) -> str:
@@ -196,7 +205,7 @@ def _labelled(title: str, labels: Sequence[str], heads: Sequence[str], rows: Seq
 def _over_seeds(values: Sequence[float | None], pattern: str) -> str:
     """A seed whose rows lack a domain has no value for it."""
     known = [value for value in values if value is not None]
-    return _plus_minus(over_seeds(known), pattern) if known else ""
+    return _plus_minus(over_seeds(dict(enumerate(known))), pattern) if known else ""
 
 
 def _dense(runs: Sequence[Measures]) -> list[str]:
@@ -208,7 +217,7 @@ def _dense(runs: Sequence[Measures]) -> list[str]:
 
 
 def _costs(folder: Path, found: Found) -> Table:
-    """Training tokens by stage; seconds and memory where a run made its stages itself."""
+    """Training tokens by stage, FLOPs; seconds and memory where a run made its stages itself."""
     stages = list(dict.fromkeys(stage for runs in found.variants.values() for run in runs for stage in run.tokens))
     lines = []
     for number, (row, runs) in enumerate(zip(found.summary, found.variants.values(), strict=True)):
@@ -216,9 +225,11 @@ def _costs(folder: Path, found: Found) -> Table:
         costs = [read_costs(run_of(folder, number, run.seed)).values() for run in runs]
         seconds = fmean(sum(cost.seconds for cost in cell) for cell in costs)
         memory = max((cost.memory_gb for cell in costs for cost in cell), default=0.0)
-        lines.append([row.label, *(f"{n:,.0f}" for n in tokens), f"{seconds:,.0f}", f"{memory:.2f}"])
+        flops = fmean(run.total_flops for run in runs)
+        spent = [f"{flops:.3g}" if flops else "", f"{seconds:,.0f}", f"{memory:.2f}"]
+        lines.append([row.label, *(f"{n:,.0f}" for n in tokens), *spent])
     heads = [f"training tokens, {stage}" for stage in stages]
-    return Table("cost", ["variant", *heads, "seconds", "most GB resident"], lines)
+    return Table("cost", ["variant", *heads, "training FLOPs", "seconds", "most GB resident"], lines)
 
 
 def _command(found: Comparison | Sweep) -> str:

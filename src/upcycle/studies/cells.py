@@ -2,21 +2,22 @@
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from upcycle.console import say
-from upcycle.disk import digest
 from upcycle.errors import UpcycleError
+from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
-from upcycle.pipeline.stages import stage_names, training_tokens
-from upcycle.recipe import dump_recipe, load_recipe
-from upcycle.records.comparison import Dense, KeptMeasures, Measures
+from upcycle.pipeline.stages import stage_names, training_flops, training_tokens
+from upcycle.recipe import differences, load_recipe, parse_recipe
+from upcycle.records.comparison import Cell, Dense, Measures
 from upcycle.records.files import DELETED, MEASURES, SCORES, run_of
-from upcycle.records.record import ByDomain
-from upcycle.records.scores import MOE, ModelScores
+from upcycle.records.record import ByDomain, read_record, write_record
+from upcycle.records.scores import MOE, MOE_INIT, ModelScores
+from upcycle.studies.provenance import code_version, machine
 from upcycle.studies.statistics import Cells
 
 Benchmark = Callable[[Run], ByDomain]
@@ -51,9 +52,13 @@ class Variant:
         named = re.fullmatch(r"([^:=]+):\s(.+)", self.text, re.DOTALL)
         return (named[1], named[2]) if named else (None, self.text)
 
-    def run(self, seed: int, folder: Path) -> Run:
+    def run(self, seed: int, folder: Path, more: Sequence[str] = ()) -> Run:
+        """
+        Args:
+            more: overrides besides its own.
+        """
         recipe, *overrides = self.words
-        return Run(load_recipe(recipe, [*overrides, f"seed={seed}"]), folder)
+        return Run(load_recipe(recipe, [*overrides, *more, f"seed={seed}"]), folder)
 
 
 def labels(texts: Sequence[str]) -> list[str]:
@@ -63,52 +68,86 @@ def labels(texts: Sequence[str]) -> list[str]:
     return [v.name or " ".join(word for word in v.words if word not in common) or v.text for v in variants]
 
 
-def run_cells(
-    texts: Sequence[str],
-    seeds: int,
-    out: Path,
-    keep_models: bool = True,
-    benchmark: Benchmark | None = None,
-    check: Callable[[Cells], None] = lambda _: None,
-) -> dict[str, list[Measures]]:
-    """Each variant's measures, one for each seed; a run folder per cell. Resumable.
+@dataclass(frozen=True)
+class Study:
+    """Variants by seeds."""
+
+    texts: Sequence[str]
+    """The variants, as written."""
+    seeds: Sequence[int]
+    out: Path
+    """Where a run folder per cell lies."""
+    overrides: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """More settings of a variant."""
+    keep_models: bool = True
+    """Without, the weights of a seed's runs are deleted once all of them are measured."""
+    benchmark: Benchmark | None = None
+    results: Path | None = None
+    """Where the measures of every cell are kept too, to be taken from there instead of running it again."""
+
+    def run(self, number: int, seed: int) -> Run:
+        """The run of a cell."""
+        text = self.texts[number]
+        return Variant(text).run(seed, run_of(self.out, number, seed), self.overrides.get(text, ()))
+
+    def kept(self, text: str, seed: int) -> Path | None:
+        """The file of a cell among the results."""
+        return cell_file(self.results, Variant(text).name or text, seed) if self.results else None
+
+
+def cell_file(results: Path, label: str, seed: int) -> Path:
+    """Where the measures of a variant with a seed are kept."""
+    return results / re.sub(r"[^A-Za-z0-9.=_-]+", "-", label).strip("-") / f"seed-{seed}.json"
+
+
+def run_cells(study: Study, check: Callable[[Cells], None] = lambda _: None) -> dict[str, list[Measures]]:
+    """Each variant's measures, one for each seed. Resumable.
 
     A stage that another cell has made from the same inputs is taken from there.
 
     Args:
-        keep_models: without, the weights of a seed's runs are deleted once all of them are measured.
         check: called after each seed with what has been measured; may raise.
 
     Raises:
         UpcycleError: two variants are the same, or have the same name; or what `check` raises.
     """
-    if twice := [text for text in (*texts, *_names(texts)) if [*texts, *_names(texts)].count(text) > 1]:
+    named = [*study.texts, *_names(study.texts)]
+    if twice := [text for text in named if named.count(text) > 1]:
         raise UpcycleError(f"there are two variants '{twice[0]}'")
-    cells: dict[str, list[Measures]] = {text: [] for text in texts}
+    cells: dict[str, list[Measures]] = {text: [] for text in study.texts}
     donors: list[Path] = []
-    for seed in range(seeds):
-        runs = [Variant(text).run(seed, run_of(out, number, seed)) for number, text in enumerate(texts)]
-        for run, text in zip(runs, texts, strict=True):
-            say(f"{text}, seed {seed}: {run.folder}")
-            cells[text].append(_known(run, keep_models) or _run(run, donors, benchmark))
+    for seed in study.seeds:
+        runs = [study.run(number, seed) for number in range(len(study.texts))]
+        for run, text in zip(runs, study.texts, strict=True):
+            cells[text].append(_cell(study, run, text, donors))
         check(cells)
-        if not keep_models:
+        if not study.keep_models:
             donors = []
             for run in runs:
-                _delete_weights(run.folder)
+                if run.folder.exists():
+                    _delete_weights(run.folder)
     return cells
 
 
-def _run(run: Run, donors: list[Path], benchmark: Benchmark | None) -> Measures:
-    """Run and measure; the run becomes a donor of the next ones."""
-    run_stages(run, donors=donors)
-    donors.append(run.folder)
-    measures = measure(run, benchmark(run) if benchmark else None)
-    MEASURES.write(run.folder, KeptMeasures(**dict(measures), recipe=digest(dump_recipe(run.recipe))))
-    return measures
+def _cell(study: Study, run: Run, text: str, donors: list[Path]) -> Measures:
+    """What is known of a cell, or what running it gives; it becomes a donor of the next ones."""
+    say(f"{text}, seed {run.recipe.seed}: {run.folder}")
+    kept = study.kept(text, run.recipe.seed)
+    if kept and kept.is_file():
+        return _same_recipe(read_record(kept, Cell), run, kept)
+    found = _known(run, study.keep_models)
+    if found is None:
+        run_stages(run, donors=donors)
+        donors.append(run.folder)
+        found = measure(run, study.benchmark(run) if study.benchmark else None)
+        MEASURES.write(run.folder, found)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_record(kept, found)
+    return found
 
 
-def _known(run: Run, keep_models: bool) -> Measures | None:
+def _known(run: Run, keep_models: bool) -> Cell | None:
     """What was measured of a run whose models were deleted since; None of any other.
 
     Raises:
@@ -118,10 +157,22 @@ def _known(run: Run, keep_models: bool) -> Measures | None:
         return None
     if keep_models:
         raise UpcycleError(f"the models of {run.folder} were deleted; go on with --no-keep-models, or elsewhere")
-    found = MEASURES.read(run.folder)
-    if found.recipe != digest(dump_recipe(run.recipe)) or found.data != run.data_hash:
-        raise UpcycleError(f"{run.folder} was made by another recipe or from other data; take another --out")
-    return Measures(**{name: getattr(found, name) for name in Measures.model_fields})
+    found = _same_recipe(MEASURES.read(run.folder), run, run.folder)
+    if found.data != run.data_hash:
+        raise UpcycleError(f"{run.folder} was made from other data; take another --out")
+    return found
+
+
+def _same_recipe(found: Cell, run: Run, where: Path) -> Cell:
+    """
+    Raises:
+        UpcycleError: the cell is another recipe's. Settings that are newer than it have their defaults.
+    """
+    if changes := differences(parse_recipe(found.recipe, str(where)), run.recipe):
+        raise UpcycleError(
+            f"{where} was made by another recipe ({'; '.join(changes)}); move it away, or name the variant otherwise"
+        )
+    return found
 
 
 def _names(texts: Sequence[str]) -> list[str]:
@@ -135,17 +186,18 @@ def _delete_weights(folder: Path) -> None:
             path.unlink()
 
 
-def measure(run: Run, benchmark: ByDomain | None) -> Measures:
+def measure(run: Run, benchmark: ByDomain | None) -> Cell:
     """The MoE's scores, by domain, and what the run spent; beside them the base's and the checkpoints'.
 
     Args:
         benchmark: scores by benchmark, and their mean.
     """
     scores = SCORES.read_of(run.folder)
-    return Measures(
+    return Cell(
         seed=run.recipe.seed,
         data=run.data_hash,
         tokens=training_tokens(run.folder),
+        flops=training_flops(run),
         loss=scores[MOE].loss,
         exact_match=_short(scores[MOE]),
         benchmark=benchmark,
@@ -154,6 +206,11 @@ def measure(run: Run, benchmark: ByDomain | None) -> Measures:
             for name, entry in scores.items()
             if entry.expert_share is None
         },
+        initial_loss=scores[MOE_INIT].loss,
+        recipe=run.recipe.model_dump(mode="json"),
+        version=code_version(),
+        machine=machine(),
+        seconds={stage: cost.seconds for stage, cost in read_costs(run.folder).items()},
     )
 
 

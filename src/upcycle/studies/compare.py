@@ -1,61 +1,99 @@
-"""Recipes side by side: the same data, the same number of training tokens, several seeds, a paired test."""
+"""Recipes side by side: the same data, the same number of training tokens or FLOPs, several seeds, a paired test."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from upcycle.console import say, table
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, nearest
 from upcycle.records.comparison import METRICS, Comparison
 from upcycle.records.files import COMPARISON
-from upcycle.studies.cells import Benchmark, labels, run_cells
+from upcycle.studies.cells import Study, Variant, labels, run_cells
 from upcycle.studies.statistics import Cells, summary
 
+MATCHES = ("tokens", "flops")
+"""What all variants of a comparison may have alike."""
+FLOPS_TOLERANCE = 0.01
+"""A training is a whole number of steps, and the router's start is not scaled."""
 
-def compare(
-    texts: Sequence[str],
-    seeds: int,
-    out: Path,
-    force: bool,
-    keep_models: bool = True,
-    benchmark: Benchmark | None = None,
-) -> Comparison:
+
+def compare(study: Study, force: bool, against: str | None = None, match: str = "tokens") -> Comparison:
     """Run every variant with every seed and write `comparison.json`; resumable.
 
     Args:
-        force: compare all the same if variants saw other data or another number of training tokens.
-        keep_models: without, the weights of a seed's runs are deleted once all of them are measured.
-        benchmark: scores a finished run on benchmarks.
+        force: compare all the same if variants saw other data or another number of training tokens (or FLOPs).
+        against: label of the variant that the others are compared with; none given: the first.
+        match: `flops` scales the epochs of the others to the training FLOPs of the first.
 
     Raises:
-        UpcycleError: the variants are not comparable (after the first seed), and `force` is not given.
+        UpcycleError: no such label or match; or the variants are not comparable (after the first seed), and `force` is
+            not given.
     """
+    names = labels(study.texts)
+    if against is not None and against not in names:
+        raise UpcycleError(
+            f"--against {against}: no such variant{nearest(against, names)}; there are {', '.join(names)}"
+        )
+    if match not in MATCHES:
+        raise UpcycleError(f"--match is '{match}', expected one of {', '.join(MATCHES)}")
+    if match == "flops":
+        study = replace(study, overrides=matched(study.texts))
 
     def refuse(cells: Cells) -> None:
-        if problems := differences(cells):
+        if problems := differences(cells, match):
             raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little (--force makes it all the same)")
 
-    check = (lambda _: None) if force else refuse
-    cells = run_cells(texts, seeds, out, keep_models, benchmark, check)
-    found = Comparison(variants=cells, summary=summary(cells, labels(texts)), not_comparable=differences(cells))
-    COMPARISON.write(out, found)
+    cells = run_cells(study, (lambda _: None) if force else refuse)
+    rows = summary(cells, names, against=names.index(against) if against else 0)
+    found = Comparison(variants=cells, summary=rows, not_comparable=differences(cells, match))
+    study.out.mkdir(parents=True, exist_ok=True)  # all cells may have been taken from the results
+    COMPARISON.write(study.out, found)
     show(found)
     return found
 
 
-def differences(cells: Cells) -> list[str]:
-    """What makes the variants not comparable: different data, or a different number of training tokens for a seed.
+def matched(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Overrides that give every variant the training FLOPs of the first one: its epochs are scaled, all by one factor.
 
-    Training tokens are those of all stages, the router's start included.
+    Only FLOPs of the two trainings count; checkpoints keep their number.
+    """
+    first, *_ = work = [_work(text) for text in texts]
+    return {text: _scaled(text, first / own) for text, own in zip(texts, work, strict=True)}
+
+
+def _work(text: str) -> float:
+    """Training FLOPs of a token that is seen once in each of a variant's epochs, up to a factor that all share."""
+    run = Variant(text).run(0, Path())
+    recipe, active = run.recipe, run.kind.active(run.base, run.recipe)
+    return (recipe.prepare.epochs * active.dense if recipe.tunes else 0.0) + recipe.posttrain.epochs * active.moe
+
+
+def _scaled(text: str, factor: float) -> list[str]:
+    recipe = Variant(text).run(0, Path()).recipe
+    names = ("prepare.epochs", "prepare.checkpoint_every", "posttrain.epochs", "posttrain.checkpoint_every")
+    fields = (name.split(".") for name in names)
+    return [f"{s}.{f}={getattr(getattr(recipe, s), f) * factor!r}" for s, f in fields] if factor != 1 else []
+
+
+def differences(cells: Cells, match: str = "tokens") -> list[str]:
+    """What makes the variants not comparable: different data, or different training tokens (or FLOPs) for a seed.
+
+    Those of all stages count, the router's start included.
     """
     problems = []
     for runs in zip(*cells.values(), strict=True):
         seed = runs[0].seed
         if len({run.data for run in runs}) > 1:
             problems.append(f"seed {seed}: the variants saw different data")
-        totals = {text: run.total_tokens for text, run in zip(cells, runs, strict=True)}
-        if len(set(totals.values())) > 1:
-            listed = ", ".join(f"{text}: {total:,}" for text, total in totals.items())
-            problems.append(f"seed {seed}: different numbers of training tokens ({listed})")
+        if match == "tokens":
+            totals, unit = [run.total_tokens for run in runs], "numbers of training tokens"
+            alike = len(set(totals)) == 1
+        else:
+            totals, unit = [run.total_flops for run in runs], "training FLOPs"
+            alike = max(totals) <= (1 + FLOPS_TOLERANCE) * min(totals)
+        if not alike:
+            listed = ", ".join(f"{text}: {total:,}" for text, total in zip(cells, totals, strict=True))
+            problems.append(f"seed {seed}: different {unit} ({listed})")
     return problems
 
 
@@ -66,10 +104,11 @@ def show(found: Comparison) -> None:
         for row in found.summary:
             value = row.metric(metric)
             gap = "" if value.difference is None else pattern.format(value.difference)
-            p = "" if value.p is None else f"{value.p:.3f}"
-            lines.append((row.label, pattern.format(value.mean), pattern.format(value.std), gap, p))
-        tokens = " or ".join(f"{count:,}" for count in sorted({row.tokens for row in found.summary}))
-        title = f"{metric.replace('_', ' ')} of the MoE, {found.seeds} seeds, {tokens} training tokens each"
-        table(title, ("variant", "mean", "std", "against the first", "p (paired)"), lines)
+            ps = ("" if p is None else f"{p:.3f}" for p in (value.p, value.p_corrected))
+            flops = "" if row.flops is None else f"{row.flops:.3g}"
+            spent = (f"{row.tokens:,}", flops)
+            lines.append((row.label, pattern.format(value.mean), pattern.format(value.std), gap, *ps, *spent))
+        heads = ("variant", "mean", "std", f"against {found.reference}", "p (paired)", "p (Holm)", "tokens", "FLOPs")
+        table(f"{metric.replace('_', ' ')} of the MoE, {found.seeds} seeds", heads, lines)
     for problem in found.not_comparable:
         say(f"NOT COMPARABLE: {problem}")

@@ -10,7 +10,7 @@ from upcycle.console import table
 from upcycle.errors import UpcycleError
 from upcycle.records.comparison import METRICS, Sweep
 from upcycle.records.files import SWEEP
-from upcycle.studies.cells import labels, run_cells
+from upcycle.studies.cells import Study, labels, run_cells
 from upcycle.studies.statistics import summary
 
 
@@ -25,7 +25,7 @@ def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: 
     """
     points = list(itertools.product(*(axis_values(axis) for axis in axes)))
     texts = [" ".join([shlex.quote(recipe), *map(shlex.quote, point)]) for point in points]
-    cells = run_cells(texts, seeds, out, keep_models)
+    cells = run_cells(Study(texts, range(seeds), out, keep_models=keep_models))
     settings = [dict(setting.split("=", 1) for setting in point) for point in points]
     names = [axis.partition("=")[0] for axis in axes]
     rows = summary(cells, labels(texts), settings)

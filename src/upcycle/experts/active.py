@@ -1,0 +1,59 @@
+"""Parameters that multiply a token, of which training FLOPs are counted: 6 a parameter and token.
+
+Kaplan et al. 2020, arXiv 2001.08361, section 2.1. Frozen parameters are counted like trained ones, the scores of
+attention and the embeddings' lookup not at all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from upcycle.architectures.mapping import Mapping, map_model
+from upcycle.recipe import Recipe
+from upcycle.weights.base import Base
+from upcycle.weights.safetensors_io import ModelReader
+
+
+@dataclass(frozen=True)
+class Active:
+    """Parameters that multiply a token."""
+
+    dense: int
+    """Of the model that preparation trains."""
+    moe: int
+    """Of the MoE: its router and the experts that a token is sent to among them."""
+
+
+def active_ffns(base: Base, recipe: Recipe) -> Active:
+    """Where every expert is an FFN of its own."""
+    mapping = _mapping(base, recipe)
+    lookup = _lookup(mapping)
+    return Active(mapping.num_dense - lookup, mapping.num_parameters(recipe.assemble.num_experts_per_tok) - lookup)
+
+
+def active_additions(per_layer: Callable[[int, int, Recipe], int]) -> Callable[[Base, Recipe], Active]:
+    """Where every expert is an addition to the base's FFN.
+
+    Args:
+        per_layer: (hidden size, the FFN's inner size, recipe): parameters of an expert in a layer.
+    """
+
+    def active(base: Base, recipe: Recipe) -> Active:
+        mapping = _mapping(base, recipe)
+        layers, hidden, inner = (
+            base.config[field] for field in ("num_hidden_layers", "hidden_size", "intermediate_size")
+        )
+        dense, expert = mapping.num_dense - _lookup(mapping), layers * per_layer(hidden, inner, recipe)
+        routers = layers * hidden * recipe.expand.num_experts
+        return Active(dense + expert, dense + recipe.assemble.num_experts_per_tok * expert + routers)
+
+    return active
+
+
+def _mapping(base: Base, recipe: Recipe) -> Mapping:
+    return map_model(base.folder, ModelReader(base.folder), recipe.expand.num_experts)
+
+
+def _lookup(mapping: Mapping) -> int:
+    """Entries of embeddings that are looked up and not multiplied, as a tied model's are by the head."""
+    config = mapping.config
+    return 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]
