@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test torture clients setup clean
+.PHONY: demo test torture results clients setup clean
 
 demo: $(READY)  ## run the whole job on the embedded model: a few minutes on two cores
 	@echo "== upcycle run quickstart: dense model -> checkpoints -> mixture of experts, in runs/quickstart"
@@ -20,6 +20,9 @@ test: $(READY)  ## lint, types, tests
 
 torture: $(READY)  ## 1,000 damaged inputs against whole commands: about ten minutes; ends in one line of figures
 	cd tests && ../$(BIN)/python fuzzing.py --cases 1000
+
+results: $(READY)  ## the tables of docs/results.md from the cells in benchmarks/results
+	$(BIN)/python benchmarks/results.py
 
 clients: $(READY)  ## load small MoEs of every family in vLLM, llama.cpp and mistral.rs: half an hour the first time
 	@echo "== installing the clients into .clients (once; builds llama.cpp from source)"

@@ -147,6 +147,11 @@ def text(testbed: str, name: str) -> str:
     return f"{name}: {words} {bed.common} {bed.validation} {rates}"
 
 
+def cell_folder(testbed: str, name: str) -> Path:
+    """Where the cells of a variant are kept."""
+    return cell_file(RESULTS / testbed, name, 0).parent
+
+
 def dense_rate(testbed: str, family: str) -> str:
     """The rate of preparation, where there is one."""
     return f"prepare.learning_rate={best_rate(testbed, DENSE_HALF[family])}" if family in DENSE_HALF else ""

@@ -148,6 +148,12 @@ def test_every_metric_is_a_field_of_what_is_measured() -> None:
     assert METRICS.keys() <= Measures.model_fields.keys() & Summary.model_fields.keys()
 
 
+def test_tables_of_results_are_those_of_the_cells() -> None:
+    """`make results` changes nothing."""
+    script = "import results; text = results.PAGE.read_text(encoding='utf-8'); assert results.page(text) == text"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
+
+
 def test_every_benchmark_imports() -> None:
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
     assert len(names) >= 8

@@ -1,0 +1,89 @@
+"""The tables of docs/results.md, from the cells that are kept under benchmarks/results: `make results`.
+
+A table stands between `<!-- table: TESTBED TABLE -->` and `<!-- end -->`. What has not been run is named as not run.
+"""
+
+import math
+import re
+from pathlib import Path
+from statistics import fmean
+
+from evidence import TABLES, cell_folder
+
+from upcycle.disk import write_text
+from upcycle.records.comparison import METRICS, Cell, Spread, Summary
+from upcycle.records.record import ALL, read_record
+from upcycle.records.scores import BASE
+from upcycle.studies.statistics import summary
+
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read_cells(testbed: str, table: str) -> dict[str, list[Cell]]:
+    """Of each variant of a table that has been run, by seed."""
+    found = {}
+    for name in TABLES[table]:
+        paths = sorted(cell_folder(testbed, name).glob("seed-*.json"), key=lambda path: int(path.stem[5:]))
+        if paths:
+            found[name] = [read_record(path, Cell) for path in paths]
+    return found
+
+
+def markdown(testbed: str, table: str) -> str:
+    """Mean and standard deviation over seeds, the difference to the first row, and what it cost."""
+    cells = read_cells(testbed, table)
+    missing = [name for name in TABLES[table] if name not in cells]
+    lines = []
+    if cells:
+        rows = summary(cells, list(cells))
+        metrics = [metric for metric in METRICS if all(getattr(row, metric) is not None for row in rows)]
+        heads = ["variant", "seeds"]
+        for metric in metrics:
+            heads += [metric.replace("_", " "), f"against {rows[0].label} (95% interval; p, p after Holm)"]
+        heads += ["last dense", "MoE at first", "tokens", "FLOPs", "seconds"]
+        lines = [_line(heads), _line(["---", *["--:"] * (len(heads) - 1)])]
+        lines += [_row(row, runs, metrics) for row, runs in zip(rows, cells.values(), strict=True)]
+    if missing:
+        lines += [""] * bool(lines) + [f"Not run: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(row: Summary, runs: list[Cell], metrics: list[str]) -> str:
+    figures = [row.label, str(len(runs))]
+    for metric in metrics:
+        value, pattern = row.metric(metric), METRICS[metric]
+        error = "" if math.isnan(value.std) else f" ± {pattern.format(value.std)}"
+        figures += [f"{pattern.format(value.mean)}{error}", _difference(value, pattern)]
+    dense = [[entry.loss[ALL] for name, entry in (run.dense or {}).items() if name != BASE][-1:] for run in runs]
+    initial = [run.initial_loss[ALL] for run in runs if run.initial_loss]
+    figures.append(f"{fmean(value for (value,) in dense):.4f}" if all(dense) else "")
+    figures.append(f"{fmean(initial):.4f}" if initial else "")
+    tokens, flops, seconds = (
+        fmean(values)
+        for values in zip(*((r.total_tokens, r.total_flops, sum(r.seconds.values())) for r in runs), strict=True)
+    )
+    return _line([*figures, f"{tokens:,.0f}", f"{flops:.3g}", f"{seconds:,.0f}"])
+
+
+def _difference(value: Spread, pattern: str) -> str:
+    if value.difference is None:
+        return ""
+    gap = f"{value.difference:+.4f}" if pattern.endswith("f}") else f"{value.difference:+.1%}"
+    if value.p is None or math.isnan(value.p) or value.interval is None:
+        return gap
+    low, high = (f"{end:+.4f}" if pattern.endswith("f}") else f"{end:+.1%}" for end in value.interval)
+    return f"{gap} ({low} to {high}; {value.p:.3f}, {value.p_corrected:.3f})"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def page(text: str) -> str:
+    """The page with every table made anew."""
+    return BLOCK.sub(lambda block: f"{block[1]}{markdown(block[2], block[3])}{block[4]}", text)
+
+
+if __name__ == "__main__":
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
