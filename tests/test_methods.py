@@ -67,6 +67,34 @@ def test_noise_falls_on_a_share_of_the_weights(tiny_recipe: dict[str, Any], tmp_
     assert not torch.equal(noise[0], noise[1])
 
 
+def test_spread_moves_experts_along_the_line_through_the_last_checkpoint(
+    tiny_recipe: dict[str, Any], checkpoints: list[Path], tmp_path: Path
+) -> None:
+    """Children too; the identity check of the assembly holds for each."""
+
+    def experts(scale: float) -> list[torch.Tensor]:
+        expand = {"num_experts": 4, "num_checkpoints": 2, "select": "first", "spread": scale}
+        prepare = {"checkpoints": [str(folder) for folder in checkpoints]}
+        run = Run(parse_recipe({**tiny_recipe, "prepare": prepare, "expand": expand}, "test"), tmp_path / str(scale))
+        run_stages(run, ("prepare", "expand", "assemble"))
+        return experts_of(run, "w2")
+
+    last = ModelReader(checkpoints[-1]).tensor("model.layers.1.mlp.down_proj.weight")
+    whole = experts(1)
+    assert torch.equal(whole[0], ModelReader(checkpoints[0]).tensor("model.layers.1.mlp.down_proj.weight"))
+    for scale in (0, 0.5, -0.5):
+        for moved, expert in zip(experts(scale), whole, strict=True):
+            torch.testing.assert_close(moved, last + scale * (expert - last), rtol=0, atol=1e-6)
+
+
+def test_checkpoints_of_whole_ffns_alone_are_spread(tiny_recipe: dict[str, Any]) -> None:
+    for sections in ({"expand": {"copies_of": "last"}}, {"prepare": {"train": "lora"}}):
+        changed = {**tiny_recipe, **sections}
+        changed["expand"] = {**changed["expand"], "spread": 0.5}
+        with pytest.raises(UpcycleError, match=r"expand.spread is 0.5, which moves whole FFNs"):
+            parse_recipe(changed, "test")
+
+
 def test_what_is_drawn_has_the_mean_and_deviation_of_what_it_replaces() -> None:
     weight = 3 + 0.5 * torch.randn(2000, 30, generator=torch.Generator().manual_seed(0))
     weight[:100] = 0

@@ -101,6 +101,15 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _checkpoints_alone_are_spread(self) -> "Recipe":
+        if self.expand.spread != 1 and (self.expand.copies_of != "none" or self.prepare.shares_base):
+            raise ValueError(
+                f"expand.spread is {self.expand.spread}, which moves whole FFNs of several checkpoints; leave it out "
+                "with expand.copies_of or adapters"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_fit(self) -> "Recipe":
         if self.prepare.shares_base and self.assemble.shared == "mean":
             raise ValueError("assemble.shared is mean, but adapters share the base's weights; leave it out")

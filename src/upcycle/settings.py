@@ -151,6 +151,9 @@ class ExpandSettings(Settings):
     """How parents become a child (paper: dare); see docs/paper.md for the formula of each."""
     drop_rate: float = Field(0.2, ge=0, le=0.95)
     """Share p of each parent's task vector that dare drops (the rest is multiplied by 1/(1-p)) or ties trims."""
+    spread: float = Field(1.0, ge=-1, le=2)
+    """How far experts are from the last checkpoint L, in units of how far they were: L + spread (E - L). 0: copies of
+    it; 1: as they are; whole FFNs only."""
     adapters: Literal["average", "apart", "product"] = "average"
     """Merge adapters' A and B each for itself (average; apart: as PEFT), or their product, cut to rank by an SVD."""
 

@@ -197,18 +197,26 @@ def _pieces(sources: _Sources, plan: ExpansionPlan, down: str, region: Region) -
         start = region.element + begin
         theta, *experts = (r.elements(region.tensor, start, count) for r in (sources.base, *sources.experts))
         made = materialise(theta, experts, children, plan.merge, plan.drop_rate, plan.seed, region.tensor, start)
+        last = sources.checkpoints[-1].elements(region.tensor, start, count) if plan.spread != 1 else None
         for number, values in enumerate(chain(experts, made)):
-            yield number, begin, values
+            yield number, begin, values if last is None else spread(last, values, plan.spread)
 
 
 def _expert(sources: _Sources, plan: ExpansionPlan, down: str, number: int, region: Region) -> Tensor:
     """A weight of an expert that is a checkpoint, the base or a perturbed copy of one."""
     weight = read_region(sources.experts[number], region)
+    if plan.spread != 1:
+        return spread(read_region(sources.checkpoints[-1], region), weight, plan.spread)
     if plan.perturb == "none":
         return weight
     channels = 1 if region.tensor.endswith(down) else 0
     key = (plan.seed, number, f"{region.tensor}.{region.row}")
     return perturbed(weight, channels, plan.perturb, plan.perturb_rate, plan.noise_std, key)
+
+
+def spread(last: Tensor, expert: Tensor, scale: float) -> Tensor:
+    """The expert at `scale` times its distance from the last checkpoint, in fp32."""
+    return torch.lerp(last.float(), expert.float(), scale)
 
 
 def load(how: Load) -> Model:

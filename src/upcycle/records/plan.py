@@ -61,6 +61,8 @@ class ExpansionPlan(Record):
     """How copies are made different (`merging.perturb`), at assembly; `gram` is from before."""
     perturb_rate: float = Field(0.0, ge=0, le=1)
     noise_std: float = Field(0.0, ge=0)
+    spread: float = 1.0
+    """Every expert E becomes L + spread (E - L), L the last checkpoint, at assembly; `gram` is from before."""
 
     @model_validator(mode="after")
     def _each_expert_has_its_origin(self) -> "ExpansionPlan":

@@ -82,6 +82,7 @@ def _plan(
         perturb=settings.perturb,
         perturb_rate=settings.perturb_rate,
         noise_std=settings.noise_std,
+        spread=settings.spread,
     )
 
 
