@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import CLIENTS, limits
 from upcycle.architectures.families import computed_fields, family_of, moe_of
 from upcycle.architectures.layouts import Region, ffn_tensors, router_tensors
-from upcycle.architectures.mapping import Mapping, map_model, needed_tensors, read_region
+from upcycle.architectures.mapping import Mapping, map_model, needed_tensors, read_region, with_own_head
 from upcycle.console import warn
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import is_adapter
@@ -39,11 +40,18 @@ from upcycle.weights.streaming import PIECE
 
 
 def check_checkpoint(base: Base, first: Path, checkpoint: Path) -> None:
-    """Raises UpcycleError if a checkpoint is an adapter, or has another architecture or precision than the base."""
+    """Refuse what cannot be an expert of the base.
+
+    Raises:
+        UpcycleError: it is an adapter, has another architecture or precision than the base, or transformers reads it
+            otherwise.
+    """
     if is_adapter(checkpoint):
         raise UpcycleError(f"{checkpoint} is an adapter; set prepare.train=lora to make experts of adapters")
     check_same_architecture(base, checkpoint)
     check_precision(base, first, checkpoint)
+    reader = ModelReader(checkpoint)
+    check_agreement(reader, with_own_head(reader, read_config(checkpoint)))
 
 
 def check_same_architecture(base: Base, checkpoint: Path) -> None:

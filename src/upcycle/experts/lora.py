@@ -17,6 +17,7 @@ from upcycle.architectures.mapping import map_model, read_region
 from upcycle.console import warn
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
+from upcycle.experts.adapter_agreement import check_adapter_agreement, load_adapted
 from upcycle.experts.adapter_files import (
     FFN_WEIGHTS,
     PREFIX,
@@ -98,10 +99,10 @@ class LoraExperts(nn.ModuleDict):
 
 
 def check_checkpoint(base: Base, _first: Path, checkpoint: Path) -> None:
-    """Raises UpcycleError if a checkpoint is no adapter of the base's FFN weights."""
+    """Raises UpcycleError if a checkpoint is no adapter of the base's FFN weights, or is read otherwise by PEFT."""
     if not is_adapter(checkpoint):
         raise UpcycleError(f"{checkpoint} is not an adapter (no adapter_config.json), but prepare.train is lora")
-    read_adapter(checkpoint, base.config)
+    check_adapter_agreement(base.folder, checkpoint, read_adapter(checkpoint, base.config))
     warn_of_another_base(base, checkpoint)
 
 
@@ -244,11 +245,8 @@ def load(how: Load) -> Model:
     config = read_adapter_config(how.folder)
     if config.get("peft_type") == LORA_MIXTURE:
         return load_mixture(how, LoraExperts)
-    from peft import PeftModel
-
     base = how.base or find_model(str(config.get("base_model_name_or_path")))
-    adapted = PeftModel.from_pretrained(load_dense(base, how.dtype), str(how.folder))
-    merged: Model = adapted.merge_and_unload().to(how.device).eval()
+    merged: Model = load_adapted(base, how.folder, how.dtype).merge_and_unload().to(how.device).eval()
     return merged
 
 

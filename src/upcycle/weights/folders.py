@@ -11,6 +11,7 @@ from upcycle.errors import UpcycleError
 from upcycle.reading import brief, read_json
 from upcycle.records.files import LINEAGE
 from upcycle.types import Config, Model
+from upcycle.weights.safetensors_io import COMPILED
 
 BUILTIN_BASE = "builtin:tiny"
 TEMPLATE = "chat_template.jinja"
@@ -113,7 +114,14 @@ def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Mode
 
     quantized = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **quantized
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        key_mapping={COMPILED: ""},
+        output_loading_info=True,
+        trust_remote_code=False,
+        **quantized,
     )
     return _with_valid_generation(_complete(model, info, str(folder)))
 
