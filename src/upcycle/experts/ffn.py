@@ -155,6 +155,7 @@ def assemble(
     """
     sources = _open(base, folders, plan)
     mapping = map_model(base.folder, sources.base, len(plan.experts))
+    mapping = replace(mapping, config={**mapping.config, **base.special_ids})
     _check_tensors(sources, mapping)
     layout_down = mapping.family.layout.down.tensor
     parts = Parts(
@@ -168,7 +169,7 @@ def assemble(
     dtype = storage_dtype(settings.dtype, sources.experts[0], mapping)
     hint = "lower expand.num_experts or set assemble.dtype=bfloat16"
     config = write_moe(out_dir, mapping, parts, dtype, "assemble", hint)
-    copy_companions(base.folder, out_dir, base.chat_template)
+    base.write_companions(out_dir)
     LINEAGE.write(out_dir, plan)
     for limit in limits(config):
         if limit.silent:

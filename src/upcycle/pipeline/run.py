@@ -77,11 +77,28 @@ class Run:
         from upcycle.weights.safetensors_io import ModelReader
 
         folder, template = find_model(self.recipe.base), self.recipe.data.chat_template
-        base = Base(folder, base_name(self.recipe.base), template_text(template) if template else None)
+        base = Base(
+            folder, base_name(self.recipe.base), template_text(template) if template else None, self._last_checkpoint
+        )
         family_of(base.config, str(folder))
         ModelReader(folder)
         self.kind.check_base(base)
         return base
+
+    @property
+    def _last_checkpoint(self) -> Path | None:
+        """The user's last checkpoint if the MoE has its tokenizer; the MoE itself if the checkpoints are gone."""
+        from upcycle.stages.expert_preparation.checkpoints import checkpoint_folders
+
+        recipe = self.recipe
+        if not recipe.prepares or not recipe.prepare.checkpoints or recipe.assemble.shared != "last":
+            return None
+        try:
+            return checkpoint_folders(recipe.prepare.checkpoints)[-1]
+        except UpcycleError:
+            if self.assembled_moe.is_dir():
+                return self.assembled_moe
+            raise
 
     @cached_property
     def splits(self) -> "upcycle.data.splits.Splits":
