@@ -93,5 +93,5 @@ def otherwise(where: Path, what: str, theirs: str, ours: str, program: str = "tr
     """What to raise where `program` reads something else than we do."""
     return UpcycleError(
         f"{where}: {program} reads {what} as {theirs}, upcycle as {ours}; the folder would be misread, so it is not "
-        f"taken: save it anew with {program}'s save_pretrained, and please report it"
+        f"taken: save it anew with save_pretrained of {program}, and please report it"
     )

@@ -61,7 +61,8 @@ def check_adapter_agreement(base: Path, folder: Path, updates: dict[str, LowRank
         scaling = model.get_submodule(PREFIX + name).scaling[NAME]
         if abs(scaling - update.scaling) > TOLERANCE * abs(scaling):
             raise _otherwise(folder, f"the scaling of {name}", f"{scaling:.6g}", f"{update.scaling:.6g}")
-        compare_tensors(base, f"{name}.weight", state.pop(f"{name}.base_layer.weight"), reader.tensor(f"{name}.weight"))
+        weight = reader.tensor(f"{name}.weight")
+        compare_tensors(folder, f"the base's {name}.weight", state.pop(f"{name}.base_layer.weight"), weight, "PEFT")
     for name in sorted(updates)[:: max(1, len(updates) - 1)]:
         _compare_products(folder, name, model.get_submodule(PREFIX + name).get_delta_weight(NAME), updates[name])
     _check_rest(folder, state)
