@@ -285,7 +285,7 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
 def check_same_base(source: Path, base: Path) -> None:
     """Raises UpcycleError if a run trained the mixture on another base than `base`."""
     manifest = MANIFEST.known(source)
-    if manifest is not None and manifest.inputs["base"] != hash_model(base):
+    if manifest is not None and manifest.inputs["base"] != hash_model(base, manifest.algorithm):
         raise UpcycleError(
             f"{base} is not the base that {source} was trained on (its files have other hashes); give --base"
         )

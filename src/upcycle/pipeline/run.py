@@ -18,8 +18,10 @@ from upcycle.records.files import (
     MOVED,
     PLAN,
     POSTTRAIN,
+    PREPARE,
     RECIPE,
 )
+from upcycle.records.manifest import FORMAT, HASHED_WITH
 from upcycle.records.plan import Checkpoint, ExpansionPlan
 
 if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
@@ -131,10 +133,16 @@ class Run:
         return PLAN.read_of(self.folder)
 
     @cached_property
+    def format(self) -> int:
+        """Of its manifests: a folder goes on with the hashes that it began with."""
+        first = read_manifest(self.folder / PREPARE)
+        return first.format if first else FORMAT
+
+    @cached_property
     def base_hash(self) -> str:
         from upcycle.weights.hashing import hash_model
 
-        return hash_model(self.base.folder)
+        return hash_model(self.base.folder, HASHED_WITH[self.format])
 
     @cached_property
     def data_hash(self) -> str:
@@ -150,7 +158,8 @@ class Run:
         from upcycle.stages.expert_preparation.checkpoints import checkpoint_folders
         from upcycle.weights.hashing import hash_model
 
-        return [(folder, hash_model(folder)) for folder in checkpoint_folders(self.recipe.prepare.checkpoints)]
+        folders = checkpoint_folders(self.recipe.prepare.checkpoints)
+        return [(folder, hash_model(folder, HASHED_WITH[self.format])) for folder in folders]
 
     @property
     def given_hashes(self) -> dict[str, str]:

@@ -44,6 +44,7 @@ def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Pa
         for folder, sha256 in given
     ]
     say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
+    say("prepare: they are read as transformers (adapters: PEFT) reads them")
     CHECKPOINTS.write(out_dir, checkpoints)
     return checkpoints
 
