@@ -30,13 +30,13 @@ def a_sample(where: str = "a", domain: str = "x") -> Sample:
     return Sample([3, 4], [-100, 4], domain, "q", "a", 1, where)
 
 
-def as_base(folder: Path) -> Base:
-    return Base(folder, str(folder))
+def as_base(folder: Path | Base) -> Base:
+    return folder if isinstance(folder, Base) else Base(folder, str(folder))
 
 
 def assemble(
     kind: str,
-    base: Path,
+    base: Path | Base,
     folders: list[Path],
     plan: ExpansionPlan,
     out: Path,
@@ -86,7 +86,7 @@ def mixture(base: Path, folders: list[Path], out: Path, router_std: float = 0.5,
     return assemble("lora", base, folders, plan_of(len(folders), adapters="average"), out, router_std, **settings)
 
 
-def assembled(base: Path, folders: list[Path], out: Path, router_std: float = 0.02, **settings: Any) -> Path:
+def assembled(base: Path | Base, folders: list[Path], out: Path, router_std: float = 0.02, **settings: Any) -> Path:
     """A plain MoE with an expert for each checkpoint."""
     return assemble("ffn", base, folders, plan_of(len(folders)), out, router_std, **settings)
 

@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from upcycle.errors import UpcycleError
 
+SHA256, XXH3 = "sha256", "xxh3_128"
+BLOCK = 1 << 20
+"""Bytes that are read and hashed at once: they stay in a core's cache."""
 SCRATCH = ".tmp"
 """Ending of a hidden file that is being written, and that a kill may leave."""
 
@@ -17,16 +22,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes.
+def hash_file(path: Path, algorithm: str = SHA256) -> str:
+    """The hash of a file's bytes, in hexadecimal.
+
+    Args:
+        algorithm: SHA256, or XXH3: 128 bits against damage, several times as fast.
 
     Raises:
         UpcycleError: there is no regular file; a pipe or a device would never end.
     """
     if not path.is_file():
         raise UpcycleError(f"{path} is not a file that can be read")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    content = hashlib.sha256() if algorithm == SHA256 else xxhash.xxh3_128()
+    buffer = bytearray(BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            content.update(memoryview(buffer)[:count])
+    return content.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -187,7 +187,8 @@ class AssembleSettings(Settings):
     num_experts_per_tok: int = Field(2, ge=1)
     """Experts active for a token, k."""
     shared: Literal["last", "mean", "base"] = "last"
-    """Where attention, norms and embeddings come from: last checkpoint, mean of all, base (adapters: always base)."""
+    """Where attention, norms and embeddings come from: last checkpoint, mean of all, base (adapters: always base).
+    With `last` tokenizer, template, special tokens and generation settings come from it too, if it has them."""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Storage dtype of the assembled MoE; `source` keeps the checkpoints'."""
 

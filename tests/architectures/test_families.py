@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import make_dense, perturbed
+from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.check import check_source
 from upcycle.architectures.families import FAMILIES, family_of
 from upcycle.architectures.mapping import Mapping, shared_shapes
@@ -72,8 +73,9 @@ EXACT = [
 def test_equal_experts_give_the_dense_logits(
     dense: str, moe: str, changes: dict[str, Any], tied: bool, tmp_path: Path
 ) -> None:
-    """On a text longer than any window, from the files that assembly writes."""
+    """On a text longer than any window, from the files that assembly writes; and we read what transformers reads."""
     source = make_dense(tmp_path / "dense", model_type=dense, tie_word_embeddings=tied, **changes)
+    check_agreement(ModelReader(source), read_config(source))
     made = assembled(source, [source] * 3, tmp_path / "moe")
     assert json.loads((made / "config.json").read_text())["model_type"] == moe
     torch.testing.assert_close(logits(made), logits(source), rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
+from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import served_by
 from upcycle.architectures.families import moe_config
 from upcycle.architectures.identity import check_identity
@@ -31,12 +32,14 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str) -> 
     table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored.itemsize))
     config = moe_config(mapping.family, mapping.config, num_experts, num_experts_per_tok, str(stored))
     table("read by", ("", ""), [("transformers", "yes"), *served_by(config)])
+    say("read: every tensor is what transformers reads from the folder")
     say(f"exact: logits with equal experts are the dense model's (difference {difference:.0e} of the largest)")
     return mapping
 
 
 def check_source(mapping: Mapping, reader: ModelReader) -> float:
-    """The comparison of logits on a cut-down copy, before any MoE is written."""
+    """The folder is read as transformers reads it, and the logits of a cut-down copy are the same, before all else."""
+    check_agreement(reader, mapping.config)
     return check_identity(mapping, partial(read_region, reader), None, 0)
 
 

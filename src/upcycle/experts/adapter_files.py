@@ -39,7 +39,6 @@ INERT = {
     "layers_pattern",
     "layers_to_transform",
     "lora_dropout",
-    "megatron_config",
     "megatron_core",
     "peft_version",
     "qalora_group_size",

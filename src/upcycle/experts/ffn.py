@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import CLIENTS, limits
 from upcycle.architectures.families import computed_fields, family_of, moe_of
 from upcycle.architectures.layouts import Region, ffn_tensors, router_tensors
-from upcycle.architectures.mapping import Mapping, map_model, needed_tensors, read_region
+from upcycle.architectures.mapping import Mapping, map_model, needed_tensors, read_region, with_own_head
 from upcycle.console import warn
 from upcycle.errors import UpcycleError
 from upcycle.experts.active import active_ffns
@@ -40,11 +41,18 @@ from upcycle.weights.streaming import PIECE
 
 
 def check_checkpoint(base: Base, first: Path, checkpoint: Path) -> None:
-    """Raises UpcycleError if a checkpoint is an adapter, or has another architecture or precision than the base."""
+    """Refuse what cannot be an expert of the base.
+
+    Raises:
+        UpcycleError: it is an adapter, has another architecture or precision than the base, or transformers reads it
+            otherwise.
+    """
     if is_adapter(checkpoint):
         raise UpcycleError(f"{checkpoint} is an adapter; set prepare.train=lora to make experts of adapters")
     check_same_architecture(base, checkpoint)
     check_precision(base, first, checkpoint)
+    reader = ModelReader(checkpoint)
+    check_agreement(reader, with_own_head(reader, read_config(checkpoint)))
 
 
 def check_same_architecture(base: Base, checkpoint: Path) -> None:
@@ -148,6 +156,7 @@ def assemble(
     """
     sources = _open(base, folders, plan)
     mapping = map_model(base.folder, sources.base, len(plan.experts))
+    mapping = replace(mapping, config={**mapping.config, **base.special_ids})
     _check_tensors(sources, mapping)
     layout_down = mapping.family.layout.down.tensor
     parts = Parts(
@@ -161,7 +170,7 @@ def assemble(
     dtype = storage_dtype(settings.dtype, sources.experts[0], mapping)
     hint = "lower expand.num_experts or set assemble.dtype=bfloat16"
     config = write_moe(out_dir, mapping, parts, dtype, "assemble", hint)
-    copy_companions(base.folder, out_dir, base.chat_template)
+    base.write_companions(out_dir)
     LINEAGE.write(out_dir, plan)
     for limit in limits(config):
         if limit.silent:

@@ -18,6 +18,7 @@ from upcycle.console import warn
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
 from upcycle.experts.active import active_additions
+from upcycle.experts.adapter_agreement import check_adapter_agreement, load_adapted
 from upcycle.experts.adapter_files import (
     FFN_WEIGHTS,
     PREFIX,
@@ -99,10 +100,10 @@ class LoraExperts(nn.ModuleDict):
 
 
 def check_checkpoint(base: Base, _first: Path, checkpoint: Path) -> None:
-    """Raises UpcycleError if a checkpoint is no adapter of the base's FFN weights."""
+    """Raises UpcycleError if a checkpoint is no adapter of the base's FFN weights, or is read otherwise by PEFT."""
     if not is_adapter(checkpoint):
         raise UpcycleError(f"{checkpoint} is not an adapter (no adapter_config.json), but prepare.train is lora")
-    read_adapter(checkpoint, base.config)
+    check_adapter_agreement(base.folder, checkpoint, read_adapter(checkpoint, base.config))
     warn_of_another_base(base, checkpoint)
 
 
@@ -245,11 +246,8 @@ def load(how: Load) -> Model:
     config = read_adapter_config(how.folder)
     if config.get("peft_type") == LORA_MIXTURE:
         return load_mixture(how, LoraExperts)
-    from peft import PeftModel
-
     base = how.base or find_model(str(config.get("base_model_name_or_path")))
-    adapted = PeftModel.from_pretrained(load_dense(base, how.dtype), str(how.folder))
-    merged: Model = adapted.merge_and_unload().to(how.device).eval()
+    merged: Model = load_adapted(base, how.folder, how.dtype).merge_and_unload().to(how.device).eval()
     return merged
 
 
@@ -288,7 +286,7 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
 def check_same_base(source: Path, base: Path) -> None:
     """Raises UpcycleError if a run trained the mixture on another base than `base`."""
     manifest = MANIFEST.known(source)
-    if manifest is not None and manifest.inputs["base"] != hash_model(base):
+    if manifest is not None and manifest.inputs["base"] != hash_model(base, manifest.algorithm):
         raise UpcycleError(
             f"{base} is not the base that {source} was trained on (its files have other hashes); give --base"
         )

@@ -222,7 +222,7 @@ def write_new(
         dtype="float32" if settings.dtype == "source" else settings.dtype,
     )
     write_mixture(out_dir, config, {**experts.tensors, **named})
-    copy_companions(base.folder, out_dir, base.chat_template)
+    base.write_companions(out_dir)
     LINEAGE.write(out_dir, plan)
     added = sum(tensor.numel() for tensor in (*experts.tensors.values(), *routers))
     say(

@@ -14,7 +14,7 @@ from upcycle.console import say, track
 from upcycle.disk import hash_file, inside, is_scratch, sync_folder
 from upcycle.errors import UpcycleError
 from upcycle.records.files import INPUTS, MANIFEST
-from upcycle.records.manifest import FORMAT, Manifest, WrittenFile, library_versions
+from upcycle.records.manifest import FORMAT, HASHED_WITH, Manifest, WrittenFile, library_versions
 
 Inputs = Mapping[str, str]
 """Name of an input to the hash of its content."""
@@ -27,9 +27,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         UpcycleError: the manifest is there but damaged, or of another format.
     """
     manifest = MANIFEST.known(folder)
-    if manifest is not None and manifest.format != FORMAT:
+    if manifest is not None and manifest.format not in HASHED_WITH:
         place = folder / MANIFEST.name
-        raise UpcycleError(f"{place} has format {manifest.format}, this version reads {FORMAT}: use a new --run")
+        raise UpcycleError(
+            f"{place} has format {manifest.format}, this version reads {min(HASHED_WITH)} to {FORMAT}: use a new --run"
+        )
     return manifest
 
 
@@ -45,7 +47,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
             problem = "is missing"
         elif path.stat().st_size != entry.bytes:
             problem = f"has {path.stat().st_size} bytes, expected {entry.bytes}"
-        elif hash_file(path) != entry.sha256:
+        elif hash_file(path, manifest.algorithm) != entry.hash:
             problem = "has other content than when it was written"
         else:
             continue
@@ -101,11 +103,16 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 
 
-def seal(partial: Path, folder: Path, inputs: Inputs, settings: Mapping[str, Any], seed: int) -> Manifest:
+def seal(
+    partial: Path, folder: Path, inputs: Inputs, settings: Mapping[str, Any], seed: int, format: int = FORMAT
+) -> Manifest:
     """Write the manifest and rename the working folder to the stage's, replacing an outdated one."""
     for path in [p for p in partial.rglob("*") if is_scratch(p)]:  # of a process that was killed while it wrote
         path.unlink()
-    files = {str(p.relative_to(partial)): _describe(p) for p in track(_files(partial), f"sealing {folder.name}")}
+    files = {
+        str(p.relative_to(partial)): _describe(p, HASHED_WITH[format])
+        for p in track(_files(partial), f"sealing {folder.name}")
+    }
     manifest = Manifest(
         stage=folder.name,
         inputs=dict(inputs),
@@ -113,6 +120,7 @@ def seal(partial: Path, folder: Path, inputs: Inputs, settings: Mapping[str, Any
         seed=seed,
         versions=library_versions(),
         files=files,
+        format=format,
     )
     MANIFEST.write(partial, manifest)
     if folder.exists():
@@ -138,7 +146,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own and not is_scratch(p))
 
 
-def _describe(path: Path) -> WrittenFile:
+def _describe(path: Path, algorithm: str) -> WrittenFile:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return WrittenFile(bytes=path.stat().st_size, sha256=hash_file(path))
+    return WrittenFile(bytes=path.stat().st_size, **{algorithm: hash_file(path, algorithm)})

@@ -75,7 +75,7 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
     say(f"{stage.name}: resuming ..." if resumed else f"{stage.name} ...")
     with measured(run.folder, stage.name, resumed):
         stage.run(run, partial)
-    seal(partial, folder, inputs, run.settings(stage), run.recipe.seed)
+    seal(partial, folder, inputs, run.settings(stage), run.recipe.seed, run.format)
     run.verified.add(stage.name)
 
 

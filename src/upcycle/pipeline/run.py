@@ -18,8 +18,10 @@ from upcycle.records.files import (
     MOVED,
     PLAN,
     POSTTRAIN,
+    PREPARE,
     RECIPE,
 )
+from upcycle.records.manifest import FORMAT, HASHED_WITH
 from upcycle.records.plan import Checkpoint, ExpansionPlan
 
 if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
@@ -77,11 +79,28 @@ class Run:
         from upcycle.weights.safetensors_io import ModelReader
 
         folder, template = find_model(self.recipe.base), self.recipe.data.chat_template
-        base = Base(folder, base_name(self.recipe.base), template_text(template) if template else None)
+        base = Base(
+            folder, base_name(self.recipe.base), template_text(template) if template else None, self._last_checkpoint
+        )
         family_of(base.config, str(folder))
         ModelReader(folder)
         self.kind.check_base(base)
         return base
+
+    @property
+    def _last_checkpoint(self) -> Path | None:
+        """The user's last checkpoint if the MoE has its tokenizer; the MoE itself if the checkpoints are gone."""
+        from upcycle.stages.expert_preparation.checkpoints import checkpoint_folders
+
+        recipe = self.recipe
+        if not recipe.prepares or not recipe.prepare.checkpoints or recipe.assemble.shared != "last":
+            return None
+        try:
+            return checkpoint_folders(recipe.prepare.checkpoints)[-1]
+        except UpcycleError:
+            if self.assembled_moe.is_dir():
+                return self.assembled_moe
+            raise
 
     @cached_property
     def splits(self) -> "upcycle.data.splits.Splits":
@@ -114,10 +133,16 @@ class Run:
         return PLAN.read_of(self.folder)
 
     @cached_property
+    def format(self) -> int:
+        """Of its manifests: a folder goes on with the hashes that it began with."""
+        first = read_manifest(self.folder / PREPARE)
+        return first.format if first else FORMAT
+
+    @cached_property
     def base_hash(self) -> str:
         from upcycle.weights.hashing import hash_model
 
-        return hash_model(self.base.folder)
+        return hash_model(self.base.folder, HASHED_WITH[self.format])
 
     @cached_property
     def data_hash(self) -> str:
@@ -133,7 +158,8 @@ class Run:
         from upcycle.stages.expert_preparation.checkpoints import checkpoint_folders
         from upcycle.weights.hashing import hash_model
 
-        return [(folder, hash_model(folder)) for folder in checkpoint_folders(self.recipe.prepare.checkpoints)]
+        folders = checkpoint_folders(self.recipe.prepare.checkpoints)
+        return [(folder, hash_model(folder, HASHED_WITH[self.format])) for folder in folders]
 
     @property
     def given_hashes(self) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from upcycle.disk import digest
-from upcycle.records.record import Count, Record, Sha256
+from upcycle.disk import SHA256, XXH3, digest
+from upcycle.records.record import Count, Record, Sha256, Xxh3, optional
 
-FORMAT = 1
+HASHED_WITH = {1: SHA256, 2: XXH3}
+"""The hash of files, by the format of the manifest."""
+FORMAT = 2
 LIBRARIES = ("upcycle", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "scipy")
 
 
@@ -14,7 +16,13 @@ class WrittenFile(Record):
     """A file as it was when its stage was sealed."""
 
     bytes: Count
-    sha256: Sha256
+    sha256: Sha256 | None = optional()
+    """In manifests of format 1."""
+    xxh3_128: Xxh3 | None = optional()
+
+    @property
+    def hash(self) -> str | None:
+        return self.sha256 or self.xxh3_128
 
 
 class Manifest(Record):
@@ -31,9 +39,14 @@ class Manifest(Record):
     format: int = FORMAT
 
     @property
+    def algorithm(self) -> str:
+        """What the files, and the models among the inputs, were hashed with."""
+        return HASHED_WITH.get(self.format, XXH3)
+
+    @property
     def content(self) -> str:
         """One hash over every file: what the next stage records as its input."""
-        return digest({path: entry.sha256 for path, entry in self.files.items()})
+        return digest({path: entry.hash for path, entry in self.files.items()})
 
 
 def library_versions() -> dict[str, str]:

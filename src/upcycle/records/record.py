@@ -21,6 +21,7 @@ ByDomain = dict[str, Loss]
 Shares = list[list[Share]]
 """Share of the routed slots per layer and expert: (layers, experts), rows sum to 1."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 ALL = "all"
 """The entry over all domains."""

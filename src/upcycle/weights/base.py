@@ -7,12 +7,15 @@ from pathlib import Path
 from upcycle.errors import UpcycleError
 from upcycle.reading import read_text
 from upcycle.types import Config, Tokenizer
-from upcycle.weights.folders import read_config
+from upcycle.weights.folders import SETTINGS_FILES, TEMPLATE, TOKENIZER_FILES, copy_files, read_config
+from upcycle.weights.tokenizers import has_tokenizer, read_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
     "+ eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+SPECIAL_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -24,22 +27,54 @@ class Base:
     """What adapters call it: a hub name as it is, a folder by its whole path."""
     chat_template: str | None = None
     """The Jinja text that replaces the tokenizer's own template, here and in every model folder that is written."""
+    last: Path | None = None
+    """The checkpoint whose tokenizer, template, special tokens and generation settings the MoE gets, as far as it has
+    them (`assemble.shared=last`); None: the base's."""
 
     @cached_property
     def config(self) -> Config:
         """Every field written out, see `read_config`."""
         return read_config(self.folder)
 
+    @property
+    def words(self) -> Path:
+        """The folder whose tokenizer is in force."""
+        return self.last if self.last is not None and has_tokenizer(self.last) else self.folder
+
+    @cached_property
+    def template(self) -> str | None:
+        """The Jinja text that replaces that of the tokenizer in force, which may have none though the base has one."""
+        if self.chat_template is not None or self.words == self.folder or read_tokenizer(self.words).chat_template:
+            return self.chat_template
+        own = read_tokenizer(self.folder).chat_template
+        return own if isinstance(own, str) else None
+
+    @property
+    def special_ids(self) -> Config:
+        """The ids of the end, begin and padding tokens that config.json of the MoE has instead of the base's."""
+        if self.last is None or not (self.last / "config.json").is_file():
+            return {}
+        config = read_config(self.last)
+        return {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None}
+
+    def write_companions(self, folder: Path) -> None:
+        """Put what lies beside a model's weights into the folder of a MoE that is new."""
+        settings = self.last if self.last is not None and (self.last / "config.json").is_file() else self.folder
+        copy_files(self.words, folder, TOKENIZER_FILES)
+        copy_files(settings, folder, SETTINGS_FILES)
+        if self.template is not None:
+            (folder / TEMPLATE).write_text(self.template)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """With the chat template in force, see `load_tokenizer`."""
-        tokenizer = load_tokenizer(self.folder, self.chat_template)
+        tokenizer = load_tokenizer(self.words, self.template)
         known = self.config["vocab_size"]
         for name in ("pad_token", "eos_token"):
             token = getattr(tokenizer, f"{name}_id")
             if token is not None and token >= known:
                 raise UpcycleError(
-                    f"{self.folder}: the tokenizer's {name} {getattr(tokenizer, name)!r} has the id {token}, but the "
+                    f"{self.words}: the tokenizer's {name} {getattr(tokenizer, name)!r} has the id {token}, but the "
                     f"model knows {known} tokens (vocab_size); resize its embeddings, or give the tokenizer another"
                 )
         return tokenizer
@@ -77,12 +112,7 @@ def load_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
     Raises:
         UpcycleError: it has no template and none is given, or it gives no character offsets.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # missing files surface as several kinds
-        raise UpcycleError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
+    tokenizer = read_tokenizer(folder)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:

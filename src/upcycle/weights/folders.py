@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from upcycle.errors import UpcycleError
 from upcycle.reading import brief, read_json
 from upcycle.records.files import LINEAGE
 from upcycle.types import Config, Model
+from upcycle.weights.safetensors_io import COMPILED
 
 BUILTIN_BASE = "builtin:tiny"
 TEMPLATE = "chat_template.jinja"
-COMPANIONS = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -23,9 +25,9 @@ COMPANIONS = (
     "merges.txt",
     "tokenizer.model",
     TEMPLATE,
-    "generation_config.json",
-    LINEAGE.name,
 )
+SETTINGS_FILES = ("generation_config.json",)
+COMPANIONS = (*TOKENIZER_FILES, *SETTINGS_FILES, LINEAGE.name)
 """What lies beside weights and configuration."""
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 
@@ -113,7 +115,14 @@ def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Mode
 
     quantized = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **quantized
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        key_mapping={COMPILED: ""},
+        output_loading_info=True,
+        trust_remote_code=False,
+        **quantized,
     )
     return _with_valid_generation(_complete(model, info, str(folder)))
 
@@ -159,11 +168,16 @@ def _complete(model: Model, info: dict[str, Any], what: str) -> Model:
 
 def copy_companions(source: Path, folder: Path, chat_template: str | None = None) -> None:
     """Tokenizer, template, generation settings and lineage as they are; `chat_template` replaces the tokenizer's."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_files(source, folder, COMPANIONS)
     if chat_template is not None:
         (folder / TEMPLATE).write_text(chat_template)
+
+
+def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Those of the files that there are."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def require_space(folder: Path, needed: int, what: str, hint: str) -> None:

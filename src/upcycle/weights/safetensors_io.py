@@ -8,6 +8,7 @@ import errno
 import json
 import mmap
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,11 +49,12 @@ class TensorSpec:
 
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPILED = r"_orig_mod\."
 
 
 def plain_name(name: str) -> str:
     """A tensor's name without what `torch.compile` puts before the names of a module's weights."""
-    return name.replace("_orig_mod.", "")
+    return re.sub(COMPILED, "", name)
 
 
 class ModelReader:
@@ -145,7 +147,7 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UpcycleError(f"{index} is not a safetensors index: expected `weight_map`, tensor to file")
     shards: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
+    for name, file in sorted(weight_map.items(), key=lambda entry: entry[1]):  # of a tensor in two, the last counts
         shards.setdefault(named_inside(folder, file), set()).add(name)
     missing = [path.name for path in shards if not path.is_file()]
     if missing:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import make_tokenizer
+from conftest import make_dense, make_tokenizer
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import KINDS
-from upcycle.stages.expert_preparation.checkpoints import adopt
-from worlds import as_base, make_adapter
+from upcycle.stages.expert_preparation.checkpoints import adopt, check_same_tokenizer
+from upcycle.weights.base import Base
+from worlds import as_base, assembled, make_adapter
 
 
 def cast(folder: Path, dtype: torch.dtype) -> None:
@@ -50,7 +51,10 @@ def with_other_eps(folder: Path) -> None:
     [
         (in_bfloat16, r"odd: its weights are torch.bfloat16, those of .* torch.float32; the rounding would be taken"),
         (in_float64, r"odd: its weights are torch.float64, those of .*checkpoint-1 torch.float32"),
-        (with_another_token, r"odd/tokenizer.json: its model is not that of the base's tokenizer"),
+        (
+            with_another_token,
+            r"odd: its tokenizer is not that of the base .*: token 10 of \"The quick brown .* is 65, not 70;",
+        ),
         (with_other_eps, r"odd: rms_norm_eps is 0.1, but the base .* has 1e-06"),
     ],
 )
@@ -77,18 +81,82 @@ def test_a_base_cast_to_fewer_bits_of_mantissa_is_no_checkpoint(
         adopt(KINDS["ffn"], as_base(half), [(rounded, "0" * 64)], tmp_path)
 
 
+def said(base: Base, checkpoints: list[Path], capsys: pytest.CaptureFixture[str]) -> str:
+    """What taking the checkpoints says, on one line."""
+    given = [(folder, str(i) * 64) for i, folder in enumerate(checkpoints)]
+    adopt(KINDS["ffn"], base, given, checkpoints[0].parent)
+    return " ".join(capsys.readouterr().out.split())
+
+
 def test_what_the_last_checkpoint_has_otherwise_is_said(
     base: Path, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last = Path(shutil.copytree(checkpoints[1], tmp_path / "last"))
-    adopt(KINDS["ffn"], as_base(base), [(checkpoints[0], "0" * 64), (last, "1" * 64)], tmp_path)
-    assert "the MoE gets the base's" not in capsys.readouterr().out
+    folders = [checkpoints[0], last]
+    assert "otherwise" not in said(as_base(base), folders, capsys)
+    make_tokenizer(last)
+    assert "otherwise" not in said(as_base(base), folders, capsys)
     (last / "chat_template.jinja").write_text("{{ messages }}")
     (last / "generation_config.json").write_text('{"eos_token_id": 7}')
-    adopt(KINDS["ffn"], as_base(base), [(checkpoints[0], "0" * 64), (last, "1" * 64)], tmp_path)
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"unless data.chat_template={last / 'chat_template.jinja'}" in said
-    assert "generation_config.json: eos_token_id is 7; the MoE gets the base's, 2" in said
+    differ = "the chat template; eos_token_id 7 of generation_config.json (2 in the base)"
+    assert f"otherwise than the base: {differ}; the MoE gets the base's" in said(as_base(base), folders, capsys)
+    taken = said(Base(base, "base", last=last), folders, capsys)
+    assert f"the MoE gets from last, which differs from the base in them: {differ}" in taken
+    assert "chat template" not in said(Base(base, "base", "{{ mine }}", last), folders, capsys)
+
+
+def test_the_last_checkpoint_s_tokenizer_template_and_tokens_are_the_moe_s(
+    base: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    last = Path(shutil.copytree(checkpoints[1], tmp_path / "last"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "~"
+    tokenizer.add_tokens(["abc"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}~{% endfor %}"
+    tokenizer.save_pretrained(last)
+    config = json.loads((last / "config.json").read_text())
+    (last / "config.json").write_text(json.dumps({**config, "eos_token_id": 98}))
+    (last / "generation_config.json").write_text('{"eos_token_id": [98, 2]}')
+    for shared, (eos, ids) in {"last": ("~", [98, 2]), "base": ("<|im_end|>", 2)}.items():
+        dense = Base(base, str(base), last=last if shared == "last" else None)
+        made = assembled(dense, [checkpoints[0], last], tmp_path / f"moe-{shared}", shared=shared)
+        written = AutoTokenizer.from_pretrained(made)
+        assert written.eos_token == dense.tokenizer.eos_token == eos
+        assert ("abc" in written.get_vocab()) is (shared == "last")
+        assert written.chat_template == dense.tokenizer.chat_template
+        assert ("~" in written.chat_template) is (shared == "last")
+        assert json.loads((made / "config.json").read_text())["eos_token_id"] == (98 if shared == "last" else 2)
+        assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] == ids
+
+
+def test_what_the_last_checkpoint_does_not_have_is_the_base_s(
+    base: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    bare = Base(base, str(base), last=make_adapter(base, tmp_path / "adapter", 1))
+    bare.write_companions(tmp_path)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (base / name).read_bytes()
+    without = Path(shutil.copytree(checkpoints[1], tmp_path / "without"))
+    make_tokenizer(without)
+    (without / "chat_template.jinja").unlink()
+    dense = Base(base, str(base), last=without)
+    assert dense.tokenizer.chat_template == (base / "chat_template.jinja").read_text()
+    dense.write_companions(Path(shutil.copytree(without, tmp_path / "made")))
+    assert (tmp_path / "made" / "chat_template.jinja").read_text() == (base / "chat_template.jinja").read_text()
+
+
+def test_a_token_that_the_model_does_not_know_is_named(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    odd = Path(shutil.copytree(checkpoints[1], tmp_path / "odd"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["abc"])
+    tokenizer.save_pretrained(odd)
+    check_same_tokenizer(Base(make_dense(tmp_path / "room", vocab_size=100), "room"), odd)
+    with pytest.raises(UpcycleError, match=r"odd: its tokenizer has added 'abc' with the id 99, but the model knows"):
+        check_same_tokenizer(as_base(base), odd)
 
 
 def test_adapters_of_another_base_are_named(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,19 +1,20 @@
 """Checkpoints that exist already: any list of model folders, or a Trainer's output folder."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from upcycle.console import say, warn
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
-from upcycle.reading import read_json, read_text
+from upcycle.reading import read_json
 from upcycle.records.files import CHECKPOINTS
 from upcycle.records.plan import Checkpoint
 from upcycle.records.scores import RESERVED
 from upcycle.training.checkpoints import step_of
 from upcycle.weights.base import Base
-from upcycle.weights.folders import TEMPLATE, find_model
+from upcycle.weights.folders import TOKENIZER_FILES, find_model
+from upcycle.weights.tokenizers import has_tokenizer, other_ids, other_words, read_tokenizer
 
 NUMBERED = re.compile(r"(checkpoint-)?[0-9]+")
 EOS = "eos_token_id"
@@ -35,7 +36,7 @@ def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Pa
             first = folders[hashes.index(sha256)]
             raise UpcycleError(f"prepare.checkpoints: {folders[place]} and {first} are the same model; leave one out")
     for folder in folders:
-        check_same_tokenizer(base.folder, folder)
+        check_same_tokenizer(base, folder)
         kind.check_checkpoint(base, folders[0], folder)
     say_what_differs(base, folders[-1])
     checkpoints = [
@@ -43,23 +44,37 @@ def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Pa
         for folder, sha256 in given
     ]
     say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
+    say("prepare: they are read as transformers (adapters: PEFT) reads them")
     CHECKPOINTS.write(out_dir, checkpoints)
     return checkpoints
 
 
 def say_what_differs(base: Base, last: Path) -> None:
-    """Warn of what the MoE will have from the base though the last checkpoint has it otherwise."""
-    template, own = last / TEMPLATE, base.folder / TEMPLATE
-    if (
-        base.chat_template is None
-        and template.is_file()
-        and read_text(template) != (read_text(own) if own.is_file() else "")
-    ):
-        warn(f"{last} has a chat template of its own; the MoE gets the base's, unless data.chat_template={template}")
+    """What the last checkpoint has otherwise than the base beside its weights, and which of the two the MoE gets."""
+    found = [*_other_words(base, last), *_other_ids(base, last)]
+    if found and base.last is not None:
+        say(f"prepare: the MoE gets from {last.name}, which differs from the base in them: {'; '.join(found)}")
+    elif found:
+        warn(
+            f"{last} has otherwise than the base: {'; '.join(found)}; the MoE gets the base's (the checkpoint's with "
+            "assemble.shared=last)"
+        )
+
+
+def _other_words(base: Base, last: Path) -> list[str]:
+    if _same_files(base.folder, last):
+        return []
+    tokenizers = [read_tokenizer(folder) for folder in (base.folder, last)]
+    for tokenizer in tokenizers:
+        tokenizer.chat_template = base.chat_template or tokenizer.chat_template
+    return list(other_words(*tokenizers))
+
+
+def _other_ids(base: Base, last: Path) -> Iterator[str]:
     for name in ("config.json", "generation_config.json"):
         ids = [read_json(f / name).get(EOS) if (f / name).is_file() else None for f in (base.folder, last)]
         if ids[1] is not None and ids[0] != ids[1]:
-            warn(f"{last / name}: {EOS} is {ids[1]}; the MoE gets the base's, {ids[0]}")
+            yield f"{EOS} {ids[1]} of {name} ({ids[0]} in the base)"
 
 
 def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
@@ -85,22 +100,38 @@ def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
     return folders
 
 
-def check_same_tokenizer(base: Path, checkpoint: Path) -> None:
-    """Compare what the tokenizers make of a text: vocabulary, merges, added tokens.
+def check_same_tokenizer(base: Base, checkpoint: Path) -> None:
+    """Compare what the tokenizers make of texts.
 
     Raises:
-        UpcycleError: they differ. A checkpoint without a tokenizer is taken to have the base's.
+        UpcycleError: they differ, or the checkpoint's has added a token that the model does not know. A checkpoint
+            without a tokenizer is taken to have the base's.
     """
-    files = [folder / "tokenizer.json" for folder in (base, checkpoint)]
-    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+    if _same_files(base.folder, checkpoint):
         return
-    expected, found = (read_json(file) for file in files)
-    for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
-        if expected.get(part) != found.get(part):
+    expected, found = read_tokenizer(base.folder), read_tokenizer(checkpoint)
+    if difference := other_ids(expected, found):
+        raise UpcycleError(
+            f"{checkpoint}: its tokenizer is not that of the base {base.folder}: {difference}; the checkpoints of one "
+            "run have the base's tokenizer, so take checkpoints and base that belong together"
+        )
+    known, added = base.config["vocab_size"], found.get_added_vocab()
+    for token in sorted(added.keys() - expected.get_added_vocab().keys()):
+        if added[token] >= known:
             raise UpcycleError(
-                f"{files[1]}: its {part} is not that of the base's tokenizer, {files[0]}; the checkpoints of one run "
-                "have the base's tokenizer, so take checkpoints and base that belong together"
+                f"{checkpoint}: its tokenizer has added {token!r} with the id {added[token]}, but the model knows "
+                f"{known} tokens (vocab_size); resize the embeddings of base and checkpoints, or remove the token"
             )
+
+
+def _same_files(base: Path, checkpoint: Path) -> bool:
+    """Whether the tokenizers need not be compared: the files are equal, or the checkpoint has none."""
+    files = [(base / name, checkpoint / name) for name in TOKENIZER_FILES]
+    return not has_tokenizer(checkpoint) or all(_content(one) == _content(other) for one, other in files)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _unique_name(folder: Path, folders: Sequence[Path]) -> str:

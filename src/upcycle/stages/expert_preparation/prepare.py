@@ -51,6 +51,7 @@ def tune(kind: Kind, base: Base, train: Sequence[Sample], recipe: Recipe, out_di
         saved = sorted(folder.glob("checkpoint-*"), key=step_of)
         for checkpoint in saved[-1:] if settings.by_domain else saved:
             _finish(kind, checkpoint, base)
+            kind.check_checkpoint(base, saved[-1], checkpoint)
             epoch = round(settings.epochs * step_of(checkpoint) / step_of(saved[-1]), 4)
             place = str(checkpoint.relative_to(out_dir))
             checkpoints.append(Checkpoint(name=name or checkpoint.name, path=place, epoch=epoch))

@@ -1,0 +1,109 @@
+"""What trust costs: hashing, and comparing with transformers, as a share of `upcycle assemble` on the 502M job.
+
+    python benchmarks/checks_share.py --work /tmp/assembly
+
+The models are those of `assembly_vs_mergekit.py`. `upcycle prepare`, `expand` and `assemble` are run as whole commands,
+in turn with and without hashing and comparisons (their functions replaced by ones that do nothing). A command also adds
+up the seconds that it spends in them. The share is that of assembly: all hashing of the command, and the comparisons
+with transformers, which run once, in the first stage. Medians; prints the share, which has to be under a tenth.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import assembly_vs_mergekit as job
+
+from upcycle.console import say, table
+
+COMMANDS = ("prepare", "expand", "assemble")
+MOST = 0.1
+COMMAND = """
+import json, sys, time
+from pathlib import Path
+spent, skip, out = {"hashing": 0.0, "comparing": 0.0}, json.loads(sys.argv.pop(1)), sys.argv.pop(1)
+def watched(name, function, instead):
+    def call(*args, **kwargs):
+        begin = time.perf_counter()
+        try:
+            return instead(*args) if skip else function(*args, **kwargs)
+        finally:
+            spent[name] += time.perf_counter() - begin
+    return call
+from upcycle.architectures import agreement, check
+from upcycle.experts import ffn
+from upcycle.pipeline import manifest
+from upcycle.weights import hashing
+name = lambda path, *_: "%032x" % abs(hash((path.parent.name.removesuffix(".partial"), path.name)))  # PYTHONHASHSEED
+for module in (manifest, hashing):
+    module.hash_file = watched("hashing", module.hash_file, name)
+compare = watched("comparing", agreement.check_agreement, lambda *_: None)
+for module in (check, ffn):
+    module.check_agreement = compare
+from upcycle.cli import main
+try:
+    main()
+finally:
+    Path(out).write_text(json.dumps(spent))
+"""
+
+
+def run(command: str, run_folder: Path, work: Path, skip: bool) -> dict[str, float]:
+    """Seconds of a whole command, and of what it spent on hashing and on comparing."""
+    folders = [work / f"checkpoint-{i + 1}" for i in range(job.NUM_CHECKPOINTS)]
+    settings = [
+        f"base={work / 'base'}",
+        "data.train=builtin:train",
+        f"prepare.checkpoints=[{','.join(map(str, folders))}]",
+        f"expand.num_experts={job.NUM_EXPERTS}",
+        f"expand.drop_rate={job.DROP_RATE}",
+    ]
+    spent = work / "spent.json"
+    line = [sys.executable, "-c", COMMAND, json.dumps(skip), str(spent), command, "upit", "--run", str(run_folder)]
+    begin = time.monotonic()
+    with (work / "log.txt").open("ab") as log:
+        done = subprocess.run([*line, *settings], stdout=log, stderr=log, env=os.environ | {"PYTHONHASHSEED": "0"})
+    if done.returncode:
+        raise SystemExit(f"upcycle {command} failed, see {work / 'log.txt'}")
+    return {"wall": time.monotonic() - begin, **json.loads(spent.read_text())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models and the run: 17 GB")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    work = arguments.work
+    job.make_models(work)
+    found: dict[tuple[str, bool], list[dict[str, float]]] = {}
+    for _ in range(arguments.repeats):
+        for skip in (False, True):
+            folder = work / "run"
+            shutil.rmtree(folder, ignore_errors=True)
+            for command in COMMANDS:
+                found.setdefault((command, skip), []).append(run(command, folder, work, skip))
+                say(f"{command}{' without' if skip else ''}: {found[command, skip][-1]}")
+    shutil.rmtree(work / "run")
+    report(found)
+
+
+def report(found: dict[tuple[str, bool], list[dict[str, float]]]) -> None:
+    def median(command: str, skip: bool, what: str) -> float:
+        return statistics.median(cost[what] for cost in found[command, skip])
+
+    columns = ((True, "wall"), (False, "wall"), (False, "hashing"), (False, "comparing"))
+    rows = [(command, *(f"{median(command, *which):.2f}" for which in columns)) for command in COMMANDS]
+    table("seconds", ("command", "without", "with", "of it hashing", "of it comparing"), rows)
+    spent = median("assemble", False, "hashing") + median("prepare", False, "comparing")
+    share = spent / median("assemble", False, "wall")
+    say(f"hashing and comparing over `upcycle assemble`: {share:.3f}, to be under {MOST}")
+
+
+if __name__ == "__main__":
+    main()
