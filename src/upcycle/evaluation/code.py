@@ -85,7 +85,8 @@ def _not_started(process: subprocess.Popen[bytes]) -> UpcycleError:
 
 def _ends(process: subprocess.Popen[bytes], program: str) -> bool | None:
     """Whether a program ends or raises; None if the process says neither, because it is gone or was tampered with."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     source, ended, raised = program.encode("utf-8", "replace"), *(secrets.token_bytes(sandbox.WORD) for _ in range(2))
     try:
         process.stdin.write(len(source).to_bytes(4, "big") + source + ended + raised)

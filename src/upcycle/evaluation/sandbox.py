@@ -23,6 +23,7 @@ import resource
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 NO_ISOLATION = 92  # the exit code
@@ -51,7 +52,7 @@ CALLS = {
 }  # fmt: skip
 NEWEST = 450  # of a number above it a library is told that there is no such call, and takes an older one
 ARGUMENTS = 16  # where they begin in the kernel's `seccomp_data`, 8 bytes each, the low half first
-MAY_BE = {
+MAY_BE: dict[str, dict[int, tuple[int, ...]]] = {
     "fcntl": {ARGUMENTS + 8: (0, 1, 2, 3, 1030)},  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC: no owner
     "ioctl": {ARGUMENTS + 8: (0x5401, 0x802C542A, 0x5413, 0x5450, 0x5451)},  # TCGETS(2), TIOCGWINSZ, FIO(N)CLEX
     # waiting and waking within this process, with either clock; none that inherits priorities
@@ -62,7 +63,7 @@ MAY_BE = {
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER, SIGKILL = 1, 22, 38, 2, 9
 LOAD, JUMP_IF_EQUAL, JUMP_IF_LARGER, RETURN = 0x20, 0x15, 0x25, 0x06  # BPF
 ALLOW, REFUSE, UNKNOWN, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # EPERM, ENOSYS
-READS_ALL = 1 << 1 | 1 << 2  # capabilities that root may need to read libraries which belong to somebody else
+READS_ALL = 1 << 2  # CAP_DAC_READ_SEARCH: root may need it where libraries belong to somebody else
 
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF, PATH_BENEATH = 444, 445, 446, 1
 WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
@@ -80,13 +81,12 @@ def seccomp_filter(machine: str) -> list[Step]:
         Steps of (operation, steps to skip if true, steps to skip if false, operand).
     """
     architecture, column = ARCHITECTURES[machine]
-    numbers = {name: of[column] for name, of in CALLS.items()}
+    numbers = {name: number for name, of in CALLS.items() if (number := of[column]) is not None}
     steps = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     for name, rules in MAY_BE.items():
         inner = [step for where, values in rules.items() for step in _value_check(where, values)]
         steps += [(JUMP_IF_EQUAL, 0, len(inner) + 1, numbers.pop(name)), *inner, (RETURN, 0, 0, ALLOW)]
-    free = [number for number in numbers.values() if number is not None]
-    steps += [(JUMP_IF_EQUAL, len(free) - i + 2, 0, number) for i, number in enumerate(free)]
+    steps += [(JUMP_IF_EQUAL, len(numbers) - i + 2, 0, number) for i, number in enumerate(numbers.values())]
     return [*steps, (JUMP_IF_LARGER, 1, 0, NEWEST), *((RETURN, 0, 0, end) for end in (REFUSE, UNKNOWN, ALLOW))]
 
 
@@ -96,11 +96,11 @@ def _value_check(where: int, values: Sequence[int]) -> list[Step]:
     return [(LOAD, 0, 0, where), *compare, (RETURN, 0, 0, REFUSE)]
 
 
-def readable() -> list[str]:
+def readable() -> set[Path]:
     """Folders and files of the interpreter, of its packages, and of the system's libraries."""
-    homes = dict.fromkeys((sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix))
-    own = [os.path.join(home, name) for home in homes for name in ("lib", "lib64")]
-    return [path for path in dict.fromkeys([*own, *LIBRARIES, *FILES]) if os.path.exists(path)]
+    homes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
+    own = (f"{home}/{name}" for home in homes for name in ("lib", "lib64"))
+    return {path for path in map(Path, (*own, *LIBRARIES, *FILES)) if path.exists()}
 
 
 def read_libraries_alone(libc: ctypes.CDLL) -> bool:
@@ -114,8 +114,8 @@ def read_libraries_alone(libc: ctypes.CDLL) -> bool:
     rights = (1 << 13 + (version >= 2) + (version >= 3) + (version >= 5)) - 1
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = libc.syscall(LANDLOCK_CREATE_RULESET, struct.pack("QQQ", rights, NETWORK, SCOPES)[:size], size, 0)
-    given = [(path, READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE) for path in readable()]
-    for path, right in [*given, (os.devnull, READ_FILE | WRITE_FILE)]:
+    given = {path: READ_FILE | READ_DIR if path.is_dir() else READ_FILE for path in readable()}
+    for path, right in {**given, Path(os.devnull): READ_FILE | WRITE_FILE}.items():
         place = os.open(path, os.O_PATH)
         if libc.syscall(LANDLOCK_ADD_RULE, rules, PATH_BENEATH, struct.pack("=Qi", right, place), 0) != 0:
             return False
