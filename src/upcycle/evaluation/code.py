@@ -1,11 +1,13 @@
 """Benchmarks whose answers are programs: a model's answer is run with its tests, apart from everything else."""
 
 import re
+import secrets
 import subprocess
 import sys
-import tempfile
 import textwrap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
@@ -17,7 +19,8 @@ MEGABYTES = 1024
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 WARNING = (
     "--allow-code: programs that the model writes will be run, each in a process of its own with "
-    f"{SECONDS} s of processor time, {MEGABYTES} MB, no network and no place to write; they can read what you can"
+    f"{SECONDS} s of processor time and {MEGABYTES} MB; it can read the libraries of Python and of the system, write "
+    "nothing, and reach no network and no other process"
 )
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Threads are refused, and numpy would ask for some."""
@@ -33,30 +36,61 @@ def extract_code(answer: str) -> str:
 def passes(answer: str, setup: str, tests: Sequence[str], seconds: int = SECONDS, megabytes: int = MEGABYTES) -> bool:
     """Whether the program in an answer runs with its tests to the end.
 
+    The tests are sent once the answer has run. A process that says of a wrong assertion that it held has been tampered
+    with, and has passed nothing; `sandbox` says what this can and cannot show.
+
     Raises:
         UpcycleError: this machine cannot isolate a process, or not start it.
     """
-    program = "\n".join([extract_code(answer), setup, *tests])
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", str(Path(sandbox.__file__)), str(seconds), str(megabytes)],
-                input=program.encode("utf-8", "replace"),
-                capture_output=True,
-                cwd=folder,
-                env=NO_THREADS,
-                timeout=2 * seconds,
-                start_new_session=True,  # no terminal, into which it could type
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return False
-    if done.returncode == sandbox.NO_ISOLATION:
-        raise UpcycleError(
-            "programs that a model writes can be run on Linux alone (5.13 or newer, x86_64 or aarch64) with seccomp "
-            "and Landlock; this machine lacks one of them: leave the task out"
-        )
-    if done.stdout != sandbox.READY:
-        said = done.stderr.decode(errors="replace").strip()[-500:]
-        raise UpcycleError(f"the process for a model's program could not start (exit {done.returncode}): {said}")
-    return done.returncode == sandbox.DONE
+    wrong = f"assert {secrets.randbits(30)} == {-secrets.randbits(30)}"
+    steps = [(extract_code(answer), True), (wrong, False), ("\n".join([setup, *tests]), True), (wrong, False)]
+    with _process(seconds, megabytes) as process:
+        return all(_ends(process, program) is expected for program, expected in steps)
+
+
+@contextmanager
+def _process(seconds: int, megabytes: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that waits for programs; killed at the end, and after twice the seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(Path(sandbox.__file__)), str(seconds), str(megabytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd="/",
+        env=NO_THREADS,
+        start_new_session=True,  # no terminal, into which it could type
+    )
+    watch = threading.Timer(2 * seconds, process.kill)
+    watch.start()
+    try:
+        assert process.stdout is not None
+        if process.stdout.read(len(sandbox.READY)) != sandbox.READY:
+            raise _not_started(process)
+        yield process
+    finally:
+        watch.cancel()
+        process.kill()
+        process.communicate()
+
+
+def _not_started(process: subprocess.Popen[bytes]) -> UpcycleError:
+    said = process.communicate()[1].decode(errors="replace").strip()[-500:]
+    if process.returncode != sandbox.NO_ISOLATION:
+        return UpcycleError(f"the process for a model's program could not start (exit {process.returncode}): {said}")
+    return UpcycleError(
+        "programs that a model writes can be run on Linux alone (5.13 or newer, x86_64 or aarch64) with seccomp "
+        "and Landlock; this machine lacks one of them: leave the task out"
+    )
+
+
+def _ends(process: subprocess.Popen[bytes], program: str) -> bool | None:
+    """Whether a program ends or raises; None if the process says neither, because it is gone or was tampered with."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    source, ended, raised = program.encode("utf-8", "replace"), *(secrets.token_bytes(sandbox.WORD) for _ in range(2))
+    try:
+        process.stdin.write(len(source).to_bytes(4, "big") + source + ended + raised)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
+    return {ended: True, raised: False}.get(process.stdout.read(sandbox.WORD))
