@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.data.chat import Sample
-from upcycle.disk import sync_files
 from upcycle.experts.kinds import load_for_training, load_routers, save_model, trained_parameters
 from upcycle.recipe import Recipe
-from upcycle.records.files import LOG
+from upcycle.records.files import LOG, is_whole, note_sizes
 from upcycle.training.fine_tune import Training, fine_tune
 from upcycle.types import Model
 from upcycle.weights.base import Base
@@ -33,18 +32,22 @@ def posttrain(
     Raises:
         UpcycleError: training diverges.
     """
-    if LOG.known(out_dir) is None:  # else only the Trainer's folder is left to be removed
+    if not is_whole(out_dir, _of_the_trainer):  # else only the Trainer's folder is left to be removed
         settings = recipe.posttrain
         model = load_for_training(initial, base.folder, recipe.lora.four_bit, settings.freeze)
         load_routers(model, router)
         _require_space(model, out_dir)
         title = "posttrain: mixture of experts"
-        training = Training(settings, recipe.seed, title, out_dir / TRAINER, keep=1, balance=settings)
+        training = Training(settings, recipe.seed, title, out_dir / TRAINER, newest_alone=True, balance=settings)
         record = fine_tune(model, base.tokenizer, train, training)
         save_model(model, out_dir, initial)
-        sync_files(out_dir)  # the log says that the weights are there
         LOG.write(out_dir, record)
+        note_sizes(out_dir)
     shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
+
+
+def _of_the_trainer(name: str) -> bool:
+    return name.startswith(f"{TRAINER}/")
 
 
 def _require_space(model: Model, out_dir: Path) -> None:
