@@ -18,8 +18,9 @@ test: $(READY)  ## lint, types, tests
 	$(BIN)/pytest
 	@echo "== all checks passed"
 
-torture: $(READY)  ## 1,000 damaged inputs against whole commands: about ten minutes; ends in one line of figures
+torture: $(READY)  ## 1,000 damaged inputs and 200 kills against whole commands: half an hour; a line of figures each
 	cd tests && ../$(BIN)/python fuzzing.py --cases 1000
+	cd tests && ../$(BIN)/python torture.py --kills 200
 
 clients: $(READY)  ## load small MoEs of every family in vLLM, llama.cpp and mistral.rs: half an hour the first time
 	@echo "== installing the clients into .clients (once; builds llama.cpp from source)"

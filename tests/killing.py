@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+ASKED = (signal.SIGINT, signal.SIGTERM)
 SECONDS = 120.0
 """That a command may take."""
 
@@ -52,28 +53,27 @@ class Ended:
         return self.changes[-1] if self.changes else ""
 
 
-def forked(words: list[str], scratch: Path, at: Instant | None = None, also: Callable[[], None] | None = None) -> Ended:
+def forked(words: list[str], scratch: Path, at: Instant | None = None) -> Ended:
     """A command in a copy of this process.
 
     Args:
         scratch: a folder for what it says.
-        also: called in the process before anything else.
     """
-    return Started(words, scratch, at, also).wait()
+    return Started(words, scratch, at).wait()
 
 
 class Started:
     """A forked process that goes on beside this one."""
 
-    def __init__(
-        self, words: list[str], scratch: Path, at: Instant | None = None, also: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, words: list[str], scratch: Path, at: Instant | None = None) -> None:
         self._at, self._begin = at, time.monotonic()
         self._files = [scratch / f"{os.urandom(4).hex()}.{name}" for name in ("out", "err", "changes")]
         sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # until the command begins
         self._pid = os.fork()
         if not self._pid:
-            _child(words, self._files, at, also)
+            _child(words, self._files, at)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
 
     def wait(self) -> Ended:
         """Until its end, or its signal's."""
@@ -91,7 +91,7 @@ class Started:
         return Ended(os.waitstatus_to_exitcode(found[1]), said, changes.splitlines(), seconds)
 
 
-def _child(words: list[str], files: list[Path], at: Instant | None, also: Callable[[], None] | None) -> None:
+def _child(words: list[str], files: list[Path], at: Instant | None) -> None:
     """Never returns."""
     status = 70
     try:
@@ -100,9 +100,10 @@ def _child(words: list[str], files: list[Path], at: Instant | None, also: Callab
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.argv = ["upcycle", *words]
-        if also:
-            also()
         _count(changes, at)
+        for number in ASKED:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
         status = _command()
     finally:
         os._exit(status)

@@ -12,9 +12,11 @@ import argparse
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,73 +24,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
-import yaml
-
+from jobs import JOBS, KINDS, RUNS, SHORT, Job, contents, differences, make_world, preload
 from killing import Ended, Instant, Started, forked, fresh
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STOPPED = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-NOT_REPRODUCED = ("costs.json", ".lock")
-"""Seconds and gigabytes; nothing at all."""
 STAGES = ("prepare", "expand", "assemble", "route", "posttrain", "evaluate")
+STAGE = re.compile(rf"/\.?({'|'.join(STAGES)})\b")
+SEALED = re.compile(r"os\.(rename|remove) \S+?/\w+(\.partial \S+|/inputs\.json)")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command that writes; in its words {case} is the case's folder, and {world} what all cases read."""
-
-    name: str
-    words: tuple[str, ...]
-    before: tuple[str, ...] = ()
-    """The command that makes what it starts from."""
-    done: str = ""
-    """What the same command says, and exits with 2, when it was done already."""
-
-
-def _run(*settings: str) -> tuple[str, ...]:
-    return ("run", "{world}/recipe.yaml", "--run", "{case}/run", *settings)
-
-
-ADOPT = _run("prepare.checkpoints=[{world}/c1, {world}/c2]", "route.start=upit", "evaluate.models=all")
-LORA = _run("prepare.train=lora", "lora.dropout=0.1")
-VARIANTS = ("a: {world}/recipe.yaml", "b: {world}/recipe.yaml assemble.shared=base")
-JOBS = (
-    Job("ffn", _run()),
-    Job("full", _run("prepare.train=full", "expand.merge=ties", "posttrain.balance_bias_rate=0.01")),
-    Job("lora", LORA),
-    Job("bottleneck", _run("prepare.train=bottleneck", "expand.copies_of=base")),
-    Job("by domain", _run("prepare.train=lora", "prepare.by_domain=true")),
-    Job("adopt", ADOPT),
-    Job("moved experts", (*ADOPT, "route.expert_learning_rate=0.001")),
-    Job("update", (*ADOPT, "expand.num_experts=4", "--update"), ADOPT),
-    Job("compare", ("compare", *VARIANTS, "--seeds", "1", "--out", "{case}/compared", "--no-keep-models")),
-    Job("export", ("export", "{case}/run", "--to", "{case}/out"), ADOPT, "is not empty"),
-    Job("fold", ("export", "{case}/run", "--fold", "--to", "{case}/out"), LORA, "is not empty"),
-    Job("report", ("report", "{case}/run"), ADOPT),
-    Job("inspect", ("inspect", "{case}/run", "--figure", "{case}/x.png"), ADOPT),
-    Job("benchmark", ("benchmark", "{case}/run", "--task-folder", "{world}/tasks"), ADOPT),
-)
-RUNS = JOBS[:8]
-"""Those that make a run; the first five are also what files are cut of."""
-KINDS = JOBS[:5]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every path below a folder to its content; of costs.json which stages it names."""
-    found = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/" for p in folder.rglob("*")}
-    for name in [name for name in found if Path(name).name in NOT_REPRODUCED]:
-        found[name] = " ".join(sorted(yaml.safe_load(found[name]) or ())).encode()
-    return found
-
-
-def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
-    """Missing, left over, other content; empty if there are none."""
-    names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    return ", ".join(f"{name} ({'missing' if name not in found else 'differs or is left over'})" for name in names[:6])
+def seconds_to_begin() -> float:
+    """Until when a new interpreter may not have come to our first line: with room, as other programs run too."""
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import upcycle.stopping"], check=True)
+    return 2 * (time.monotonic() - begin)
 
 
 @dataclass
@@ -107,13 +60,24 @@ class Torture:
 
     root: Path
     seed: int
+    jobs: tuple[Job, ...] = JOBS
     tried: Counter[str] = field(default_factory=Counter)
     held: Counter[str] = field(default_factory=Counter)
     signals: Counter[str] = field(default_factory=Counter)
     places: Counter[str] = field(default_factory=Counter)
     """What was being done when a kill came."""
+    resumes: int = 0
+    """Kills of a command that went on after one."""
+    refused: int = 0
+    """Cut files that are refused; the others do no harm."""
+    beginning: float = field(default_factory=seconds_to_begin)
     notes: list[str] = field(default_factory=list)
     _references: dict[str, Reference] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[Job]:
+        """The jobs that make runs of different kinds of experts."""
+        return [job for job in self.jobs if job in KINDS]
 
     @property
     def world(self) -> Path:
@@ -178,90 +142,65 @@ class Torture:
             self.held[what] += times
 
 
-def make_world(folder: Path) -> None:
-    """A base, checkpoints, rows, a recipe, tasks; modules that a forked process finds imported."""
-    with mock.patch("jaxtyping.install_import_hook"):
-        from conftest import make_dense, perturbed, write_rows
-
-    base = make_dense(folder / "base")
-    for i in (1, 2):
-        perturbed(base, folder / f"c{i}", i)
-    training = {"epochs": 1, "checkpoint_every": 0.5, "learning_rate": 1e-3, "warmup_fraction": 0.0}
-    training |= {"batch_size": 8, "micro_batch_size": 8}
-    values = {
-        "base": str(base),
-        "data": {"train": str(write_rows(folder / "rows.jsonl", 56)), "max_length": 64},
-        "prepare": training,
-        "lora": {"rank": 4},
-        "expand": {"num_experts": 3},
-        "route": {"min_samples_per_expert": 3, "epochs": 1, "start": "random"},
-        "posttrain": training,
-        "evaluate": {"models": "ends", "exact_match": False},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    (folder / "tasks").mkdir()
-    (folder / "tasks" / "say.jsonl").write_text('{"question": "copy ab", "choices": ["ab", "ba"], "answer": 0}\n' * 2)
-
-
-def preload() -> None:
-    """What every command imports, so that a forked one does not."""
-    import torch
-
-    import upcycle.cli
-    import upcycle.reporting.figures
-    import upcycle.stages.expert_preparation.prepare
-    import upcycle.stages.model_upcycling.export
-    import upcycle.stages.model_upcycling.posttrain
-    import upcycle.stages.router_initialization.route  # noqa: F401
-
-    torch.set_num_threads(1)
-
-
-def wrong_end(ended: Ended, at: Instant, begun: bool = True) -> str:
+def wrong_end(ended: Ended, at: Instant, begun: bool) -> str:
     """What is wrong with how a command ended that got a signal.
 
     Args:
         begun: whether the program had begun; until then the interpreter answers a signal in its own way.
     """
     lines = ended.said.strip().splitlines()
-    if ended.status == STOPPED[at.number] and (at.number == signal.SIGKILL or lines[-1:][0].startswith("stopped; go")):
-        return f"{ended.said[-900:]}" if "Traceback" in ended.said else ""
-    if not begun and (ended.status == -at.number or "site-packages" not in ended.said.replace("upcycle", "")):
+    said = at.number == signal.SIGKILL or (lines and lines[-1].startswith("stopped; go on with: upcycle "))
+    clean = "Traceback" not in ended.said and "Exception ignored" not in ended.said
+    if (ended.status == STOPPED[at.number] and said and clean) or not begun:
         return ""
     return f"exit {ended.status}: {ended.said[-900:]}"
 
 
-def where(ended: Ended, resuming: bool) -> str:
-    """What a command was at when it was killed."""
-    place = ended.place
-    if "manifest.json" in place or ("os.rename" in place and ".partial " in place):
-        return "sealing"
-    stage = next((stage for stage in STAGES if f"/{stage}" in place), "between stages")
-    return f"resuming {stage}" if resuming else stage
+def is_sealing(change: str) -> bool:
+    """Whether a change belongs to the sealing of a stage."""
+    return "/manifest.json" in change or "/.manifest.json" in change or SEALED.fullmatch(change) is not None
+
+
+def where(job: Job, ended: Ended) -> str:
+    """What a command was at when it was killed, as far as its last changes say."""
+    for change in reversed(ended.changes):
+        if is_sealing(change):
+            return "sealing"
+        if found := STAGE.search(change):
+            return found[1]
+    return f"beginning {job.words[0]}" if job in RUNS else job.words[0]
+
+
+def instant(draw: random.Random, reference: Ended, again: bool) -> Instant:
+    """Before a change (some of them while a stage is sealed), or at a time; sooner for a resume, which is shorter."""
+    share, number = draw.random() * (0.6 if again else 1.0), draw.choice(SIGNALS)
+    how = draw.random()
+    if how > 0.5:
+        return Instant(number, seconds=0.01 + share * reference.seconds)
+    sealing = [i for i, change in enumerate(reference.changes, 1) if is_sealing(change)]
+    if how < 0.15 and sealing and not again:
+        return Instant(number, change=draw.choice(sealing))
+    return Instant(number, change=1 + int(share * len(reference.changes)))
 
 
 def kill(torture: Torture, number: int) -> int:
     """A case: a command killed once or more, then left alone; how many kills it took."""
     draw = random.Random(f"{torture.seed}/kill {number}")
-    job = JOBS[number % len(JOBS)] if draw.random() < 0.7 else draw.choice(KINDS)
+    job = torture.jobs[number % len(torture.jobs)] if draw.random() < 0.7 else draw.choice(torture.kinds)
     reference = torture.reference(job).ended
     torture.begin(job)
     wrong, kills, told = "", 0, []
-    for again in range(draw.choice((1, 1, 1, 2, 4))):
-        share = draw.random() * (1.0 if again == 0 else 0.6)
-        chosen = draw.choice(SIGNALS)
-        if draw.random() < 0.5:
-            at = Instant(chosen, change=1 + int(share * len(reference.changes)))
-        else:
-            at = Instant(chosen, seconds=0.01 + share * reference.seconds)
+    for again in range(draw.choice((1, 1, 2, 4))):
+        at = instant(draw, reference, again > 0)
         ended = torture.run(job, at)
         told.append(str(at))
         if ended.status == 0 or (job.done and job.done in ended.said):
             continue  # it was quicker
         kills += 1
         torture.signals[at.number.name] += 1
-        torture.places[where(ended, again > 0)] += 1
-        wrong = wrong or wrong_end(ended, at)
+        torture.places[where(job, ended)] += 1
+        torture.resumes += again > 0
+        wrong = wrong or wrong_end(ended, at, begun=bool(ended.changes))
     wrong = torture.resumed(job) or wrong
     torture.count("kills", f"case {number}, {job.name}, {'; '.join(told)}", wrong, kills)
     return kills
@@ -270,13 +209,13 @@ def kill(torture: Torture, number: int) -> int:
 def kill_fresh(torture: Torture, number: int, until: float) -> int:
     """A command in a new interpreter, killed at some time up to `until` seconds, most of which are imports."""
     draw = random.Random(f"{torture.seed}/fresh {number}")
-    job, at = draw.choice(JOBS), Instant(draw.choice(SIGNALS), seconds=0.02 + draw.random() * until)
+    job, at = draw.choice(torture.jobs), Instant(draw.choice(SIGNALS), seconds=0.02 + draw.random() * until)
     torture.reference(job)
     torture.begin(job)
     ended = fresh(torture.words(job), at)
     if ended.status == 0:
         return 0
-    begun = at.seconds > 0.3
+    begun = at.seconds > torture.beginning
     wrong = wrong_end(ended, at, begun)
     torture.signals[at.number.name] += 1
     torture.places["import" if begun else "the interpreter's start"] += 1
@@ -288,7 +227,7 @@ def kill_fresh(torture: Torture, number: int, until: float) -> int:
 def cut(torture: Torture, number: int) -> None:
     """A kill, then files of working folders cut at any length: the same bytes in the end, or one line."""
     draw = random.Random(f"{torture.seed}/cut {number}")
-    job = draw.choice(RUNS)
+    job = draw.choice(torture.kinds)
     changes = len(torture.reference(job).ended.changes)
     torture.begin(job)
     torture.run(job, Instant(change=1 + draw.randrange(changes)))
@@ -302,8 +241,7 @@ def cut(torture: Torture, number: int) -> None:
         with path.open("r+b") as file:
             file.truncate(draw.randrange(path.stat().st_size + 1))
     ended = torture.run(job)
-    torture.tried["of them refused"] += ended.status == 2
-    torture.held["of them refused"] += ended.status == 2
+    torture.refused += ended.status == 2
     wrong = not_a_line(torture, ended) if ended.status else torture.changed(job)
     names = [str(path.relative_to(torture.case)) for path in chosen]
     torture.count("cut files", f"case {number}, {job.name}, {names}", wrong)
@@ -319,7 +257,7 @@ def not_a_line(torture: Torture, ended: Ended) -> str:
 def cut_sealed(torture: Torture, number: int) -> None:
     """A file of a sealed stage is cut: every verb names it."""
     draw = random.Random(f"{torture.seed}/sealed {number}")
-    job = draw.choice(KINDS)
+    job = draw.choice(torture.kinds)
     torture.reference(job)
     torture.begin(job)
     torture.run(job)
@@ -346,7 +284,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 def full_disk(torture: Torture, number: int) -> None:
     """A disk that is too small, one line; with more room the same bytes."""
     draw = random.Random(f"{torture.seed}/disk {number}")
-    job = JOBS[number % len(JOBS)]
+    job = torture.jobs[number % len(torture.jobs)]
     reference = torture.reference(job)
     start = sum(p.stat().st_size for p in reference.start.rglob("*") if p.is_file()) if reference.start else 0
     written = sum(map(len, reference.contents.values())) - start
@@ -368,7 +306,7 @@ def full_disk(torture: Torture, number: int) -> None:
 def two_at_once(torture: Torture, number: int) -> None:
     """Two processes in one folder, started within milliseconds or later: one works, the other says so or follows."""
     draw = random.Random(f"{torture.seed}/two {number}")
-    job = JOBS[number % len(JOBS)]
+    job = torture.jobs[number % len(torture.jobs)]
     reference = torture.reference(job)
     torture.begin(job)
     first = Started(torture.words(job), torture.root)
@@ -384,7 +322,7 @@ def two_at_once(torture: Torture, number: int) -> None:
 def read_only(torture: Torture, number: int) -> None:
     """Nobody may write: one line that names a file, and nothing lost."""
     draw = random.Random(f"{torture.seed}/read-only {number}")
-    job = JOBS[number % len(JOBS)]
+    job = torture.jobs[number % len(torture.jobs)]
     reference = torture.reference(job)
     torture.begin(job)
     torture.run(job, Instant(change=1 + draw.randrange(len(reference.ended.changes))))
@@ -401,7 +339,7 @@ def read_only(torture: Torture, number: int) -> None:
 
 def other_hashes(torture: Torture, number: int) -> None:
     """Another PYTHONHASHSEED, in an interpreter of its own: the same bytes."""
-    job = KINDS[number % len(KINDS)]
+    job = torture.kinds[number % len(torture.kinds)]
     torture.reference(job)
     torture.begin(job)
     ended = fresh(torture.words(job), more={"PYTHONHASHSEED": str(number + 1)})
@@ -454,7 +392,8 @@ def figures(torture: Torture) -> str:
     signals = ", ".join(f"{name} {torture.signals[name]}" for name in (s.name for s in SIGNALS))
     places = ", ".join(f"{place} {count}" for place, count in torture.places.most_common())
     first, *others = (f"{name}: {torture.held[name]} of {torture.tried[name]}" for name in torture.tried)
-    return "; ".join([f"{first} held ({signals}; {places})", *others, *torture.notes])
+    others[0] += f" ({torture.refused} refused in a line)"
+    return "; ".join([f"{first} held ({signals}; {torture.resumes} of a resume; {places})", *others, *torture.notes])
 
 
 def main() -> None:
@@ -462,10 +401,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to see one again")
+    parser.add_argument("--short", action="store_true", help="not every kind of command")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        torture = Torture(Path(folder), arguments.seed)
-        preload()
+        torture = Torture(Path(folder), arguments.seed, SHORT if arguments.short else JOBS)
+        preload(torture.jobs)
         make_world(torture.world)
         line = torment(torture, arguments.kills, arguments.first)
     print(line)

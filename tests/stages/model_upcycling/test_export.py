@@ -87,3 +87,23 @@ def test_what_cannot_be_folded_leaves_nothing_behind(base: Path, checkpoints: li
     with pytest.raises(UpcycleError, match="is a plain model already"):
         export(made, tmp_path / "out", True, "source")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_export_has_its_name_once_it_is_whole(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    made = assembled(base, checkpoints, tmp_path / "made")
+
+    def stopped(_: Path) -> None:
+        assert not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(made, tmp_path / "out", False, "source", finish=stopped)
+
+    def another(_: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("")
+
+    with pytest.raises(UpcycleError, match="out is not empty any more"):
+        export(made, tmp_path / "out", False, "source", finish=another)
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "out"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
