@@ -1,91 +1,171 @@
-"""Runs the pipeline in a child process that kills itself (SIGKILL) at a chosen point."""
+"""Commands in processes of their own, killed at a chosen instant: before the n-th change of a file system, or by time.
+
+A forked process has torch imported already; a fresh one has not. Audit hooks of the interpreter count the changes, so
+nothing that is tested is patched.
+"""
 
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle.pipeline.resume import run_stages
-from upcycle.pipeline.run import Run
-from upcycle.recipe import parse_recipe
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+ASKED = (signal.SIGINT, signal.SIGTERM)
+SECONDS = 120.0
+"""That a command may take."""
 
 
-def _kill(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+@dataclass(frozen=True)
+class Instant:
+    """When a process gets which signal: before its n-th change, or after so many seconds; neither: never."""
+
+    number: signal.Signals = signal.SIGKILL
+    change: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        when = f"change {self.change}" if self.change else f"{self.seconds:.3f} s"
+        return f"{self.number.name} at {when}"
 
 
-def _after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, but the process is killed at the given call."""
-    left = [calls]
+@dataclass(frozen=True)
+class Ended:
+    """What became of a process."""
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        return function(*args, **kwargs) if left[0] >= 0 else _kill()
+    status: int
+    """Exit status, or the signal that ended it, negative."""
+    said: str
+    """On stderr."""
+    changes: list[str]
+    """What it did to the file system, one after the other; only of a forked process."""
+    seconds: float
 
-    return wrapped
-
-
-def _after_some_files(folder: Any, **_: Any) -> None:
-    """Removes the weights of the Trainer's checkpoint, then dies: trainer_state.json is still there."""
-    for weights in Path(folder).rglob("model.safetensors"):
-        weights.unlink()
-    _kill()
-
-
-POINTS = (
-    "prepare",
-    "prepare tail",
-    "expand",
-    "assemble",
-    "assemble seal",
-    "route",
-    "posttrain",
-    "posttrain tail",
-    "posttrain rmtree",
-    "evaluate",
-)
-"""Where a run can be killed: in a stage's work, while it finishes its folders, while it is sealed."""
+    @property
+    def place(self) -> str:
+        """Its last change."""
+        return self.changes[-1] if self.changes else ""
 
 
-def arm(stage: str) -> None:
-    """Patch the code of a stage so that it dies at one of `POINTS`."""
-    import torch
+def forked(words: list[str], scratch: Path, at: Instant | None = None) -> Ended:
+    """A command in a copy of this process.
 
-    from upcycle.evaluation import evaluate
-    from upcycle.experts import ffn
-    from upcycle.pipeline import manifest
-    from upcycle.stages.expert_expansion import expand
-    from upcycle.stages.expert_preparation import prepare
-    from upcycle.stages.model_upcycling import posttrain
-    from upcycle.training.fine_tune import UpcyclingTrainer
-    from upcycle.weights.safetensors_io import ModelWriter
-
-    if stage in ("prepare", "posttrain"):
-        UpcyclingTrainer.training_step = _after(13, UpcyclingTrainer.training_step)  # step 7: past a checkpoint
-    elif stage == "prepare tail":
-        prepare._finish = _after(1, prepare._finish)  # the first of two checkpoints is finished
-    elif stage == "posttrain tail":
-        ffn.copy_companions = _kill  # the weights are written, the folder is not finished
-    elif stage == "posttrain rmtree":
-        posttrain.shutil.rmtree = _after_some_files
-    elif stage == "assemble seal":
-        manifest.hash_file = _after(3, manifest.hash_file)
-    elif stage == "expand":
-        expand.show_plan = _kill  # after plan.json is written, before the manifest
-    elif stage == "assemble":
-        ModelWriter.write = _after(20, ModelWriter.write)
-    elif stage == "route":
-        torch.optim.AdamW.step = _after(2, torch.optim.AdamW.step)
-    elif stage == "evaluate":
-        evaluate._score = _after(2, evaluate._score)
+    Args:
+        scratch: a folder for what it says.
+    """
+    return Started(words, scratch, at).wait()
 
 
-def run(values: dict[str, Any], folder: str, killed_in: str | None) -> None:
-    """All stages of a recipe in `folder`; dies in `killed_in`."""
-    import torch
+class Started:
+    """A forked process that goes on beside this one."""
 
-    torch.set_num_threads(1)
-    if killed_in:
-        arm(killed_in)
-    run_stages(Run(parse_recipe(values, "test"), Path(folder)))
+    def __init__(self, words: list[str], scratch: Path, at: Instant | None = None) -> None:
+        self._at, self._begin = at, time.monotonic()
+        self._files = [scratch / f"{os.urandom(4).hex()}.{name}" for name in ("out", "err", "changes")]
+        sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # until the command begins
+        self._pid = os.fork()
+        if not self._pid:
+            _child(words, self._files, at)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
+
+    def wait(self) -> Ended:
+        """Until its end, or its signal's."""
+        if self._at and self._at.seconds:
+            time.sleep(max(0.0, self._begin + self._at.seconds - time.monotonic()))
+            os.kill(self._pid, self._at.number)
+        while not (found := os.waitpid(self._pid, os.WNOHANG))[0]:
+            if time.monotonic() - self._begin > SECONDS:
+                os.kill(self._pid, signal.SIGKILL)
+            time.sleep(0.002)
+        seconds = time.monotonic() - self._begin
+        _, said, changes = (path.read_text(errors="replace") if path.exists() else "" for path in self._files)
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        return Ended(os.waitstatus_to_exitcode(found[1]), said, changes.splitlines(), seconds)
+
+
+def _child(words: list[str], files: list[Path], at: Instant | None) -> None:
+    """Never returns."""
+    status = 70
+    try:
+        out, err, changes = (os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND) for path in files)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.argv = ["upcycle", *words]
+        _count(changes, at)
+        for number in ASKED:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
+        status = _command()
+    finally:
+        os._exit(status)
+
+
+def _command() -> int:
+    from upcycle.__main__ import main
+
+    try:
+        main()
+        return 0
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:  # whatever it is, the interpreter would show it
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _count(changes: int, at: Instant | None) -> None:
+    """Note every change, and send the signal before the n-th."""
+    count = 0
+
+    def change(what: str) -> None:
+        nonlocal count
+        count += 1
+        os.write(changes, what.encode("utf-8", "replace").replace(b"\n", b" ") + b"\n")
+        if at and at.change == count:
+            os.kill(os.getpid(), at.number)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str) and (arguments[2] or 0) & WRITES:
+            change(f"open {arguments[0]}")
+        elif event in CHANGES:
+            change(" ".join([event, *(str(a) for a in arguments if isinstance(a, str | bytes))]))
+
+    sync = os.fsync
+
+    def fsync(handle: int) -> None:  # has no event of its own
+        change(f"fsync {Path(f'/proc/self/fd/{handle}').readlink()}")
+        sync(handle)
+
+    os.fsync = fsync
+    sys.addaudithook(hook)
+
+
+def fresh(words: list[str], at: Instant | None = None, more: Mapping[str, str] | None = None) -> Ended:
+    """A command in an interpreter of its own, which imports everything first."""
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "upcycle", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **(more or {})},
+        text=True,
+    )
+    try:
+        _, said = process.communicate(timeout=at.seconds if at else SECONDS)
+    except subprocess.TimeoutExpired:
+        process.send_signal(at.number if at else signal.SIGKILL)
+        _, said = process.communicate(timeout=SECONDS)
+    return Ended(process.returncode, said, [], time.monotonic() - begin)

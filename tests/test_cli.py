@@ -87,32 +87,21 @@ def test_checkpoints_of_another_architecture_are_named(
     assert f"{other}: intermediate_size is 64, but the base" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
-) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    expected = f"go on with: upcycle prepare {recipe_file} 'data.train=[a, b]' --run {tmp_path / 'run'} --update\n"
-    for function in ("run_stages", "load_recipe", "_quiet_libraries"):  # at any instant
-        with monkeypatch.context() as patch:
-            patch.setattr(cli, function, interrupted)
-            words = ("prepare", recipe_file, "data.train=[a, b]", "--run", tmp_path / "run", "--update")
-            assert call(patch, *words) == 130
-        assert capsys.readouterr().err == f"stopped; {expected}"
-
-
-def test_ctrl_c_while_the_program_is_imported_is_a_line_too() -> None:
+@pytest.mark.parametrize(("signal", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_says_how_to_go_on_also_while_the_program_is_imported(signal: str, status: int) -> None:
+    """Where an exception would be lost, too: in a destructor."""
     script = (
-        "import sys, upcycle.__main__ as m\n"
+        "import os, signal, sys, upcycle.__main__ as m\n"
         "class Stop:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.NAME)\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'upcycle.cli': raise KeyboardInterrupt\n"
+        "        if name == 'upcycle.cli': sys.meta_path.remove(self)\n"
         "sys.meta_path.insert(0, Stop())\n"
         "m.main()"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (130, "stopped; nothing had begun\n")
+    words = [sys.executable, "-c", script.replace("NAME", signal), "run", "r.yaml", "data.train=[a, b]"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, "stopped; go on with: upcycle run r.yaml 'data.train=[a, b]'\n")
 
 
 @pytest.mark.parametrize(
@@ -149,9 +138,11 @@ def test_a_full_disk_says_how_to_go_on(
         raise error
 
     monkeypatch.setattr(cli, "run_stages", full)
-    monkeypatch.setattr(cli, "_disk_full", lambda _: True)
-    assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run") == 2
-    assert "no space left on disk" in capsys.readouterr().err
+    monkeypatch.setattr("upcycle.studies.compare.compare", full)
+    monkeypatch.setattr(cli, "ALMOST_FULL_BYTES", 1 << 60)
+    for words in (("run", recipe_file, "--run"), ("compare", "a", "b", "--out")):
+        assert call(monkeypatch, *words, tmp_path / "run") == 2
+        assert f"no space left on the disk of {tmp_path / 'run'} (" in capsys.readouterr().err
 
 
 def test_assembly_that_will_not_fit_is_refused_beforehand(

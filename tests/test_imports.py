@@ -11,11 +11,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "upcycle"
 STAGES = {f"stages.{name}" for name in ("expert_preparation", "expert_expansion", "router_initialization")} | {
     "stages.model_upcycling"
 }
-LEAVES = {"errors", "console", "disk", "reading", "settings", "recipe", "types", "records"}
+LEAVES = {"errors", "console", "disk", "reading", "settings", "recipe", "types", "records", "stopping"}
 """They need nothing of the rooms below."""
 STANDARD = {"hashlib", "functools", "collections", "dataclasses", "math"}
 MAY_IMPORT = {
     "errors": set(),
+    "stopping": set(),
     "console": set(),
     "types": set(),
     "settings": set(),
@@ -52,7 +53,7 @@ MAY_IMPORT = {
         "__init__",
         *LEAVES,
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "stopping"},
     "__init__": {"pipeline", *LEAVES},
 }
 WITHOUT_TORCH = sorted(

@@ -1,17 +1,14 @@
 """The command, and `python -m upcycle`: small, so that Ctrl-C while the rest is imported is one line too."""
 
-import sys
+from upcycle.stopping import stop_on_signals
 
 
 def main() -> None:
     """See `cli.main`."""
-    try:
-        from upcycle import cli
+    stop_on_signals()
+    from upcycle import cli
 
-        cli.main()
-    except KeyboardInterrupt:
-        print("stopped; nothing had begun", file=sys.stderr)
-        raise SystemExit(130) from None
+    cli.main()
 
 
 if __name__ == "__main__":

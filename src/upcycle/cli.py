@@ -3,9 +3,10 @@
 import errno
 import gc
 import os
-import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +22,6 @@ from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_
 from upcycle.records.files import EVALUATE, POSTTRAIN, REPORT, RESULT
 
 ALMOST_FULL_BYTES = 32 << 20
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as in a shell; typer makes a KeyboardInterrupt of any instant into it."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -142,7 +141,8 @@ def compare(
     from upcycle.studies.compare import compare
 
     study = Study(variants, range(seeds), out, keep_models=keep_models, results=results)
-    comparison_figure(compare(study, force, against, match), out / "comparison.png")
+    with _writing(out):
+        comparison_figure(compare(study, force, against, match), out / "comparison.png")
     print(f"written: {COMPARISON.of(out)}, {out / 'comparison.png'}")
 
 
@@ -163,7 +163,8 @@ def sweep(
     from upcycle.reporting.figures import sweep_figure
     from upcycle.studies.sweep import sweep
 
-    sweep_figure(sweep(recipe, axes, seeds, out, keep_models), out / "sweep.png")
+    with _writing(out):
+        sweep_figure(sweep(recipe, axes, seeds, out, keep_models), out / "sweep.png")
     print(f"written: {SWEEP.of(out)}, {out / 'sweep.png'}")
 
 
@@ -175,7 +176,8 @@ def inspect(
     """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
     from upcycle.reporting.inspect import inspect
 
-    inspect(path, figure)
+    with _writing(figure.parent):
+        inspect(path, figure)
 
 
 # eight parameters: the options of the verb
@@ -203,7 +205,8 @@ def benchmark(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     chosen = choose_tasks(names, task_folder, allow_code)
     out = out or own_folder(models)
-    draw_benchmarks(run_benchmark(models, chosen, experts, out, limit, chat_template), out)
+    with _writing(out):
+        draw_benchmarks(run_benchmark(models, chosen, experts, out, limit, chat_template), out)
     print(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
 
 
@@ -256,10 +259,13 @@ def export(
 
     run = open_run(source) if is_run(source) else None
     verified(source / EVALUATE if run else source)
-    export(RESULT.of(source) if run else source, to, fold, dtype, base)
-    if run:
-        card = write_card(to, source, run.recipe, run.base.folder, kind_in(to).describe(to))
-        print(f"model card: {card}")
+
+    def card(folder: Path) -> None:
+        if run:
+            write_card(folder, to.name, source, run.recipe, run.base.folder, kind_in(folder).describe(folder))
+
+    with _writing(to):
+        export(RESULT.of(source) if run else source, to, fold, dtype, base, card)
     if push:
         _push(to, push)
 
@@ -286,12 +292,8 @@ def _execute(
             print(f"{stage:10} {todo if stage in stages else 'not asked for'}")
         return
     _quiet_libraries()
-    try:
+    with _writing(folder):
         run_stages(run, stages, update)
-    except Exception as error:
-        if isinstance(error, UpcycleError) or not _disk_full(folder):
-            raise
-        raise OSError(errno.ENOSPC, str(error)) from error  # libraries raise their own kinds on a full disk
     if EVALUATE in stages:
         from upcycle.pipeline.summary import show_summary
 
@@ -320,8 +322,19 @@ def _push(folder: Path, name: str) -> None:
     print(f"uploaded: https://huggingface.co/{name}")
 
 
-def _disk_full(folder: Path) -> bool:
-    return folder.exists() and shutil.disk_usage(folder).free < ALMOST_FULL_BYTES
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What runs inside writes there; an error of a full disk says so, whatever kind a library makes of it."""
+    try:
+        yield
+    except UpcycleError:
+        raise
+    except Exception as error:
+        there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path())
+        if shutil.disk_usage(there).free >= ALMOST_FULL_BYTES:
+            raise
+        said = str(error).strip().partition("\n")[0]
+        raise OSError(errno.ENOSPC, said, str(folder)) from error
 
 
 def _quiet_libraries() -> None:
@@ -352,12 +365,9 @@ def main() -> None:
         _stop(2, f"error: {error}")
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _stop(2, f"error: no space left on disk ({error}); make room and run the same command to resume")
+            line = f"error: no space left on the disk of {error.filename or 'a file'} ({error.strerror})"
+            _stop(2, f"{line}; make room, and go on with the same command")
         _stop(2, f"error: {error.filename or ''}: {error.strerror or error}".replace("error: :", "error:"))
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
-        _stop(INTERRUPTED, f"stopped; go on with: {shlex.join(['upcycle', *sys.argv[1:]])}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Files on disk: hashes of content, atomic writing, paths that stay in their folder."""
 
+import glob
 import hashlib
 import json
 import os
+import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +70,45 @@ def is_scratch(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(SCRATCH)
 
 
+def scratch_folder(target: Path) -> Path:
+    """A new hidden folder beside `target`, of this process alone; what killed ones of this machine left is removed."""
+    target, machine = target.absolute(), platform.node()
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(machine)}-*{SCRATCH}"):
+        if not _is_running(int(left.name.removesuffix(SCRATCH).rpartition("-")[2])):
+            shutil.rmtree(left)
+    made = target.with_name(f".{target.name}.{machine}-{os.getpid()}{SCRATCH}")
+    made.mkdir(parents=True)
+    return made
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True
+
+
 def sync_files(folder: Path) -> None:
     """Have everything in a folder on the disk, whatever happens next: what is written later may say that it is."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    sync_folder(folder)
+    sync_folders(folder)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The bytes of every file in a folder, by its relative path."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def sync_folders(folder: Path) -> None:
+    """Have the names in a folder and those in it on the disk."""
+    for path in (*folder.rglob("*/"), folder):
+        sync_folder(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Whole runs: killed and resumed, changed, damaged, with the user's own checkpoints."""
 
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import killing
 from conftest import make_dense, write_rows
 from upcycle.cli import app
 from upcycle.errors import UpcycleError
@@ -34,31 +32,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def child(values: dict[str, Any], folder: Path, killed_in: str | None) -> int:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing", "upcycle.training.fine_tune", "upcycle.evaluation.evaluate"])
-    process = context.Process(target=killing.run, args=(values, str(folder), killed_in))
-    process.start()
-    process.join()
-    return process.exitcode or 0
-
-
 def make(values: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Run:
     changed = {**values, **{name: {**values[name], **fields} for name, fields in sections.items()}}
     return Run(parse_recipe(changed, "test"), folder)
-
-
-def test_killed_in_every_stage_and_resumed_ends_in_the_same_bytes(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
-    assert child(tiny_recipe, tmp_path / "whole", None) == 0
-    for point in killing.POINTS:
-        assert child(tiny_recipe, tmp_path / "cut", point) == -9, point
-        stage = point.split()[0]
-        assert (tmp_path / "cut" / f"{stage}.partial").exists()
-        assert not (tmp_path / "cut" / stage).exists()
-    assert child(tiny_recipe, tmp_path / "cut", None) == 0
-    whole, cut = contents(tmp_path / "whole"), contents(tmp_path / "cut")
-    assert whole.keys() == cut.keys()
-    assert [name for name in whole if whole[name] != cut[name]] == []
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +340,75 @@ def test_a_kill_after_the_renaming_leaves_nothing_behind(copy: tuple[dict[str, A
     (folder / "route" / "inputs.json").write_text("{}")
     run_stages(make(values, folder))
     assert contents(folder / "route") == before
+
+
+def test_a_stage_that_was_half_taken_from_another_run_is_taken_whole(
+    copy: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, folder = copy
+    taken = tmp_path / "taken"
+    left = [3]
+
+    def killed(source: str, target: str) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        shutil.copyfile(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("upcycle.pipeline.resume._link_or_copy", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stages(make(values, taken), ("prepare",), donors=[folder])
+    run_stages(make(values, taken), ("prepare",), donors=[folder])
+    assert contents(taken / "prepare") == contents(folder / "prepare")
+    assert sorted(path.name for path in taken.iterdir()) == [".lock", "prepare", "recipe.yaml"]
+
+
+def test_an_outdated_stage_is_replaced_at_once(
+    copy: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, folder = copy
+    changed = {**values, "evaluate": {**values["evaluate"], "models": "all"}}
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("upcycle.pipeline.manifest.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stages(make(changed, folder), update=True)
+    assert [todo for _, todo in status(make(changed, folder))] == ["done"] * len(stage_names())
+    run_stages(make(changed, folder))
+    assert not list(folder.glob(".evaluate*"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"),
+    [
+        ("posttrain", "model.safetensors"),
+        ("posttrain", "log.json"),
+        ("prepare", "checkpoint-3/model.safetensors"),
+    ],
+)
+def test_what_is_cut_in_a_working_folder_is_made_again(
+    stage: str, place: str, copy: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By no kill, as it was on the disk before the next step began: but nobody can trust every disk."""
+    values, folder = copy
+    before = contents(folder / stage)
+    shutil.rmtree(folder / stage)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("upcycle.pipeline.resume.seal", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_stages(make(values, folder))
+    path = folder / f"{stage}.partial" / place
+    path.write_bytes(path.read_bytes()[:-9])
+    run_stages(make(values, folder))
+    assert contents(folder / stage) == before
 
 
 @pytest.mark.parametrize(

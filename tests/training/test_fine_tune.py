@@ -13,11 +13,12 @@ from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.recipe import Recipe
+from upcycle.records.files import note_sizes
 from upcycle.routing.routers import freeze
 from upcycle.settings import LoraSettings, PosttrainSettings, PrepareSettings, TrainingSettings
 from upcycle.stages.expert_preparation.prepare import tune
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
-from upcycle.training.checkpoints import last_checkpoint
+from upcycle.training.checkpoints import last_checkpoint, strip_resume_files
 from upcycle.training.fine_tune import Training, fine_tune
 from upcycle.weights.base import load_tokenizer
 from worlds import as_base, assembled, make_adapter, mixture
@@ -86,21 +87,44 @@ def test_an_interrupted_training_ends_in_the_same_weights(
 
     expected = train(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("upcycle.training.fine_tune.StripOlder", lambda: StopAt(5))
+        patch.setattr("upcycle.training.fine_tune.StripOlder", lambda _: StopAt(5))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "cut")
     assert last_checkpoint(tmp_path / "cut").name == "checkpoint-4"
     assert train(tmp_path / "cut") == expected
 
 
-def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
-    for step, state in ((2, "{}"), (4, '{"global_'), (6, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path).name == "checkpoint-2"
-    assert not (tmp_path / "checkpoint-4").exists()
+def make_checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        (folder / name).write_text(name)
+    note_sizes(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [("", 6), ("6/sizes.json", 4), ("6/model.safetensors", 4), ("6/optimizer.pt", 4), ("4/model.safetensors", 2)],
+)
+def test_training_goes_on_before_what_was_cut(file: str, expected: int, tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
+    make_checkpoint(tmp_path / "checkpoint-8").joinpath("sizes.json").unlink()  # it was being written
+    if file:
+        (tmp_path / f"checkpoint-{file}").write_text("{")
+    assert last_checkpoint(tmp_path).name == f"checkpoint-{expected}"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / f"checkpoint-{step}" for step in range(2, expected + 1, 2)]
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_resumed_from(tmp_path: Path) -> None:
+    for step in (2, 4):
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
+    strip_resume_files(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").write_text("")
+    assert last_checkpoint(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
@@ -126,7 +150,7 @@ def test_two_trainings_share_one_schedule(
 
     assert rates("first", 32, (0.0, 1 / 3)) == pytest.approx(expected[:4])
     with monkeypatch.context() as patch:
-        patch.setattr("upcycle.training.fine_tune.StripOlder", lambda: StopAt(5))
+        patch.setattr("upcycle.training.fine_tune.StripOlder", lambda _: StopAt(5))
         with pytest.raises(KeyboardInterrupt):
             rates("second", 64, (1 / 3, 1.0))
     assert rates("second", 64, (1 / 3, 1.0)) == pytest.approx(expected[4:])

@@ -12,6 +12,7 @@ from upcycle.console import warn
 from upcycle.errors import UpcycleError
 from upcycle.records.cost import Cost
 from upcycle.records.files import COSTS
+from upcycle.stopping import before_stopping
 
 
 def read_costs(run: Path) -> dict[str, Cost]:
@@ -23,18 +24,23 @@ def read_costs(run: Path) -> dict[str, Cost]:
 def measured(run: Path, stage: str, resumed: bool) -> Iterator[None]:
     """Record the cost of what runs inside; of a resumed stage, with what had been recorded when it was interrupted.
 
-    A process that is killed records nothing.
+    A process that is killed records nothing; one that is asked to stop does.
     """
     _reset_peaks()
     begin = time.monotonic()
-    try:
-        yield
-    finally:
+
+    def record() -> None:
         costs = _known_costs(run)
         before = costs.pop(stage, None)
         spent = time.monotonic() - begin
         cost = Cost(seconds=round(spent, 1), memory_gb=round(_resident_peak() / 1e9, 2), gpu_gb=_gpu_peak_gb())
         COSTS.write(run, {**costs, stage: cost.after(before) if before and resumed else cost})
+
+    try:
+        with before_stopping(record):
+            yield
+    finally:
+        record()
 
 
 def _known_costs(run: Path) -> dict[str, Cost]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.console import say, track
-from upcycle.disk import hash_file, inside, is_scratch, sync_folder
+from upcycle.disk import SCRATCH, hash_file, inside, is_scratch, sync_folder, sync_folders
 from upcycle.errors import UpcycleError
-from upcycle.records.files import INPUTS, MANIFEST
+from upcycle.records.files import INPUTS, MANIFEST, SIZES
 from upcycle.records.manifest import FORMAT, HASHED_WITH, Manifest, WrittenFile, library_versions
 
 Inputs = Mapping[str, str]
@@ -122,13 +122,28 @@ def seal(
         files=files,
         format=format,
     )
+    sync_folders(partial)
     MANIFEST.write(partial, manifest)
-    if folder.exists():
-        shutil.rmtree(folder)
+    sync_folder(partial)
+    if folder.exists():  # moved, as a folder that is half removed is nobody's
+        clear_up(folder)
+        folder.rename(_old(folder))
     partial.rename(folder)
-    (folder / INPUTS.name).unlink()  # until here a killed process leaves a folder that can be resumed
     sync_folder(folder.parent)
+    clear_up(folder)
     return manifest
+
+
+def clear_up(folder: Path) -> None:
+    """Remove what sealing a stage leaves when it is killed: the marks of a working folder, the folder before this."""
+    for path in (folder / INPUTS.name, *folder.rglob(SIZES.name)):
+        path.unlink(missing_ok=True)
+    if _old(folder).exists():
+        shutil.rmtree(_old(folder))
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old{SCRATCH}")
 
 
 def changed_inputs(old: Inputs, new: Inputs) -> str:
@@ -143,7 +158,8 @@ def _unused(partial: Path) -> Path:
 
 def _files(folder: Path) -> list[Path]:
     own = (folder / MANIFEST.name, folder / INPUTS.name)
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p not in own and not is_scratch(p))
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != SIZES.name and not is_scratch(p))
+    return sorted(p for p in files if p not in own)
 
 
 def _describe(path: Path, algorithm: str) -> WrittenFile:

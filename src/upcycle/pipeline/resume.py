@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from upcycle.console import say
-from upcycle.disk import write_text
+from upcycle.disk import SCRATCH, write_text
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import stages
 from upcycle.pipeline.costs import measured
-from upcycle.pipeline.manifest import changed_inputs, open_partial, partial_of, read_manifest, seal, verify
+from upcycle.pipeline.manifest import changed_inputs, clear_up, open_partial, partial_of, read_manifest, seal, verify
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import stage_names
@@ -67,7 +67,7 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
     inputs = _require_needs(run, stage)
     folder = run.folder / stage.name
     if _is_current(run, stage, inputs, update):
-        (folder / INPUTS.name).unlink(missing_ok=True)  # of a process that was killed as it sealed the stage
+        clear_up(folder)
         say(f"{stage.name}: done already, {folder}")
         return
     partial = open_partial(folder, inputs, update)
@@ -82,6 +82,9 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
 def _adopt_stage(run: Run, stage: Stage, donors: Sequence[Path]) -> None:
     """Take a missing stage from another run that made it from the same inputs: hard links, no bytes."""
     folder = run.folder / stage.name
+    copied = folder.with_name(f".{folder.name}{SCRATCH}")
+    if copied.exists():
+        shutil.rmtree(copied)  # of a process that was killed as it took the stage
     if folder.exists():
         return
     inputs = _require_needs(run, stage) if donors else {}
@@ -89,7 +92,8 @@ def _adopt_stage(run: Run, stage: Stage, donors: Sequence[Path]) -> None:
         manifest = read_manifest(donor / stage.name)
         if manifest is not None and manifest.inputs == inputs:
             say(f"{stage.name}: taken from {donor}, which made it from the same inputs")
-            shutil.copytree(donor / stage.name, folder, copy_function=_link_or_copy)
+            shutil.copytree(donor / stage.name, copied, copy_function=_link_or_copy)
+            copied.rename(folder)
             return
 
 

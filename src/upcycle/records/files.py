@@ -4,10 +4,13 @@ A run folder has `recipe.yaml` and a folder per stage, named like the verb that 
 `LINEAGE`; a comparison's folder has `COMPARISON` or `SWEEP` and a run folder for each variant and seed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from upcycle.disk import sizes, sync_files
+from upcycle.errors import UpcycleError
 from upcycle.records.benchmark import BenchmarkScores, ScoredModel
 from upcycle.records.comparison import Cell, Comparison, Sweep
 from upcycle.records.cost import Cost
@@ -84,6 +87,8 @@ REPORT = Place("", "report.html")
 MANIFEST: RecordFile[Manifest] = RecordFile("", "manifest.json", kind=Manifest)
 INPUTS: RecordFile[dict[str, str]] = RecordFile("", "inputs.json", kind=dict[str, str])
 """Marks a working folder with the inputs of the run that left it."""
+SIZES: RecordFile[dict[str, int]] = RecordFile("", "sizes.json", kind=dict[str, int])
+"""Of files in a folder that is being made, noted once they are on the disk: what is cut later is noticed."""
 LOG: RecordFile[TrainingRecord] = RecordFile("", "log.json", kind=TrainingRecord)
 """Of every training."""
 
@@ -115,6 +120,26 @@ BENCHMARK_OF: RecordFile[ScoredModel] = RecordFile("benchmark", "of.json", kind=
 # of a comparison
 COMPARISON: RecordFile[Comparison] = RecordFile("", "comparison.json", kind=Comparison)
 SWEEP: RecordFile[Sweep] = RecordFile("", "sweep.json", kind=Sweep)
+
+
+def note_sizes(folder: Path) -> None:
+    """Have what is in a folder on the disk, and note that it is whole."""
+    sync_files(folder)
+    SIZES.write(folder, {name: size for name, size in sizes(folder).items() if name != SIZES.name})
+
+
+def is_whole(folder: Path, but: Callable[[str], bool] = lambda _: False) -> bool:
+    """Whether every file that was noted has the size that it had then.
+
+    Args:
+        but: says of a file's name that it does not matter.
+    """
+    try:
+        noted = SIZES.known(folder)
+    except UpcycleError:
+        return False
+    found = sizes(folder)
+    return noted is not None and all(found.get(name) == size for name, size in noted.items() if not but(name))
 
 
 def run_of(comparison: Path, number: int, seed: int) -> Path:

@@ -25,17 +25,17 @@ PAPER = """@inproceedings{hui2025upcycling,
 }"""
 
 
-def write_card(folder: Path, run: Path, recipe: Recipe, base: Path, made: Description) -> Path:
+# six parameters: nothing is looked up here
+def write_card(folder: Path, name: str, run: Path, recipe: Recipe, base: Path, made: Description) -> None:
     """Write the card into an exported model folder.
 
     Args:
+        name: what the folder will be called.
         run: the finished run that it comes from.
         base: the dense model's folder, whose licence is inherited.
         made: what the folder holds.
     """
-    path = CARD.of(folder)
-    write_text(path, card_text(folder, run, recipe, licence_of(base), made))
-    return path
+    write_text(CARD.of(folder), card_text(folder, name, run, recipe, licence_of(base), made))
 
 
 def licence_of(base: Path) -> str | None:
@@ -49,7 +49,7 @@ def licence_of(base: Path) -> str | None:
     return str(licence) if licence else None
 
 
-def card_text(folder: Path, run: Path, recipe: Recipe, licence: str | None, made: Description) -> str:
+def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: str | None, made: Description) -> str:
     """Metadata, lineage, scores with errors, recipe, versions, citation."""
     data = ModelCardData(
         base_model=recipe.base if recipe.base.count("/") == 1 and not Path(recipe.base).exists() else None,
@@ -68,7 +68,7 @@ def card_text(folder: Path, run: Path, recipe: Recipe, licence: str | None, made
 {data.to_yaml()}
 ---
 
-# {folder.name}
+# {name}
 
 {made.what}, made of `{recipe.base}`: {_source(recipe)}
 

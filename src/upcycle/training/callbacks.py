@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from upcycle.console import Progress, warn
 from upcycle.errors import UpcycleError
 from upcycle.routing.load import DEAD, OVERLOADED, expert_share
-from upcycle.training.checkpoints import step_of, strip_resume_files
+from upcycle.training.checkpoints import remove, step_of, strip_resume_files
 from upcycle.training.loss_free import LossFreeBias
 
 WINDOW = 20
@@ -92,12 +92,15 @@ class StepBias(TrainerCallback):  # type: ignore[misc]
 
 
 class StripOlder(TrainerCallback):  # type: ignore[misc]
-    """Only the newest checkpoint keeps what a resume needs."""
+    """Only the newest checkpoint keeps what a resume needs, or the newest alone is kept."""
+
+    def __init__(self, newest_alone: bool) -> None:
+        self._clear = remove if newest_alone else strip_resume_files
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         for folder in Path(args.output_dir).glob("checkpoint-*"):
             if step_of(folder) < state.global_step:
-                strip_resume_files(folder)
+                self._clear(folder)
 
 
 class LoadMonitor:

@@ -1,10 +1,11 @@
 """Trainer checkpoints on disk: the newest complete one, and what a finished one keeps."""
 
 import shutil
+from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 
-from upcycle.errors import UpcycleError
-from upcycle.reading import read_json
+from upcycle.records.files import SIZES, is_whole
 
 STATE = "trainer_state.json"
 RESUME_FILES = (
@@ -19,14 +20,32 @@ RESUME_FILES = (
 
 
 def last_checkpoint(out_dir: Path) -> Path | None:
-    """The newest complete checkpoint-<step>; what a killed run left half-written is removed."""
-    complete = []
-    for folder in out_dir.glob("checkpoint-*"):
-        if _is_complete(folder):
-            complete.append(folder)
-        else:
-            shutil.rmtree(folder)
-    return max(complete, key=step_of, default=None)
+    """The newest checkpoint-<step> that training can go on from; what does not lead up to it is removed.
+
+    A checkpoint counts once its sizes are noted. Where a file of one has another size now, it and those after it are
+    made again.
+    """
+    folders = list(out_dir.glob("checkpoint-*"))
+    noted = sorted((folder for folder in folders if (folder / SIZES.name).is_file()), key=step_of)
+    kept = list(takewhile(lambda folder: is_whole(folder, _only_to_resume), noted))
+    while kept and not is_whole(kept[-1]):
+        kept.pop()
+    for folder in folders:
+        if folder not in kept:
+            remove(folder)
+    return kept[-1] if kept else None
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; a kill in between leaves one that does not count."""
+    (folder / SIZES.name).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def leave_newest(out_dir: Path) -> None:
+    """Remove all checkpoints but the newest; a kill may have left one before it."""
+    for folder in sorted(out_dir.glob("checkpoint-*"), key=step_of)[:-1]:
+        remove(folder)
 
 
 def step_of(folder: Path) -> int:
@@ -44,13 +63,9 @@ def strip_resume_files(folder: Path) -> None:
 def finish(folder: Path) -> None:
     """Leave nothing of the Trainer's in a checkpoint of a finished training."""
     strip_resume_files(folder)
-    (folder / STATE).unlink(missing_ok=True)
+    for name in (STATE, SIZES.name):
+        (folder / name).unlink(missing_ok=True)
 
 
-def _is_complete(folder: Path) -> bool:
-    # the Trainer writes trainer_state.json last
-    try:
-        read_json(folder / STATE, most_bytes=None)
-    except UpcycleError:
-        return False
-    return True
+def _only_to_resume(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in RESUME_FILES)

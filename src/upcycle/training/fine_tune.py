@@ -20,12 +20,13 @@ from upcycle.console import say
 from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import kind_of
+from upcycle.records.files import note_sizes
 from upcycle.records.training import TrainingRecord, log_entry
 from upcycle.routing.routers import RouterRecorder
 from upcycle.settings import PosttrainSettings, TrainingSettings
 from upcycle.training.balance import load_balancing_loss, router_z_loss
 from upcycle.training.callbacks import CheckpointSchedule, LoadMonitor, ShowProgress, StepBias, StripOlder
-from upcycle.training.checkpoints import last_checkpoint
+from upcycle.training.checkpoints import last_checkpoint, leave_newest
 from upcycle.training.loss_free import LossFreeBias
 from upcycle.types import Model, Tokenizer
 
@@ -106,9 +107,11 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Model, trial: object) -> None:
         if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
             self._stop_at("a weight is not finite")
-        if self.bias:  # before the rest, which says that the checkpoint is complete
+        if self.bias:
             self.bias.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            note_sizes(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _save(self, output_dir: str | None = None, state_dict: Inputs | None = None) -> None:
         """As the kind of experts wants it."""
@@ -146,8 +149,8 @@ class Training:
     title: str
     """What progress is called."""
     out_dir: Path
-    keep: int | None = None
-    """How many checkpoints stay (None: all; only the newest keeps its optimizer state)."""
+    newest_alone: bool = False
+    """Whether older checkpoints go, or stay without their optimizer state."""
     balance: PosttrainSettings | None = None
     """How a MoE's routers are balanced; None for a dense model."""
     span: tuple[float, float] = (0.0, 1.0)
@@ -164,6 +167,7 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
         UpcycleError: the loss or a weight is not finite, or the checkpoints would be less than a step apart.
     """
     settings, bar = training.settings, ShowProgress(training.title)
+    schedule = CheckpointSchedule(settings.epochs, settings.checkpoint_every)
     trainer = UpcyclingTrainer(
         model=model,
         balance=training.balance,
@@ -173,7 +177,7 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
             {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
         ),
         processing_class=tokenizer,
-        callbacks=[CheckpointSchedule(settings.epochs, settings.checkpoint_every), bar, StripOlder()],
+        callbacks=[schedule, bar, StripOlder(training.newest_alone)],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.bias:
@@ -183,6 +187,8 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
         say(f"{training.title}: resuming from {resume.name}")
     with trainer.watching(), closing(bar):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if training.newest_alone:
+        leave_newest(training.out_dir)
     log = [log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingRecord(
         rows=len(samples),
@@ -214,7 +220,6 @@ def _arguments(training: Training) -> SFTConfig:
         router_aux_loss_coef=0.0,  # ours is per layer
         save_strategy="steps",
         save_steps=NEVER,  # CheckpointSchedule decides
-        save_total_limit=training.keep,
         logging_steps=1,  # a longer window would start anew at a resume, and the log differ
         logging_nan_inf_filter=False,
         report_to=training.balance.report_to if training.balance else "none",

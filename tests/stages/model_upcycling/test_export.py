@@ -1,11 +1,13 @@
 """Export: a folder that stands alone, and what cannot be made into one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from upcycle.disk import scratch_folder
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import CONFIG
 from upcycle.experts.kinds import load_model
@@ -34,8 +36,10 @@ def test_a_plain_moe_is_copied_without_what_is_ours_alone(base: Path, checkpoint
 
 def test_a_mixture_is_folded_or_stays_compact(base: Path, tmp_path: Path) -> None:
     made = mixture(base, [make_adapter(base, tmp_path / str(seed), seed) for seed in (1, 2)], tmp_path / "made")
-    (tmp_path / "plain.partial").mkdir()  # an export that was interrupted
-    (tmp_path / "plain.partial" / "model.safetensors").write_text("half")
+    left = scratch_folder(tmp_path / "plain")
+    (left / "model.safetensors").write_text("half")
+    killed = left.rename(tmp_path / left.name.replace(f"-{os.getpid()}.", "-4194305."))  # above the highest process id
+    (tmp_path / "plain.partial").mkdir()  # the user's
     export(made, tmp_path / "plain", True, "source")
     export(made, tmp_path / "compact", False, "source")
     assert {path.name for path in (tmp_path / "plain").iterdir()} >= NAMES
@@ -43,7 +47,8 @@ def test_a_mixture_is_folded_or_stays_compact(base: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(logits(tmp_path / out), logits(made), rtol=0, atol=1e-5)
     sizes = [sum(p.stat().st_size for p in (tmp_path / out).iterdir()) for out in ("compact", "plain")]
     assert sizes[0] < sizes[1]
-    assert not (tmp_path / "plain.partial").exists()
+    assert not killed.exists()
+    assert (tmp_path / "plain.partial").exists()
 
 
 def test_a_mixture_is_folded_on_its_own_base_alone(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
@@ -82,3 +87,23 @@ def test_what_cannot_be_folded_leaves_nothing_behind(base: Path, checkpoints: li
     with pytest.raises(UpcycleError, match="is a plain model already"):
         export(made, tmp_path / "out", True, "source")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_export_has_its_name_once_it_is_whole(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    made = assembled(base, checkpoints, tmp_path / "made")
+
+    def stopped(_: Path) -> None:
+        assert not (tmp_path / "out").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(made, tmp_path / "out", False, "source", finish=stopped)
+
+    def another(_: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("")
+
+    with pytest.raises(UpcycleError, match="out is not empty any more"):
+        export(made, tmp_path / "out", False, "source", finish=another)
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "out"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.data.chat import Sample
-from upcycle.disk import sync_files
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
 from upcycle.recipe import Recipe
-from upcycle.records.files import CHECKPOINTS, LOG
+from upcycle.records.files import CHECKPOINTS, LOG, is_whole, note_sizes
 from upcycle.records.plan import Checkpoint
 from upcycle.records.training import TrainingRecord
 from upcycle.settings import PrepareSettings
@@ -37,19 +36,16 @@ def tune(kind: Kind, base: Base, train: Sequence[Sample], recipe: Recipe, out_di
     for name, samples in _trainings(train, settings):
         folder = out_dir / name
         folder.mkdir(exist_ok=True)
-        record = LOG.known(folder)
-        if record is None:  # else only the folders are left to be finished
+        if not is_whole(folder, _is_rewritten):  # else only the checkpoints are left to be finished
             model = kind.trainable(base, recipe.lora, recipe.seed)
             _require_space(kind, model, settings, out_dir)
-            title = f"prepare: instruction tuning {name}".strip()
-            keep = 1 if settings.by_domain else None
-            training = Training(settings, recipe.seed, title, folder, keep, span=(0.0, recipe.dense_share))
-            record = fine_tune(model, base.tokenizer, samples, training)
-            sync_files(folder)  # the log says that the checkpoints are there
-            LOG.write(folder, record)
-        records.append(record)
+            title, span = f"prepare: instruction tuning {name}".strip(), (0.0, recipe.dense_share)
+            training = Training(settings, recipe.seed, title, folder, settings.by_domain, span=span)
+            LOG.write(folder, fine_tune(model, base.tokenizer, samples, training))
+            note_sizes(folder)
+        records.append(LOG.read(folder))
         saved = sorted(folder.glob("checkpoint-*"), key=step_of)
-        for checkpoint in saved[-1:] if settings.by_domain else saved:
+        for checkpoint in saved:
             _finish(kind, checkpoint, base)
             kind.check_checkpoint(base, saved[-1], checkpoint)
             epoch = round(settings.epochs * step_of(checkpoint) / step_of(saved[-1]), 4)
@@ -82,6 +78,11 @@ def _require_space(kind: Kind, model: Model, settings: PrepareSettings, out_dir:
     needed = 4 * (saved + 2 * trained)  # fp32, and Adam's two moments once
     hint = "raise prepare.checkpoint_every"
     require_space(out_dir, needed, f"preparation ({settings.num_checkpoints or 'its'} checkpoints)", hint)
+
+
+def _is_rewritten(name: str) -> bool:
+    """Whether finishing a checkpoint may change or remove a file."""
+    return not (name.endswith(".safetensors") or name == LOG.name)
 
 
 def _finish(kind: Kind, folder: Path, base: Base) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from upcycle.console import say
 from upcycle.data.chat import Sample
-from upcycle.disk import sync_files
 from upcycle.experts.kinds import load_for_training, load_routers, save_model, trained_parameters
 from upcycle.recipe import Recipe
-from upcycle.records.files import LOG
+from upcycle.records.files import LOG, is_whole, note_sizes
 from upcycle.training.fine_tune import Training, fine_tune
 from upcycle.types import Model
 from upcycle.weights.base import Base
@@ -34,7 +33,7 @@ def posttrain(
     Raises:
         UpcycleError: training diverges.
     """
-    if LOG.known(out_dir) is None:  # else only the Trainer's folder is left to be removed
+    if not is_whole(out_dir, _of_the_trainer):  # else only the Trainer's folder is left to be removed
         settings = recipe.posttrain
         model = load_for_training(initial, base.folder, recipe.lora.four_bit, settings.freeze)
         load_routers(model, router)
@@ -45,12 +44,16 @@ def posttrain(
             say(
                 "posttrain: a schedule of its own, with a warm-up: given checkpoints do not say how far theirs had come"
             )
-        training = Training(settings, recipe.seed, title, out_dir / TRAINER, 1, settings, span=(begin, 1.0))
+        training = Training(settings, recipe.seed, title, out_dir / TRAINER, True, settings, span=(begin, 1.0))
         record = fine_tune(model, base.tokenizer, train, training)
         save_model(model, out_dir, initial)
-        sync_files(out_dir)  # the log says that the weights are there
         LOG.write(out_dir, record)
+        note_sizes(out_dir)
     shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
+
+
+def _of_the_trainer(name: str) -> bool:
+    return name.startswith(f"{TRAINER}/")
 
 
 def _require_space(model: Model, out_dir: Path) -> None:
