@@ -138,7 +138,7 @@ def to_row(value: Any, where: str) -> Row:
     tools = value.get("tools") or ()
     if not isinstance(tools, (list, tuple)):
         raise UpcycleError(f"{where}: 'tools' is {brief(tools)}, expected a list of schemas")
-    _check_encodable([messages, value.get("domain"), tools], where)
+    check_encodable([messages, value.get("domain"), tools], where)
     unread = frozenset(map(str, value)) - READ
     return Row(tuple(messages), _domain(value.get("domain"), where), where, tuple(tools), unread)
 
@@ -152,7 +152,7 @@ def _domain(label: object, where: str) -> str:
     return str(label)
 
 
-def _check_encodable(value: Any, where: str) -> None:
+def check_encodable(value: Any, where: str) -> None:
     """Raises UpcycleError for half of a surrogate pair, which JSON may spell and no text can hold."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
