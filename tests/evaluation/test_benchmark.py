@@ -13,10 +13,11 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation.benchmark import Contender, asked_model, benchmark, check_names
 from upcycle.evaluation.tasks import check_row, read_rows, read_tasks
 from upcycle.experts.kinds import load_model
+from upcycle.pipeline.benchmarks import own_folder
 from upcycle.records.files import BENCHMARK_SCORES
 from upcycle.reporting.figures import draw_benchmarks
 from upcycle.routing.routers import RouterRecorder
-from upcycle.studies.benchmark import choose_tasks, contenders, own_folder, run_benchmark
+from upcycle.studies.benchmark import choose_tasks, contenders, run_benchmark
 from upcycle.weights.base import load_tokenizer
 from upcycle.weights.folders import find_model
 from worlds import assembled

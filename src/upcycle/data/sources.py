@@ -103,8 +103,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
     """The decoded lines of a JSONL file, plain or .gz, each with its place; empty lines are passed over.
 
     Raises:
-        UpcycleError: a line that is not JSON, or a file that is not UTF-8.
+        UpcycleError: no such file, a line that is not JSON, or a file that is not UTF-8.
     """
+    if not path.is_file():  # a pipe or a device would never end
+        raise UpcycleError(f"{path} is not a file that can be read")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:

@@ -30,6 +30,7 @@ from upcycle.records.manifest import library_versions
 from upcycle.records.record import read_record, write_record
 from upcycle.routing.routers import ForcedRouter, RowExperts, num_experts, swapped_routers
 from upcycle.types import Model, Tokenizer
+from upcycle.weights.base import open_tokenizer
 from upcycle.weights.folders import TEMPLATE
 from upcycle.weights.hashing import hash_model
 
@@ -114,12 +115,10 @@ def benchmark(
 @contextmanager
 def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
     """The model, forced to an expert if asked, and its tokenizer."""
-    from transformers import AutoTokenizer
-
     device = pick_device()
     model = load_model(contender.folder, compute_dtype(device), device, contender.base)
-    own = any(contender.folder.glob("tokenizer*")) or contender.base is None  # a user's checkpoint may have none
-    tokenizer = AutoTokenizer.from_pretrained(contender.folder if own else contender.base, trust_remote_code=False)
+    own = any(contender.folder.glob("tokenizer*"))  # a user's checkpoint may have none
+    tokenizer = open_tokenizer(contender.folder if own else contender.base or contender.folder)
     if contender.expert is None:
         yield model, tokenizer
         return
@@ -154,7 +153,7 @@ def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, 
 
 
 def _evaluate(lm: Any, task: Task, limit: int | None, chat: bool) -> Any:
-    """As lm-eval's `simple_evaluate`, which besides lists every installed package and asks git, for each model and task."""
+    """As lm-eval's `simple_evaluate`, which besides lists every installed package, each time."""
     import numpy as np
     from lm_eval.evaluator import evaluate
 
@@ -177,7 +176,7 @@ def asked_model(network: Model, tokenizer: Tokenizer, length: int) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    class Asked(HFLM):  # type: ignore[misc]
+    class AskedHFLM(HFLM):  # type: ignore[misc]
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
             bare = context.rstrip()
             head = self.tok_encode(bare) if bare else []
@@ -193,7 +192,7 @@ def asked_model(network: Model, tokenizer: Tokenizer, length: int) -> Any:
                 )
             return question, choice
 
-    return Asked(
+    return AskedHFLM(
         pretrained=network,
         tokenizer=tokenizer,
         batch_size=BATCH_SIZE,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from upcycle.errors import UpcycleError
 from upcycle.reading import read_json
+from upcycle.records.files import ROUTER_BIAS, TRAINER_STATE
 
-STATE = "trainer_state.json"
 RESUME_FILES = (
     "optimizer.pt",
     "scheduler.pt",
@@ -14,7 +14,7 @@ RESUME_FILES = (
     "rng_state*.pth",
     "training_args.bin",
     "README.md",
-    "router_bias.safetensors",
+    ROUTER_BIAS.name,
 )
 
 
@@ -44,13 +44,12 @@ def strip_resume_files(folder: Path) -> None:
 def finish(folder: Path) -> None:
     """Leave nothing of the Trainer's in a checkpoint of a finished training."""
     strip_resume_files(folder)
-    (folder / STATE).unlink(missing_ok=True)
+    TRAINER_STATE.of(folder).unlink(missing_ok=True)
 
 
 def _is_complete(folder: Path) -> bool:
-    # the Trainer writes trainer_state.json last
     try:
-        read_json(folder / STATE, most_bytes=None)
+        read_json(TRAINER_STATE.of(folder), most_bytes=None)
     except UpcycleError:
         return False
     return True

@@ -68,6 +68,20 @@ def template_text(name: str) -> str:
     return read_text(path)
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder, as it is.
+
+    Raises:
+        UpcycleError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # missing files surface as several kinds
+        raise UpcycleError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
+
+
 def load_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a model folder.
 
@@ -77,12 +91,7 @@ def load_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
     Raises:
         UpcycleError: it has no template and none is given, or it gives no character offsets.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # missing files surface as several kinds
-        raise UpcycleError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
+    tokenizer = open_tokenizer(folder)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
