@@ -204,14 +204,12 @@ def benchmark(
     ] = False,
 ) -> None:
     """Score models on benchmarks through lm-evaluation-harness: base, checkpoints, experts and MoE of a run."""
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
     out = out or own_folder(models)
-    if not names and task_folder is None:
-        raise UpcycleError("no task: give --tasks with names that lm-eval knows, or --task-folder with *.jsonl files")
     _quiet_libraries()
     from upcycle.reporting.figures import draw_benchmarks
     from upcycle.studies.benchmark import choose_tasks, run_benchmark
 
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
     chosen = choose_tasks(names, task_folder, allow_code)
     draw_benchmarks(run_benchmark(models, chosen, experts, out, limit, chat_template), out)
     print(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from upcycle.errors import UpcycleError
 from upcycle.records import files
 from upcycle.records.comparison import Measures, Sweep
-from upcycle.records.files import COSTS, LOG, MANIFEST, PLAN, SCORES, SWEEP, RecordFile
+from upcycle.records.files import BENCHMARK_SCORES, COSTS, LOG, MANIFEST, PLAN, SCORES, SWEEP, RecordFile
 from upcycle.records.plan import Expert
 from upcycle.records.scores import ModelScores
 from upcycle.records.training import TrainingRecord, log_entry
@@ -167,6 +167,22 @@ def test_a_comparison_that_contradicts_itself_is_refused(changes: Any, message: 
 def test_scores_by_domain_have_one_over_all(field: str) -> None:
     with pytest.raises(ValidationError, match="there is no `all` among math"):
         measured(**{field: {"math": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"a": {"x": {"rows": 1, "acc,none": 1.0}}, "b": {}}, "different tasks, or on none"),
+        ({"a": {"x": {"rows": 1, "acc,none": 1.0}}, "b": {"y": {"rows": 1, "acc,none": 1.0}}}, "different tasks"),
+        ({"a": {}}, "different tasks, or on none"),
+        ({"a": {"x": {"rows": 1, "acc_stderr,none": 1.0}}}, r"a\.x: .*there is no figure of lm-eval's"),
+        ({"a": {"x": {"rows": 1, "acc,none": 1.0, "expert_share": [[0.5], [0.5, 0.5]]}}}, "layers have different num"),
+    ],
+)
+def test_benchmark_scores_that_are_no_table_are_refused(scores: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / BENCHMARK_SCORES.name).write_text(json.dumps(scores))
+    with pytest.raises(UpcycleError, match=rf"benchmark\.json is damaged: .*{message}"):
+        BENCHMARK_SCORES.read(tmp_path)
 
 
 def test_a_hash_must_look_like_one(tmp_path: Path) -> None:

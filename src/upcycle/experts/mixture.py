@@ -195,7 +195,7 @@ def check_ranks(config: MixtureConfig, tensors: Mapping[str, Tensor], folder: Pa
     """
     sizes: dict[int, set[int]] = {}
     for name, tensor in tensors.items():
-        if match := re.search(r"\.experts\.(\d+)\.", name):
+        if match := re.search(r"\.experts\.(\d{1,9})\.", name):
             sizes.setdefault(int(match[1]), set()).update(tensor.shape)
     for expert, rank in enumerate(config.expert_ranks):
         if rank not in sizes.get(expert, ()):

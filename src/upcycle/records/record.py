@@ -16,7 +16,15 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Loss = float
 """nan where a training diverged."""
-Shares = list[list[Share]]
+
+
+def _of_one_shape(shares: list[list[float]]) -> list[list[float]]:
+    if len({len(layer) for layer in shares}) != 1 or not shares[0]:
+        raise ValueError("layers have different numbers of experts, or none")
+    return shares
+
+
+Shares = Annotated[list[list[Share]], AfterValidator(_of_one_shape)]
 """Share of the routed slots per layer and expert: (layers, experts), rows sum to 1."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -74,4 +82,4 @@ def first_problem(error: ValidationError) -> str:
     if first["type"] == "json_invalid":
         return str(first["msg"])
     field = ".".join(map(str, first["loc"])) or "the whole"
-    return f"{field}: {first['msg']} (found {brief(first['input'])})"
+    return f"{field}: {first['msg'].removeprefix('Value error, ')} (found {brief(first['input'])})"

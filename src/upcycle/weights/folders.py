@@ -113,7 +113,7 @@ def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Mode
     from transformers import AutoModelForCausalLM
 
     quantized = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
-    read_config(folder)  # with errors that name the field
+    read_json(folder / "config.json")  # with errors that name the place
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **quantized
