@@ -49,7 +49,13 @@ def make_models(base: Path, work: Path, num_experts: int, k: int, rank: int) -> 
     for folder in (work / "mixture", work / "plain"):
         folder.mkdir(parents=True, exist_ok=True)
     mixture = MixtureConfig(
-        LORA_MIXTURE, str(base.resolve()), num_experts, k, (rank,) * num_experts, (2.0,) * num_experts
+        peft_type=LORA_MIXTURE,
+        base_model_name_or_path=str(base.resolve()),
+        num_experts=num_experts,
+        num_experts_per_tok=k,
+        expert_ranks=(rank,) * num_experts,
+        expert_scaling=(2.0,) * num_experts,
+        r=rank,
     )
     write_mixture(work / "mixture", mixture, tensors)
     LORA.fold(work / "mixture", work / "plain", "source", None)

@@ -1,6 +1,8 @@
 """The command line as a user meets it."""
 
 import errno
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from upcycle import cli
 from upcycle.disk import write_text
 from upcycle.pipeline.stages import stage_names
 from upcycle.recipe import shipped_recipes
+from upcycle.records.route import Ranking
 
 
 @pytest.fixture
@@ -128,6 +131,66 @@ def test_an_error_of_the_system_is_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("benchmark", "{file}", "--task-folder", "/nowhere"), "--out is needed"),
+        (("benchmark", "/nowhere", "--out", "{folder}"), "no task: give --tasks"),
+        (("export", "/nowhere", "--to", "{folder}"), "{folder} is not empty; give --to a new folder"),
+        (("export", "/nowhere", "--to", "{file}"), "{file} is a file; give --to a new folder"),
+        (("report", "/nowhere", "--out", "{folder}/no/r.html"), "{folder}/no/r.html cannot be written"),
+        (("report", "/nowhere", "--out", "{folder}"), "{folder} cannot be written: it is a folder; name a file"),
+        (("inspect", "/nowhere", "--figure", "{folder}/no/x.png"), "{folder}/no/x.png cannot be written"),
+    ],
+)
+def test_where_results_go_is_checked_before_anything_is_read(
+    words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, recipe_file: Path, capsys: Any
+) -> None:
+    places = {"file": recipe_file, "folder": recipe_file.parent}
+    assert call(monkeypatch, *(word.format(**places) for word in words)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message.format(**places)}")
+
+
+@pytest.mark.parametrize(
+    "words", [("inspect", "a\udcff"), ("run", "upit", "--run", "\udcff"), ("run", "upit", "--run", "x", "base=\udcff")]
+)
+def test_a_word_that_is_not_utf_8_is_refused(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert call(monkeypatch, *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {words[-1]!r} is not UTF-8")
+    assert said.count("\n") == 1
+
+
+def test_a_checkpoint_in_a_folder_that_is_not_utf_8_is_refused(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (odd / name).mkdir(parents=True)
+    monkeypatch.chdir(odd)
+    for given in ("[checkpoint-1, checkpoint-2]", "."):
+        assert call(monkeypatch, "prepare", recipe_file, "--run", tmp_path / "run", f"prepare.checkpoints={given}") == 2
+        said = capsys.readouterr().err
+        assert "\\udcff" in said
+        assert "is not UTF-8; rename" in said
+
+
+def test_a_result_that_cannot_be_recorded_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    def diverged(*_: Any) -> None:
+        Ranking(samples=1, accuracy=math.nan, accuracy_by_layer=[], most_frequent_share=0.5, chance=0.5)
+
+    monkeypatch.setattr(cli, "run_stages", diverged)
+    assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run") == 2
+    assert capsys.readouterr().err == (
+        "error: Ranking cannot be recorded: accuracy: Input should be less than or equal to 1 (found nan); "
+        "is a weight or a loss not finite?\n"
+    )
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("inline_container")])

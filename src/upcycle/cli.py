@@ -11,15 +11,30 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from upcycle import __version__
+from upcycle.disk import check_new, check_writable
 from upcycle.errors import UpcycleError
+from upcycle.pipeline.benchmarks import own_folder
 from upcycle.pipeline.manifest import verified
 from upcycle.pipeline.resume import run_stages, status
 from upcycle.pipeline.run import Run, is_run, open_run
 from upcycle.pipeline.stages import STAGES, stage_names
+from upcycle.reading import brief
 from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
-from upcycle.records.files import EVALUATE, POSTTRAIN, REPORT, RESULT
+from upcycle.records.files import (
+    COMPARISON,
+    COMPARISON_PICTURE,
+    EVALUATE,
+    POSTTRAIN,
+    REPORT,
+    RESULT,
+    SWEEP,
+    SWEEP_PICTURE,
+)
+from upcycle.records.record import first_problem
+from upcycle.settings import MOST_EXPERTS
 
 ALMOST_FULL_BYTES = 32 << 20
 
@@ -94,7 +109,7 @@ def settings() -> None:
 @app.command()
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.")],
-    num_experts: Annotated[int, typer.Option(min=2, max=4096, help="Experts per layer.")] = 8,
+    num_experts: Annotated[int, typer.Option(min=2, max=MOST_EXPERTS, help="Experts per layer.")] = 8,
     num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts active for a token.")] = 2,
     dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
 ) -> None:
@@ -135,15 +150,14 @@ def compare(
     if len(set(variants)) < 2:
         raise UpcycleError('compare needs two variants or more, such as "upit" "upit route.start=random"')
     _quiet_libraries()
-    from upcycle.records.files import COMPARISON
     from upcycle.reporting.figures import comparison_figure
     from upcycle.studies.cells import Study
     from upcycle.studies.compare import compare
 
     study = Study(variants, range(seeds), out, keep_models=keep_models, results=results)
     with _writing(out):
-        comparison_figure(compare(study, force, against, match), out / "comparison.png")
-    print(f"written: {COMPARISON.of(out)}, {out / 'comparison.png'}")
+        comparison_figure(compare(study, force, against, match), COMPARISON_PICTURE.of(out))
+    print(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
 
 
 @app.command()
@@ -159,13 +173,12 @@ def sweep(
 ) -> None:
     """Run every combination of settings with several seeds: score against data size, experts, anything."""
     _quiet_libraries()
-    from upcycle.records.files import SWEEP
     from upcycle.reporting.figures import sweep_figure
     from upcycle.studies.sweep import sweep
 
     with _writing(out):
-        sweep_figure(sweep(recipe, axes, seeds, out, keep_models), out / "sweep.png")
-    print(f"written: {SWEEP.of(out)}, {out / 'sweep.png'}")
+        sweep_figure(sweep(recipe, axes, seeds, out, keep_models), SWEEP_PICTURE.of(out))
+    print(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
 
 
 @app.command()
@@ -174,10 +187,16 @@ def inspect(
     figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),
 ) -> None:
     """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
+    check_writable(figure)
     from upcycle.reporting.inspect import inspect
 
+    made = None
+    if path.is_dir() and not is_run(path):
+        from upcycle.experts.kinds import holds_model, kind_in
+
+        made = kind_in(path).describe(path) if holds_model(path) else None
     with _writing(figure.parent):
-        inspect(path, figure)
+        inspect(path, figure, made)
 
 
 # eight parameters: the options of the verb
@@ -198,13 +217,13 @@ def benchmark(
     ] = False,
 ) -> None:
     """Score models on benchmarks through lm-evaluation-harness: base, checkpoints, experts and MoE of a run."""
+    out = out or own_folder(models)
     _quiet_libraries()
     from upcycle.reporting.figures import draw_benchmarks
-    from upcycle.studies.benchmark import choose_tasks, own_folder, run_benchmark
+    from upcycle.studies.benchmark import choose_tasks, run_benchmark
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     chosen = choose_tasks(names, task_folder, allow_code)
-    out = out or own_folder(models)
     with _writing(out):
         draw_benchmarks(run_benchmark(models, chosen, experts, out, limit, chat_template), out)
     print(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
@@ -221,9 +240,11 @@ def report(
 
     The report of a run that is part of a comparison shows the comparison too.
     """
+    if out is not None:
+        check_writable(out)
+    out = out or REPORT.of(folder)
     from upcycle.reporting.comparison import find_comparison, write_comparison_report
 
-    out = out or REPORT.of(folder)
     if (found := find_comparison(folder)) is not None:
         write_comparison_report(found, folder, out)
         return
@@ -252,6 +273,7 @@ def export(
 ) -> None:
     """Write the finished model as a folder that stands alone, with its model card; upload it if wanted."""
     _check_dtype(dtype)
+    check_new(to, "--to")
     _quiet_libraries()
     from upcycle.experts.kinds import kind_in
     from upcycle.reporting.card import write_card
@@ -360,7 +382,13 @@ def main() -> None:
     """Run the command that was typed; what a user can mend, or did, ends in one line without a traceback."""
     gc.set_threshold(100_000, 20, 20)  # importing torch and transformers makes millions of objects: 15% quicker
     try:
+        for word in sys.argv[1:]:
+            word.encode()
         app()
+    except UnicodeEncodeError as error:
+        _stop(2, f"error: {brief(error.object)} is not UTF-8; rename the file or folder")
+    except ValidationError as error:
+        _stop(2, f"error: {error.title} cannot be recorded: {first_problem(error)}; is a weight or a loss not finite?")
     except UpcycleError as error:
         _stop(2, f"error: {error}")
     except OSError as error:

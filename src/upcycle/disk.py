@@ -55,14 +55,48 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UpcycleError: there is no such folder.
     """
-    if not path.parent.is_dir():
-        raise UpcycleError(f"{path} cannot be written: {path.parent} is not a folder")
+    check_writable(path)
     scratch = path.with_name(f".{path.name}{SCRATCH}")
     with scratch.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Before any work whose result goes there.
+
+    Raises:
+        UpcycleError: there is no such folder, or a folder lies where the file would.
+    """
+    if not path.parent.is_dir():
+        raise UpcycleError(f"{path} cannot be written: {path.parent} is not a folder")
+    if path.is_dir():
+        raise UpcycleError(f"{path} cannot be written: it is a folder; name a file")
+
+
+def check_new(folder: Path, option: str) -> None:
+    """Before any work whose result goes there.
+
+    Raises:
+        UpcycleError: it holds something already, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UpcycleError(f"{folder} is {'not empty' if folder.is_dir() else 'a file'}; give {option} a new folder")
+
+
+def check_name(path: Path) -> Path:
+    """The path, if its whole name is text: it goes into records, which are UTF-8.
+
+    Raises:
+        UpcycleError: it is not UTF-8.
+    """
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise UpcycleError(f"{str(path.resolve())!r} is not UTF-8; rename the file or folder") from None
+    return path
 
 
 def is_scratch(path: Path) -> bool:

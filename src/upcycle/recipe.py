@@ -226,16 +226,16 @@ def _read(name: str) -> dict[str, Any]:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UpcycleError(f"override '{override}' is not of the form section.field=value")
+        raise UpcycleError(f"override {brief(override)} is not of the form section.field=value")
     *sections, field = key.split(".")
     for section in sections:
         inner = values.get(section) or {}
         if not isinstance(inner, dict):
-            raise UpcycleError(f"override '{override}': '{section}' is a value, not a section")
+            raise UpcycleError(f"override {brief(override)}: '{section}' is a value, not a section")
         values[section] = dict(inner)  # a copy: a YAML alias may name the same section twice
         values = values[section]
     try:
-        values[field] = _number(parse_yaml(text, f"override '{override}': the value"))
+        values[field] = _number(parse_yaml(text, f"override {brief(override)}: the value"))
     except UpcycleError as error:
         raise UpcycleError(f"{error}; quote it in the shell") from None
 

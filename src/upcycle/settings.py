@@ -5,6 +5,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST_EXPERTS = 4096
+"""Per layer."""
+
 
 class Settings(BaseModel):
     """A frozen section; unknown fields are errors."""
@@ -123,7 +126,7 @@ class LoraSettings(Settings):
 class ExpandSettings(Settings):
     """Stage 2, expert expansion: from the n checkpoints to any number of experts."""
 
-    num_experts: int = Field(8, ge=1, le=4096)
+    num_experts: int = Field(8, ge=1, le=MOST_EXPERTS)
     """Experts per MoE layer, m; 1 is a dense model in the same machinery."""
     copies_of: Literal["none", "last", "base"] = "none"
     """Instead of different experts, m copies of the last checkpoint or of the base (vanilla upcycling)."""

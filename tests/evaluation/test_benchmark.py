@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from upcycle.errors import UpcycleError
-from upcycle.evaluation.benchmark import Contender, benchmark, check_names
+from upcycle.evaluation.benchmark import Contender, asked_model, benchmark, check_names
 from upcycle.evaluation.tasks import check_row, read_rows, read_tasks
 from upcycle.experts.kinds import load_model
+from upcycle.pipeline.benchmarks import own_folder
 from upcycle.records.files import BENCHMARK_SCORES
 from upcycle.reporting.figures import draw_benchmarks
 from upcycle.routing.routers import RouterRecorder
-from upcycle.studies.benchmark import choose_tasks, contenders, own_folder, run_benchmark
+from upcycle.studies.benchmark import choose_tasks, contenders, run_benchmark
 from upcycle.weights.base import load_tokenizer
+from upcycle.weights.folders import find_model
 from worlds import assembled
 
 CHOICES = [
@@ -100,6 +102,42 @@ def test_a_model_without_a_template_is_named(checkpoints: list[Path], folder: Pa
         benchmark([Contender("bare", bare)], read_tasks(folder, ["choose"]), tmp_path / "out")
 
 
+def test_a_token_that_reaches_over_the_cut_belongs_to_the_question(tmp_path: Path) -> None:
+    """In the embedded tokenizer `assistant\\n`, the end of a question, is one token, and `assistant` nine."""
+    words = ["Rome", "Oslo is it", "a"]
+    rows = [{"question": f"say {w}", "choices": words, "answer": i} for i, w in enumerate(words)]
+    (tmp_path / "choose.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny = find_model("builtin:tiny")
+    found = benchmark([Contender("tiny", tiny)], read_tasks(tmp_path), tmp_path / "out")["tiny"]["choose"]
+    model, tokenizer = load_model(tiny, torch.float32), load_tokenizer(tiny, None)
+    hits = [max(range(3), key=loglikelihoods(model, tokenizer, row).__getitem__) == row["answer"] for row in rows]
+    assert found.figures["acc,none"] == pytest.approx(sum(hits) / 3)
+
+
+def test_questions_and_choices_are_cut_as_lm_eval_does_where_no_token_reaches_over(base: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    for folder, same in ((base, True), (find_model("builtin:tiny"), False)):
+        ours = asked_model(load_model(folder, torch.float32), load_tokenizer(folder, None), 64)
+        for question in ("say it ", "<|im_start|>assistant\n", "x"):
+            for choice in ("a b", " c\n"):
+                pair, theirs = ours._encode_pair(question, choice), HFLM._encode_pair(ours, question, choice)
+                assert (pair == theirs) is (same or "assistant" not in question)
+                assert pair[1] != []
+        assert ours._encode_pair("assistant", "\n")[1] != []  # one token, and not the question's
+        with pytest.raises(UpcycleError, match="the choice '' of the question 'x' has 0 tokens"):
+            ours._encode_pair("x", "")
+        with pytest.raises(UpcycleError, match="has 100 tokens; the model can score 1 to 64"):
+            ours._encode_pair("x", "!" * 100)
+
+
+def test_a_template_that_renders_no_question_is_named(base: Path, folder: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(base, tmp_path / "broken"))
+    (broken / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(UpcycleError, match=r"chat template of .*broken cannot render a question: no; mend it"):
+        benchmark([Contender("broken", broken)], read_tasks(folder, ["choose"]), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -107,12 +145,21 @@ def test_a_model_without_a_template_is_named(checkpoints: list[Path], folder: Pa
             {"question": "q", "choices": ["a", "b"], "answer": 2},
             "`answer` is 2, expected the index of one of 2 `choices`",
         ),
-        ({"choices": ["a", "b"], "answer": 0}, "`question` is None, expected str"),
+        ({"choices": ["a", "b"], "answer": 0}, "`question` is None, expected a string"),
+        (
+            {"question": "q", "choices": ["a", 2], "answer": 0},
+            r"`choices` is \['a', 2\], expected a list of two strings",
+        ),
+        ({"question": "q", "choices": ["a", " "], "answer": 0}, "`choices` is .*, none of them empty"),
+        ({"question": "q", "choices": ["a", "b"], "answer": True}, "`answer` is True, expected an integer"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 10**400}, r"`answer` is 1.{60,100}, expected the index"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 0, "context": []}, r"`context` is \[\], expected a string"),
+        ({"question": "q\ud800", "choices": ["a", "b"], "answer": 0}, "half of a surrogate pair"),
         ({"prompt": "p", "answer": 3}, "`answer` is 3, expected a string or a list of strings"),
         ({"prompt": "p"}, "`answer` is None, expected a string"),
-        ({"text": "p"}, "`prompt` is None, expected str"),
-        ({"prompt": "p", "test_list": "assert f()"}, r"`test_list` is 'assert f\(\)', expected list"),
-        ({"prompt": "p", "test_list": ["a"], "test_setup_code": []}, r"`test_setup_code` is \[\], expected str"),
+        ({"text": "p"}, "`prompt` is None, expected a string"),
+        ({"prompt": "p", "test_list": "assert f()"}, r"`test_list` is 'assert f\(\)', expected a list"),
+        ({"prompt": "p", "test_list": ["a"], "test_setup_code": []}, r"`test_setup_code` is \[\], expected a string"),
         ({"prompt": "p", "test_list": [1]}, r"`test_list` is \[1\], expected a list of strings"),
         ([1], "holds list, expected an object"),
     ],

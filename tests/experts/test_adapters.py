@@ -17,11 +17,20 @@ from worlds import make_adapter
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"alpha_pattern": {"layers.1.mlp.up_proj": 3}}, {"target_modules": ["down_proj"]}],
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"layers.1.mlp.up_proj": 3}},
+        {"target_modules": ["down_proj"]},
+        {"lora_alpha": None},
+    ],
     ids=str,
 )
 def test_what_an_adapter_adds_is_what_peft_merges(options: dict[str, Any], base: Path, tmp_path: Path) -> None:
-    folder = make_adapter(base, tmp_path, 1, **options)
+    without = [name for name, value in options.items() if value is None]  # then PEFT's default holds
+    folder = make_adapter(base, tmp_path, 1, rank=10, **{name: options[name] for name in options.keys() - without})
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({name: config[name] for name in config.keys() - without}))
     adapter = read_adapter(folder, read_config(base))
     dense, merged = (load_model(f, torch.float32, base=base).state_dict() for f in (base, folder))
     changed = {name for name in dense if not torch.equal(dense[name], merged[name])}
@@ -74,6 +83,26 @@ def test_damage_is_named(base: Path, tmp_path: Path) -> None:
     (folder / CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(UpcycleError, match="peft_type is 'IA3', expected 'LORA'"):
         read_adapter(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": "8"}, r"lora_alpha: Input should be a valid number \(found '8'\)"),
+        ({"lora_alpha": 1e308}, "lora_alpha: Input should be less than or equal to 1000000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: "),
+        ({"use_rslora": "no"}, r"use_rslora: Input should be a valid boolean \(found 'no'\)"),
+        ({"alpha_pattern": "x"}, "alpha_pattern: Input should be a valid dictionary"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is not a regular expression"),
+        ({"alpha_pattern": {"up_proj": None}}, r"alpha_pattern\.up_proj: Input should be a valid number"),
+    ],
+)
+def test_a_scale_that_is_none_is_named(changes: dict[str, Any], message: str, base: Path, tmp_path: Path) -> None:
+    folder = make_adapter(base, tmp_path, 1)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UpcycleError, match=rf"adapter_config\.json: {message}"):
+        read_adapter(folder, read_config(base))
 
 
 def test_a_field_that_nobody_here_knows_is_refused_if_it_is_on(base: Path, tmp_path: Path) -> None:

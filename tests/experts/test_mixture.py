@@ -1,6 +1,8 @@
 """The mixture of adapters as a model: what it computes, what it saves, what it refuses."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import CONFIG, WEIGHTS, is_adapter
 from upcycle.experts.kinds import load_model
 from upcycle.experts.lora import LORA
-from upcycle.experts.mixture import MixtureConfig, save_mixture
+from upcycle.experts.mixture import save_mixture
 from upcycle.records.plan import Expert
 from upcycle.routing.routers import freeze
 from upcycle.weights.folders import four_bit_config
@@ -120,9 +122,34 @@ def test_an_incomplete_or_foreign_folder_is_refused(made: Path, tmp_path: Path) 
         save_file(changed, tmp_path / WEIGHTS)
         with pytest.raises(UpcycleError, match=message):
             load_model(tmp_path, torch.float32)
-    (tmp_path / CONFIG).write_text('{"peft_type": "UPCYCLE_LORA_MOE", "base_model_name_or_path": "x"}')
-    with pytest.raises(UpcycleError, match="is not a mixture made by upcycle"):
-        MixtureConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_ranks": [4, 4]}, "expert_ranks has 2 values, but num_experts is 3"),
+        ({"expert_scaling": [1.0]}, "expert_scaling has 1 values, but num_experts is 3"),
+        ({"expert_ranks": []}, "expert_ranks has 0 values"),
+        ({"num_experts": 10**9}, "num_experts: Input should be less than or equal to 4096"),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4 of num_experts 3"),
+        ({"r": 99}, "r is 99, but the largest of expert_ranks is 10"),
+        ({"dtype": "save_file"}, "dtype: Input should be 'float32'"),
+        ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+        ({"expert_scaling": [1.0, 1.0, float("nan")]}, "expert_scaling.2: Input should be a finite number"),
+        (
+            {"expert_ranks": [10**12] * 3, "r": 10**12},
+            r"expert_ranks\[0\] is 1000000000000, but expert 0 has no tensor",
+        ),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_or_the_tensors_is_refused_before_memory_is_taken(
+    changes: dict[str, Any], message: str, made: Path, tmp_path: Path
+) -> None:
+    (tmp_path / WEIGHTS).write_bytes((made / WEIGHTS).read_bytes())
+    config = json.loads((made / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UpcycleError, match=f"adapter_config.json.*{message}"):
+        load_model(tmp_path, torch.float32)
 
 
 def test_fresh_bottlenecks_and_adapters_leave_the_base_as_it_is(base: Path, tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from upcycle.errors import UpcycleError
 from upcycle.records import files
-from upcycle.records.files import LOG, MANIFEST, PLAN, SCORES, RecordFile
+from upcycle.records.comparison import Measures, Sweep
+from upcycle.records.files import BENCHMARK_SCORES, COSTS, LOG, MANIFEST, PLAN, SCORES, SWEEP, RecordFile
 from upcycle.records.plan import Expert
 from upcycle.records.scores import ModelScores
 from upcycle.records.training import TrainingRecord, log_entry
+from upcycle.studies.statistics import summary
 from worlds import plan_of
 
 CHILD = Expert(name="child-2", kind="child", parents=(0, 1), weights=(0.25, 0.75), similarity=0.5)
@@ -111,6 +114,74 @@ def test_a_log_keeps_what_the_trainer_calls_its_figures(tmp_path: Path) -> None:
     (tmp_path / LOG.name).write_text(re.sub(r'"grad_norm": [0-9.]+', '"grad_norm": "big"', text))
     with pytest.raises(UpcycleError, match=r"log\.json is damaged: log\.0\.grad_norm: .* \(found 'big'\)"):
         LOG.read(tmp_path)
+
+
+def test_damage_says_what_to_do(tmp_path: Path) -> None:
+    for file, mend in (
+        (MANIFEST, "restore it, or rerun with --update to rebuild the stage"),
+        (COSTS, "restore it, or remove it: nothing else is made from it"),
+        (PLAN, "restore it, or make it again"),
+    ):
+        (tmp_path / file.name).write_text("{")
+        with pytest.raises(UpcycleError, match=rf"{file.name} is damaged: Invalid JSON.*; {mend}$"):
+            file.known(tmp_path)
+
+
+def measured(**changes: Any) -> Measures:
+    return Measures(**{"seed": 0, "data": "d", "tokens": {"prepare": 1}, "loss": {"all": 1.0}, **changes})
+
+
+COMPARED: dict[str, Any] = {
+    "variants": {"a": [measured()], "b": [measured()]},
+    "summary": summary({"a": [measured()], "b": [measured()]}, "ab", [{"x.y": "1"}, {"x.y": "2"}]),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"summary": COMPARED["summary"][::-1]}, r"summary has rows of \['b', 'a'\], but the variants are"),
+        ({"summary": COMPARED["summary"][:1]}, "summary has rows of"),
+        ({"variants": {"a": [measured()], "b": [measured()] * 2}}, r"different numbers of seeds, or none: \[1, 2\]"),
+        ({"variants": {"a": [], "b": []}}, r"different numbers of seeds, or none: \[0\]"),
+        ({"summary": [row.model_copy(update={"loss": None}) for row in COMPARED["summary"]]}, "row .* has no loss"),
+        (
+            {"summary": [r.model_copy(update={"benchmark": r.loss}) for r in COMPARED["summary"]]},
+            "benchmark is not there for all variants, or not for none: see a",
+        ),
+        ({"axes": ["x.z"]}, r"settings of a: there is no x\.z"),
+        ({"axes": []}, "axes: List should have at least 1 item"),
+    ],
+)
+def test_a_comparison_that_contradicts_itself_is_refused(changes: Any, message: str, tmp_path: Path) -> None:
+    good = Sweep(**COMPARED, recipe="r", grid=["x.y=1,2"], axes=["x.y"])
+    SWEEP.write(tmp_path, good)
+    assert repr(SWEEP.read(tmp_path)) == repr(good)  # nan is not itself
+    SWEEP.write(tmp_path, good.model_copy(update=changes))
+    with pytest.raises(UpcycleError, match=rf"sweep\.json is damaged: .*{message}"):
+        SWEEP.read(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["loss", "exact_match", "benchmark"])
+def test_scores_by_domain_have_one_over_all(field: str) -> None:
+    with pytest.raises(ValidationError, match="there is no `all` among math"):
+        measured(**{field: {"math": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ({"a": {"x": {"rows": 1, "acc,none": 1.0}}, "b": {}}, "different tasks, or on none"),
+        ({"a": {"x": {"rows": 1, "acc,none": 1.0}}, "b": {"y": {"rows": 1, "acc,none": 1.0}}}, "different tasks"),
+        ({"a": {}}, "different tasks, or on none"),
+        ({"a": {"x": {"rows": 1, "acc_stderr,none": 1.0}}}, r"a\.x: .*there is no figure of lm-eval's"),
+        ({"a": {"x": {"rows": 1, "acc,none": 1.0, "expert_share": [[0.5], [0.5, 0.5]]}}}, "layers have different num"),
+    ],
+)
+def test_benchmark_scores_that_are_no_table_are_refused(scores: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / BENCHMARK_SCORES.name).write_text(json.dumps(scores))
+    with pytest.raises(UpcycleError, match=rf"benchmark\.json is damaged: .*{message}"):
+        BENCHMARK_SCORES.read(tmp_path)
 
 
 def test_a_hash_must_look_like_one(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def cells(*losses: float, tokens: int = 1000) -> list[Measures]:
         Measures(
             seed=seed,
             data="0123456789abcdef",
-            tokens={"prepare": tokens, "posttrain": tokens},
+            tokens={"prepare": tokens, "route": 0, "posttrain": tokens},
             loss={"all": loss, "math": loss + 0.1, **({"logic": loss - 0.1} if seed else {})},
             dense={"base": Dense(loss={"all": 3.0}), "checkpoint-9": Dense(loss={"all": 1.5})},
         )
@@ -55,6 +55,7 @@ def test_it_says_which_is_better_and_whether_that_is_noise(tmp_path: Path) -> No
     assert "<td>sft</td><td>1.2000 ± 0.2000</td><td>1.3000 ± 0.2000</td><td>1.2000 ± 0.1414</td>" in text  # by domain
     assert "<td>sft</td><td>3.0000</td><td>1.5000</td><td>1.2000 ± 0.2000</td>" in text  # base, best checkpoint, MoE
     assert "<td>sft</td><td>1,000</td><td>1,000</td>" in text
+    assert "training tokens, route" not in text  # where no run trains, there is no column
     assert "&#39;&lt;ours&gt;: upit x=1&#39;" in text
     assert "0123456789ab." in text
 

@@ -11,7 +11,7 @@ import torch
 from upcycle.architectures.check import check
 from upcycle.console import console
 from upcycle.errors import UpcycleError
-from upcycle.experts.kinds import KINDS, load_model
+from upcycle.experts.kinds import KINDS, kind_in, load_model
 from upcycle.records.files import LOG, PLAN, SCORES
 from upcycle.records.plan import Checkpoint, ExpansionPlan
 from upcycle.records.scores import ModelScores
@@ -42,9 +42,9 @@ def moe(base: Path, checkpoints: list[Path], tmp_path: Path) -> Path:
 
 
 def test_a_moe_carries_its_lineage_with_it(moe: Path, tmp_path: Path, capsys: Any) -> None:
-    inspect(moe, tmp_path / "picture.png")
+    inspect(moe, tmp_path / "picture.png", kind_in(moe).describe(moe))
     said = capsys.readouterr().out
-    assert "mixtral, 6 experts, top-2" in said
+    assert f"{moe}: A mixtral mixture of 6 experts, top-2" in said
     assert "lineage (dare, drop rate 0.2, seed 0)" in said
     assert "E3 base" in said
     assert " E4 child-4 = " in said

@@ -35,12 +35,7 @@ def check_agreement(reader: ModelReader, config: Config) -> None:
             transformers cannot load the folder.
     """
     where = reader.folder
-    try:
-        model = load_dense(where, main_dtype(reader))
-    except UpcycleError:
-        raise
-    except Exception as error:  # wrong shapes and damaged files surface as several kinds
-        raise UpcycleError(f"{where} cannot be loaded by transformers, so it is not taken: {error}") from None
+    model = load_dense(where, main_dtype(reader))
     theirs, found = computed_fields(config), computed_fields(model.config.to_dict())
     for field in sorted(theirs.keys() - {TIED}):
         if theirs[field] != found.get(field):

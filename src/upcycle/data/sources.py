@@ -103,8 +103,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
     """The decoded lines of a JSONL file, plain or .gz, each with its place; empty lines are passed over.
 
     Raises:
-        UpcycleError: a line that is not JSON, or a file that is not UTF-8.
+        UpcycleError: no such file, a line that is not JSON, or a file that is not UTF-8.
     """
+    if not path.is_file():  # a pipe or a device would never end
+        raise UpcycleError(f"{path} is not a file that can be read")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
@@ -138,7 +140,7 @@ def to_row(value: Any, where: str) -> Row:
     tools = value.get("tools") or ()
     if not isinstance(tools, (list, tuple)):
         raise UpcycleError(f"{where}: 'tools' is {brief(tools)}, expected a list of schemas")
-    _check_encodable([messages, value.get("domain"), tools], where)
+    check_encodable([messages, value.get("domain"), tools], where)
     unread = frozenset(map(str, value)) - READ
     return Row(tuple(messages), _domain(value.get("domain"), where), where, tuple(tools), unread)
 
@@ -152,7 +154,7 @@ def _domain(label: object, where: str) -> str:
     return str(label)
 
 
-def _check_encodable(value: Any, where: str) -> None:
+def check_encodable(value: Any, where: str) -> None:
     """Raises UpcycleError for half of a surrogate pair, which JSON may spell and no text can hold."""
     try:
         json.dumps(value, ensure_ascii=False).encode()

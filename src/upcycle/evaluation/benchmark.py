@@ -5,6 +5,7 @@ twice and an interrupted benchmark goes on where it stopped.
 """
 
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,22 +23,27 @@ from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.score import routed_share
 from upcycle.experts.kinds import load_model
+from upcycle.reading import brief
 from upcycle.records.benchmark import BenchmarkScores, TaskScores, score_table
 from upcycle.records.files import BENCHMARK_SCORES, cached_score
 from upcycle.records.manifest import library_versions
 from upcycle.records.record import read_record, write_record
 from upcycle.routing.routers import ForcedRouter, RowExperts, num_experts, swapped_routers
 from upcycle.types import Model, Tokenizer
+from upcycle.weights.folders import TEMPLATE
 from upcycle.weights.hashing import hash_model
+from upcycle.weights.tokenizers import read_tokenizer
 
 Task = dict[str, Any] | str
 """A configuration of ours for lm-eval, or the name of a task that it knows."""
 BATCH_SIZE = 16
 """Rows."""
 BATCH_TOKENS = 4096
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 MEAN_WIDTH, CELL_WIDTH = 8, 18
 """Characters on the terminal."""
+SEED = 1234
+"""lm-eval's own."""
 STDERR_RESAMPLES = 100
 """Not 0, with which lm-eval leaves out the standard error of a mean too."""
 
@@ -109,12 +115,10 @@ def benchmark(
 @contextmanager
 def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
     """The model, forced to an expert if asked, and its tokenizer."""
-    from transformers import AutoTokenizer
-
     device = pick_device()
     model = load_model(contender.folder, compute_dtype(device), device, contender.base)
-    own = any(contender.folder.glob("tokenizer*")) or contender.base is None  # a user's checkpoint may have none
-    tokenizer = AutoTokenizer.from_pretrained(contender.folder if own else contender.base, trust_remote_code=False)
+    own = any(contender.folder.glob("tokenizer*"))  # a user's checkpoint may have none
+    tokenizer = read_tokenizer(contender.folder if own else contender.base or contender.folder)
     if contender.expert is None:
         yield model, tokenizer
         return
@@ -125,33 +129,17 @@ def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
 
 
 def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, chat: bool, routed: bool) -> TaskScores:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     length = network.config.max_position_embeddings
-    lm = HFLM(
-        pretrained=network,
-        tokenizer=tokenizer,
-        batch_size=BATCH_SIZE,
-        max_length=length,
-        trust_remote_code=False,
-    )
+    lm = asked_model(network, tokenizer, length)
     own = isinstance(task, dict)
     if isinstance(task, dict) and task["output_type"] == "generate_until":
         asked = task["generation_kwargs"]
         task = {**task, "generation_kwargs": {**asked, "max_gen_toks": min(asked["max_gen_toks"], length // 2)}}
     try:
-        result: Any = simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=_task_manager(include_defaults=not own),
-            limit=limit,
-            bootstrap_iters=STDERR_RESAMPLES,
-            apply_chat_template=chat,
-        )
+        result: Any = _evaluate(lm, task, limit, chat)
     except Exception as error:
-        if own:
+        if own or isinstance(error, UpcycleError):
             raise
         raise UpcycleError(_why_not(str(task), error)) from error  # lm-eval and what it loads raise any kind
     (name, scores), *_ = result["results"].items()
@@ -162,6 +150,55 @@ def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, 
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         share = routed_share(network, questions, BATCH_TOKENS, pad).tolist()
     return TaskScores(rows=result["n-samples"][name]["effective"], expert_share=share, **figures)
+
+
+def _evaluate(lm: Any, task: Task, limit: int | None, chat: bool) -> Any:
+    """As lm-eval's `simple_evaluate`, which besides lists every installed package, each time."""
+    import numpy as np
+    from lm_eval.evaluator import evaluate
+
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    loaded = _task_manager(include_defaults=isinstance(task, str)).load([task])
+    for asked in loaded["tasks"].values():
+        if asked.get_config("num_fewshot") is None:
+            asked.set_config(key="num_fewshot", value=0)
+        asked.set_fewshot_seed(seed=SEED)
+    return evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=STDERR_RESAMPLES, apply_chat_template=chat)
+
+
+def asked_model(network: Model, tokenizer: Tokenizer, length: int) -> Any:
+    """The model as lm-eval asks it, with choices told from their question also where tokens are longer than either.
+
+    lm-eval cuts at the number of the question's tokens, its white space at the end given to the choice. That is right
+    if no token reaches over the cut: `assistant\\n` may be one token, and `assistant` nine.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class AskedHFLM(HFLM):  # type: ignore[misc]
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            bare = context.rstrip()
+            head = self.tok_encode(bare) if bare else []
+            if head and self.tok_encode(context)[: len(head)] == head:
+                context, continuation = bare, context[len(bare) :] + continuation
+            question, whole = self.tok_encode(context), self.tok_encode(context + continuation)
+            joined = whole[: len(question)] == question
+            choice = whole[len(question) :] if joined else self.tok_encode(continuation, add_special_tokens=False)
+            if not 0 < len(choice) <= self.max_length:
+                raise UpcycleError(
+                    f"the choice {brief(continuation)} of the question {brief(context)} has {len(choice)} tokens; the "
+                    f"model can score 1 to {self.max_length}"
+                )
+            return question, choice
+
+    return AskedHFLM(
+        pretrained=network,
+        tokenizer=tokenizer,
+        batch_size=BATCH_SIZE,
+        max_length=length,
+        trust_remote_code=False,
+    )
 
 
 @cache
@@ -198,11 +235,21 @@ def _why_not(task: str, error: Exception) -> str:
 
 
 def _check_template(contender: Contender, tokenizer: Tokenizer, chat: bool) -> None:
-    if chat and not tokenizer.chat_template:
+    """Raises UpcycleError if a model that is to be asked as a chat has no template, or one that renders no question."""
+    if not chat:
+        return
+    if not tokenizer.chat_template:
         raise UpcycleError(
             f"{contender.folder} has no chat template; ask it as plain text with --no-chat-template, or give the model "
-            "folder a chat_template.jinja"
+            f"folder a {TEMPLATE}"
         )
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # jinja2 raises its own and the template's exceptions
+        raise UpcycleError(
+            f"the chat template of {contender.folder} cannot render a question: {error}; mend it, or ask as plain text "
+            "with --no-chat-template"
+        ) from None
 
 
 def _content(task: Task) -> Task:

@@ -10,23 +10,49 @@ A `_` in a question stands for the choice (Winogrande).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from upcycle.console import say, warn
-from upcycle.data.sources import read_jsonl
+from upcycle.data.sources import check_encodable, read_jsonl
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.code import WARNING, passes
+from upcycle.reading import brief
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"-?[\d,]*\.?\d+")
-FIELDS: dict[str, dict[str, type]] = {
-    "choice": {"question": str, "choices": list, "answer": int},
-    "answer": {"prompt": str},
-    "code": {"prompt": str, "test_list": list},
+Check = tuple[Callable[[Any], bool], str]
+"""What a field must be, and in words."""
+
+
+def _texts(value: Any, least: int) -> bool:
+    return isinstance(value, list) and len(value) >= least and all(isinstance(t, str) and t.strip() for t in value)
+
+
+TEXT: Check = (lambda value: isinstance(value, str), "a string")
+TEXT_IF_ANY: Check = (lambda value: value is None or isinstance(value, str), "a string, or leave it out")
+FIELDS: dict[str, dict[str, Check]] = {
+    "choice": {
+        "question": TEXT,
+        "context": TEXT_IF_ANY,
+        "choices": (lambda value: _texts(value, 2), "a list of two strings or more, none of them empty"),
+        "answer": (lambda value: type(value) is int, "an integer"),
+    },
+    "answer": {
+        "prompt": TEXT,
+        "answer": (
+            lambda value: _texts(value if isinstance(value, list) else [value], 1),
+            "a string or a list of strings, none of them empty",
+        ),
+    },
+    "code": {
+        "prompt": TEXT,
+        "test_list": (lambda value: _texts(value, 1), "a list of strings, none of them empty"),
+        "test_setup_code": TEXT_IF_ANY,
+    },
 }
 LONGEST_ANSWER, LONGEST_PROGRAM = 128, 512
 """Tokens that are generated, if the model can take twice as many."""
@@ -88,23 +114,13 @@ def check_row(row: Any, where: str) -> Row:
     """
     if not isinstance(row, dict):
         raise UpcycleError(f"{where} holds {type(row).__name__}, expected an object")
-    kind_of_row = kind_of(row)
-    for field, kind in FIELDS[kind_of_row].items():
-        if not isinstance(row.get(field), kind):
-            raise UpcycleError(f"{where}: `{field}` is {row.get(field)!r}, expected {kind.__name__}")
-    if kind_of_row == "choice":
-        count = len(row["choices"])
-        if count < 2 or not 0 <= row["answer"] < count:
-            raise UpcycleError(f"{where}: `answer` is {row['answer']}, expected the index of one of {count} `choices`")
-    if not isinstance(row.get("test_setup_code", ""), str):
-        raise UpcycleError(f"{where}: `test_setup_code` is {row['test_setup_code']!r}, expected str")
-    if kind_of_row == "code" and not (row["test_list"] and all(isinstance(test, str) for test in row["test_list"])):
-        raise UpcycleError(f"{where}: `test_list` is {row['test_list']!r}, expected a list of strings")
-    if kind_of_row != "answer":
-        return row
-    answers = row.get("answer") if isinstance(row.get("answer"), list) else [row.get("answer")]
-    if not answers or not all(isinstance(answer, str) and answer for answer in answers):
-        raise UpcycleError(f"{where}: `answer` is {row.get('answer')!r}, expected a string or a list of strings")
+    check_encodable(row, where)
+    for field, (fits, expected) in FIELDS[kind_of(row)].items():
+        if not fits(row.get(field)):
+            raise UpcycleError(f"{where}: `{field}` is {brief(row.get(field))}, expected {expected}")
+    if kind_of(row) == "choice" and not 0 <= row["answer"] < (count := len(row["choices"])):
+        found = brief(row["answer"])
+        raise UpcycleError(f"{where}: `answer` is {found}, expected the index of one of {count} `choices`")
     return row
 
 

@@ -4,9 +4,10 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,6 +18,7 @@ from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
 from upcycle.merging.low_rank import LowRank
 from upcycle.reading import brief, read_json
+from upcycle.records.record import first_problem
 from upcycle.types import Config
 from upcycle.weights.base import Base
 from upcycle.weights.safetensors_io import plain_name
@@ -54,6 +56,35 @@ SAME_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it is; PiSSA, OLoRA, LoftQ, CorDA and others change it."""
 
 
+Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
+
+
+class Scale(BaseModel):
+    """The fields that decide how much an adapter adds; PEFT's defaults."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    lora_alpha: Alpha = 8
+    use_rslora: bool | None = False
+    alpha_pattern: dict[str, Alpha] | None = None
+    """By a regular expression that ends the module's name."""
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _are_expressions(cls, patterns: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{brief(pattern)} is not a regular expression ({error})") from None
+        return patterns
+
+    def of(self, name: str) -> float:
+        """Alpha of a module; as PEFT, that of the first pattern that ends its name."""
+        patterns = (self.alpha_pattern or {}).items()
+        return next((alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", name)), self.lora_alpha)
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter rather than a model."""
     return (folder / CONFIG).is_file()
@@ -80,6 +111,7 @@ def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
     """
     config = read_adapter_config(folder)
     _check_kind(folder, config)
+    scale = _scale_in(folder, config)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(folder).items():
         match = NAME.fullmatch(plain_name(name).replace(".default.weight", ".weight"))
@@ -92,7 +124,7 @@ def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
         if not tensor.isfinite().all():
             raise UpcycleError(f"{folder / WEIGHTS}: {name} holds NaN or Inf; leave this adapter out")
         pairs.setdefault(match[1], {})[match[2]] = tensor
-    return {name: _update(folder, name, pair, config, base) for name, pair in sorted(pairs.items())}
+    return {name: _update(folder, name, pair, scale, base) for name, pair in sorted(pairs.items())}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -155,7 +187,14 @@ def _check_kind(folder: Path, config: Config) -> None:
         )
 
 
-def _update(folder: Path, name: str, pair: dict[str, Tensor], config: Config, base: Config) -> LowRank:
+def _scale_in(folder: Path, config: Config) -> Scale:
+    try:
+        return Scale.model_validate(config)
+    except ValidationError as error:
+        raise UpcycleError(f"{folder / CONFIG}: {first_problem(error)}; restore the file as PEFT wrote it") from None
+
+
+def _update(folder: Path, name: str, pair: dict[str, Tensor], scale: Scale, base: Config) -> LowRank:
     if pair.keys() != {"A", "B"}:
         raise UpcycleError(f"{folder / WEIGHTS}: {name} has lora_{next(iter(pair))} alone, expected lora_A and lora_B")
     a, b = pair["A"], pair["B"]
@@ -165,13 +204,7 @@ def _update(folder: Path, name: str, pair: dict[str, Tensor], config: Config, ba
             f"{folder / WEIGHTS}: {name} has factors {tuple(b.shape)} and {tuple(a.shape)}, the base's weight is "
             f"{expected or 'not there'}; the adapter belongs to another model"
         )
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", a.shape[0]))
-    return LowRank(a, b, alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a)))
-
-
-def _by_pattern(pattern: dict[str, Any], name: str, default: float) -> float:
-    """As PEFT: the first pattern that ends the name."""
-    return float(next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default))
+    return LowRank(a, b, scale.of(name) / (math.sqrt(len(a)) if scale.use_rslora else len(a)))
 
 
 def merged_weight(weight: Tensor, update: LowRank | None) -> Tensor:

@@ -72,8 +72,8 @@ class Kind:
     """(model, folder, the folder that it was loaded from): write a trained MoE as a folder that stands alone."""
     save_checkpoint: Callable[[Model, Path], None] | None
     """Write what a resume needs of the model; None: as the Trainer does."""
-    resume: Callable[[Model, Path], None]
-    """Put a checkpoint's weights into the model."""
+    resume: Callable[[Model, Path], None] | None
+    """Put a checkpoint's weights into the model; None: as the Trainer does."""
     router_keys: Callable[[Model], list[str]]
     """The name on disk of every layer's routing vectors."""
     fold: Callable[[Path, Path, str, str | None], None]

@@ -10,7 +10,7 @@ from upcycle.experts.adapter_files import is_adapter, read_adapter_config
 from upcycle.experts.bottleneck import BOTTLENECK
 from upcycle.experts.ffn import FFN, FULL
 from upcycle.experts.kind import Kind, Load
-from upcycle.experts.lora import LORA
+from upcycle.experts.lora import ADAPTER, LORA
 from upcycle.experts.mixture import mixture_of
 from upcycle.routing.routers import freeze, router_modules
 from upcycle.types import Model
@@ -33,7 +33,9 @@ def kind_in(folder: Path) -> Kind:
 
 
 def kind_of(model: Model) -> Kind:
-    """The kind that a model in memory is of: a mixture's, or that of plain models."""
+    """The kind that a model in memory is of: one of PEFT's, a mixture's, or that of plain models."""
+    if hasattr(model, "peft_config"):
+        return ADAPTER
     mixture = mixture_of(model)
     return FFN if mixture is None else next(k for k in KINDS.values() if mixture.peft_type in k.peft_types)
 

@@ -4,6 +4,7 @@ Legend: E experts, T tokens, H hidden, I intermediate size, r rank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -286,7 +287,7 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
 def check_same_base(source: Path, base: Path) -> None:
     """Raises UpcycleError if a run trained the mixture on another base than `base`."""
     manifest = MANIFEST.known(source)
-    if manifest is not None and manifest.inputs["base"] != hash_model(base, manifest.algorithm):
+    if manifest is not None and manifest.inputs.get("base") != hash_model(base, manifest.algorithm):
         raise UpcycleError(
             f"{base} is not the base that {source} was trained on (its files have other hashes); give --base"
         )
@@ -323,3 +324,6 @@ LORA = Kind(
     ),
     describe=describe,
 )
+"""Adapters, and the mixture of them."""
+ADAPTER = replace(LORA, save_checkpoint=None, resume=None)
+"""One adapter, as PEFT trains it: the Trainer knows how to save it and go on."""

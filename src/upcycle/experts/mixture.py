@@ -6,22 +6,25 @@ routers; the dense model stays where it is.
 Legend: E experts, H hidden.
 """
 
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, FiniteFloat, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upcycle.console import say
 from upcycle.errors import UpcycleError
-from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_adapter_config, read_tensors
+from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from upcycle.experts.kind import Load, Routers
 from upcycle.records.files import LINEAGE
 from upcycle.records.plan import ExpansionPlan
-from upcycle.settings import AssembleSettings
+from upcycle.records.record import Record, read_record, write_record
+from upcycle.settings import MOST_EXPERTS, AssembleSettings
 from upcycle.types import Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, find_model, load_dense
@@ -31,37 +34,45 @@ MULTIPLE = 8
 ROUTER_MODULE = "mlp.gate"
 
 
-@dataclass(frozen=True)
-class MixtureConfig:
+class MixtureConfig(Record):
     """adapter_config.json of a mixture; PEFT's names where it has one."""
 
     peft_type: str
     base_model_name_or_path: str
-    num_experts: int
-    num_experts_per_tok: int
-    expert_ranks: tuple[int, ...]
-    expert_scaling: tuple[float, ...]
+    num_experts: int = Field(ge=1, le=MOST_EXPERTS)
+    num_experts_per_tok: int = Field(ge=1)
+    expert_ranks: tuple[Annotated[int, Field(ge=1)], ...]
+    expert_scaling: tuple[FiniteFloat, ...]
     """s of each expert: it adds s B A."""
-    dtype: str = "float32"
-    task_type: str = "CAUSAL_LM"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    r: int
+    """The largest rank."""
+
+    @model_validator(mode="after")
+    def _is_of_all_experts(self) -> "MixtureConfig":
+        for name, values in (("expert_ranks", self.expert_ranks), ("expert_scaling", self.expert_scaling)):
+            if len(values) != self.num_experts:
+                raise ValueError(f"{name} has {len(values)} values, but num_experts is {self.num_experts}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok} of num_experts {self.num_experts}")
+        if self.r != max(self.expert_ranks):
+            raise ValueError(f"r is {self.r}, but the largest of expert_ranks is {max(self.expert_ranks)}")
+        return self
 
     @property
     def padded_rank(self) -> int:
         """Of all experts' tensors in memory."""
-        return -(-max(self.expert_ranks) // MULTIPLE) * MULTIPLE
-
-    def save(self, folder: Path) -> None:
-        (folder / CONFIG).write_text(json.dumps({**asdict(self), "r": max(self.expert_ranks)}, indent=2) + "\n")
+        return -(-self.r // MULTIPLE) * MULTIPLE
 
     @classmethod
     def load(cls, folder: Path) -> "MixtureConfig":
-        values = read_adapter_config(folder)
-        values.pop("r", None)
-        lists = {name: tuple(values[name]) for name in ("expert_ranks", "expert_scaling") if values.get(name)}
-        try:
-            return cls(**{**values, **lists})
-        except TypeError as error:
-            raise UpcycleError(f"{folder / CONFIG} is not a mixture made by upcycle: {error}") from None
+        """
+        Raises:
+            UpcycleError: it is not the configuration of a mixture, or its fields contradict each other.
+        """
+        found: MixtureConfig = read_record(folder / CONFIG, cls)
+        return found
 
 
 class TopKRouter(nn.Module):
@@ -107,8 +118,10 @@ def load_mixture(how: Load, make: MakeAdditions) -> Model:
     """
     config = MixtureConfig.load(how.folder)
     base = how.base or find_model(config.base_model_name_or_path)
+    tensors = read_tensors(how.folder)
+    check_ranks(config, tensors, how.folder)
     model = attach(load_dense(base, how.dtype, how.four_bit), config, make)
-    load_tensors(model, how.folder)
+    put_tensors(model, tensors, how.folder)
     return (model if how.four_bit else model.to(device=how.device, dtype=how.dtype)).eval()
 
 
@@ -159,13 +172,13 @@ def write_mixture(folder: Path, config: MixtureConfig, tensors: Mapping[str, Ten
     """The compact folder's two files."""
     dtype = getattr(torch, config.dtype)
     save_file({name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    config.save(folder)
+    write_record(folder / CONFIG, config)
 
 
 def save_checkpoint(model: Model, folder: Path, dtype: str = "float32") -> None:
     """Write a model's routers and adapters, each at its own rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_mixture(folder, replace(model.mixture, dtype=dtype), dict(_views(model)))
+    write_mixture(folder, model.mixture.model_copy(update={"dtype": dtype}), dict(_views(model)))
 
 
 def save_mixture(model: Model, folder: Path, initial: Path) -> None:
@@ -174,14 +187,40 @@ def save_mixture(model: Model, folder: Path, initial: Path) -> None:
     copy_companions(initial, folder)
 
 
-@torch.no_grad()
+def check_ranks(config: MixtureConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Compare the configuration with the tensors, before memory is taken for what it says.
+
+    Raises:
+        UpcycleError: an expert has no tensor of its rank.
+    """
+    sizes: dict[int, set[int]] = {}
+    for name, tensor in tensors.items():
+        if match := re.search(r"\.experts\.(\d{1,9})\.", name):
+            sizes.setdefault(int(match[1]), set()).update(tensor.shape)
+    for expert, rank in enumerate(config.expert_ranks):
+        if rank not in sizes.get(expert, ()):
+            raise UpcycleError(
+                f"{folder / CONFIG}: expert_ranks[{expert}] is {rank}, but expert {expert} has no tensor of that rank "
+                f"in {WEIGHTS}; the mixture is incomplete, make it again"
+            )
+
+
 def load_tensors(model: Model, folder: Path) -> None:
     """Put the routers and adapters of a compact folder into a mixture.
 
     Raises:
+        UpcycleError: see `put_tensors`.
+    """
+    put_tensors(model, read_tensors(folder), folder)
+
+
+@torch.no_grad()
+def put_tensors(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Put the tensors of a compact folder into a mixture; they are taken from `tensors`.
+
+    Raises:
         UpcycleError: a tensor is missing, left over, or of another shape.
     """
-    tensors = read_tensors(folder)
     for name, part in _views(model):
         if name not in tensors:
             raise UpcycleError(f"{folder / WEIGHTS} has no {name}; the mixture is incomplete, make it again")
@@ -213,12 +252,13 @@ def write_new(
     """Write the compact folder of a new mixture."""
     named = dict(zip(router_names(len(routers)), routers, strict=True))
     config = MixtureConfig(
-        experts.peft_type,
-        base.name,
-        len(plan.experts),
-        settings.num_experts_per_tok,
-        tuple(experts.ranks),
-        tuple(experts.scalings),
+        peft_type=experts.peft_type,
+        base_model_name_or_path=base.name,
+        num_experts=len(plan.experts),
+        num_experts_per_tok=settings.num_experts_per_tok,
+        expert_ranks=tuple(experts.ranks),
+        expert_scaling=tuple(experts.scalings),
+        r=max(experts.ranks),
         dtype="float32" if settings.dtype == "source" else settings.dtype,
     )
     write_mixture(out_dir, config, {**experts.tensors, **named})

@@ -1,9 +1,12 @@
 """The benchmark scores that lie in a run, and which model they are of."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.console import warn
+from upcycle.errors import UpcycleError
 from upcycle.pipeline.manifest import read_manifest
+from upcycle.pipeline.run import is_run
 from upcycle.records.benchmark import BenchmarkScores, ScoredModel
 from upcycle.records.files import BENCHMARK, BENCHMARK_OF, BENCHMARK_SCORES, RESULT
 
@@ -11,6 +14,17 @@ from upcycle.records.files import BENCHMARK, BENCHMARK_OF, BENCHMARK_SCORES, RES
 def mark(run: Path) -> None:
     """Note which model of a run its scores are of."""
     BENCHMARK_OF.write(BENCHMARK.of(run), ScoredModel(posttrain=_posttrained(run)))
+
+
+def own_folder(paths: Sequence[str]) -> Path:
+    """Where the scores of a single run go; its report and model card read them there.
+
+    Raises:
+        UpcycleError: there are several models, or one that is no run.
+    """
+    if len(paths) > 1 or not is_run(Path(paths[0])):
+        raise UpcycleError("--out is needed: a folder for the scores (a single run has its own)")
+    return BENCHMARK.of(Path(paths[0]))
 
 
 def read_scores(run: Path) -> BenchmarkScores:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from statistics import fmean
+from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from upcycle.records.record import Count, Record, Shares, optional
 
@@ -21,6 +22,12 @@ class TaskScores(Record):
     expert_share: Shares | None = optional()
     """Of a MoE: over the tokens of the questions."""
 
+    @model_validator(mode="after")
+    def _has_a_figure(self) -> "TaskScores":
+        if all("stderr" in name for name in self.figures):
+            raise ValueError("there is no figure of lm-eval's")
+        return self
+
     @property
     def figures(self) -> dict[str, float]:
         """lm-eval's own."""
@@ -37,8 +44,14 @@ class TaskScores(Record):
         return figures[key], figures.get(f"{metric}_stderr,{kind}", float("nan"))
 
 
-BenchmarkScores = dict[str, dict[str, TaskScores]]
-"""Model to task to scores."""
+def _of_the_same_tasks(found: dict[str, dict[str, TaskScores]]) -> dict[str, dict[str, TaskScores]]:
+    if len({tuple(scores) for scores in found.values()}) != 1 or {} in found.values():
+        raise ValueError("models are scored on different tasks, or on none")
+    return found
+
+
+BenchmarkScores = Annotated[dict[str, dict[str, TaskScores]], AfterValidator(_of_the_same_tasks)]
+"""Model to task to scores; the tasks are the same, in the same order."""
 
 
 class ScoredModel(Record):

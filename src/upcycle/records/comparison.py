@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from upcycle.records.record import ByDomain, Count, Record, Share, optional
+from upcycle.records.record import ByDomain, Count, Record, ShareByDomain, optional
+from upcycle.records.scores import BASE
 
 METRICS = {"loss": "{:.4f}", "exact_match": "{:.1%}", "benchmark": "{:.1%}"}
 """Fields of `Measures` and `Summary` that are compared, with how they are printed."""
@@ -14,7 +15,13 @@ class Dense(Record):
     """A dense model on the way."""
 
     loss: ByDomain
-    exact_match: dict[str, Share] | None = optional()
+    exact_match: ShareByDomain | None = optional()
+
+
+def _has_base(dense: dict[str, Dense]) -> dict[str, Dense]:
+    if BASE not in dense:
+        raise ValueError(f"the {BASE} is not among the models")
+    return dense
 
 
 class Measures(Record):
@@ -28,10 +35,10 @@ class Measures(Record):
     flops: dict[str, Count] | None = optional()
     """Training FLOPs by stage; the scores of attention left out."""
     loss: ByDomain
-    exact_match: dict[str, Share] | None = optional()
+    exact_match: ShareByDomain | None = optional()
     benchmark: ByDomain | None = optional()
     """By benchmark."""
-    dense: dict[str, Dense] | None = optional()
+    dense: Annotated[dict[str, Dense], AfterValidator(_has_base)] | None = optional()
     """Of the base and the checkpoints on the way."""
     initial_loss: ByDomain | None = optional()
     """Of the MoE before post-training."""
@@ -114,6 +121,27 @@ class Found(Record):
     """By the variant's words; a run for each seed."""
     summary: list[Summary] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _a_row_for_each_variant(self) -> "Found":
+        if (rows := [row.variant for row in self.summary]) != list(self.variants):
+            raise ValueError(f"summary has rows of {rows}, but the variants are {list(self.variants)}")
+        if len(counts := {len(runs) for runs in self.variants.values()}) > 1 or 0 in counts:
+            raise ValueError(f"variants have different numbers of seeds, or none: {sorted(counts)}")
+        return self
+
+    @model_validator(mode="after")
+    def _the_same_metrics_for_all(self) -> "Found":
+        if "loss" not in self.metrics:
+            raise ValueError("the first row of summary has no loss")
+        if [row.metric("loss").difference for row in self.summary].count(None) != 1:
+            raise ValueError("summary has not one row that the others are compared with")
+        for row, runs in zip(self.summary, self.variants.values(), strict=True):
+            for name in METRICS:
+                has, expected = getattr(row, name) is not None, name in self.metrics
+                if has != expected or (expected and any(run.metric(name) is None for run in runs)):
+                    raise ValueError(f"{name} is not there for all variants, or not for none: see {row.variant}")
+        return self
+
     @property
     def seeds(self) -> int:
         return len(next(iter(self.variants.values())))
@@ -142,5 +170,12 @@ class Sweep(Found):
     recipe: str
     grid: list[str]
     """`section.field=value,value` as given."""
-    axes: list[str]
+    axes: list[str] = Field(min_length=1)
     """The settings' names."""
+
+    @model_validator(mode="after")
+    def _a_value_on_each_axis(self) -> "Sweep":
+        for row in self.summary:
+            if missing := set(self.axes) - set(row.settings or ()):
+                raise ValueError(f"settings of {row.variant}: there is no {min(missing)}")
+        return self

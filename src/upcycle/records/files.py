@@ -44,6 +44,8 @@ class RecordFile(Place, Generic[T]):
 
     kind: Any = field(kw_only=True)
     """The type of what it holds."""
+    mend: str = field(default="restore it, or make it again", kw_only=True)
+    """What to do if it is damaged."""
 
     def write(self, folder: Path, value: T) -> None:
         """Write it into a folder: the stage's, while it is being made."""
@@ -55,7 +57,7 @@ class RecordFile(Place, Generic[T]):
         Raises:
             UpcycleError: it is missing or damaged; names the file and the field.
         """
-        found: T = read_record(folder / self.name, self.kind)
+        found: T = read_record(folder / self.name, self.kind, self.mend)
         return found
 
     def read_of(self, run: Path) -> T:
@@ -77,20 +79,29 @@ POSTTRAIN, EVALUATE = "posttrain", "evaluate"
 # of a run
 RECIPE = Place("", "recipe.yaml")
 LOCK = Place("", ".lock")
-COSTS: RecordFile[dict[str, Cost]] = RecordFile("", "costs.json", kind=dict[str, Cost])
+COSTS: RecordFile[dict[str, Cost]] = RecordFile(
+    "", "costs.json", kind=dict[str, Cost], mend="restore it, or remove it: nothing else is made from it"
+)
 DELETED = Place("", "models-deleted")
 """Says that only the scores of a run were kept."""
 MEASURES: RecordFile[Cell] = RecordFile("", "measures.json", kind=Cell)
 REPORT = Place("", "report.html")
 
 # of every stage
-MANIFEST: RecordFile[Manifest] = RecordFile("", "manifest.json", kind=Manifest)
+MANIFEST: RecordFile[Manifest] = RecordFile(
+    "", "manifest.json", kind=Manifest, mend="restore it, or rerun with --update to rebuild the stage"
+)
 INPUTS: RecordFile[dict[str, str]] = RecordFile("", "inputs.json", kind=dict[str, str])
 """Marks a working folder with the inputs of the run that left it."""
 SIZES: RecordFile[dict[str, int]] = RecordFile("", "sizes.json", kind=dict[str, int])
 """Of files in a folder that is being made, noted once they are on the disk: what is cut later is noticed."""
 LOG: RecordFile[TrainingRecord] = RecordFile("", "log.json", kind=TrainingRecord)
 """Of every training."""
+
+# of the Trainer's checkpoints
+TRAINER_STATE = Place("", "trainer_state.json")
+"""The Trainer writes it last."""
+ROUTER_BIAS = Place("", "router_bias.safetensors")
 
 # by stage
 CHECKPOINTS: RecordFile[list[Checkpoint]] = RecordFile(PREPARE, "checkpoints.json", kind=list[Checkpoint])
@@ -115,11 +126,14 @@ CARD = Place("", "README.md")
 BENCHMARK = Place("benchmark")
 """Of a run."""
 BENCHMARK_SCORES: RecordFile[BenchmarkScores] = RecordFile("benchmark", "benchmark.json", kind=BenchmarkScores)
+BENCHMARK_PICTURE = Place("benchmark", "benchmark.png")
 BENCHMARK_OF: RecordFile[ScoredModel] = RecordFile("benchmark", "of.json", kind=ScoredModel)
 
 # of a comparison
 COMPARISON: RecordFile[Comparison] = RecordFile("", "comparison.json", kind=Comparison)
+COMPARISON_PICTURE = Place("", "comparison.png")
 SWEEP: RecordFile[Sweep] = RecordFile("", "sweep.json", kind=Sweep)
+SWEEP_PICTURE = Place("", "sweep.png")
 
 
 def note_sizes(folder: Path) -> None:

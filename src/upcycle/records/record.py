@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from upcycle.disk import write_json
@@ -16,15 +16,32 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Loss = float
 """nan where a training diverged."""
-ByDomain = dict[str, Loss]
-"""A value for each domain, and for `ALL` of them."""
-Shares = list[list[Share]]
+
+
+def _of_one_shape(shares: list[list[float]]) -> list[list[float]]:
+    if len({len(layer) for layer in shares}) != 1 or not shares[0]:
+        raise ValueError("layers have different numbers of experts, or none")
+    return shares
+
+
+Shares = Annotated[list[list[Share]], AfterValidator(_of_one_shape)]
 """Share of the routed slots per layer and expert: (layers, experts), rows sum to 1."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 ALL = "all"
 """The entry over all domains."""
+
+
+def _has_all(values: dict[str, float]) -> dict[str, float]:
+    if ALL not in values:
+        raise ValueError(f"there is no `{ALL}` among {', '.join(list(values)[:8]) or 'nothing'}")
+    return values
+
+
+ByDomain = Annotated[dict[str, Loss], AfterValidator(_has_all)]
+"""A value for each domain, and for `ALL` of them."""
+ShareByDomain = Annotated[dict[str, Share], AfterValidator(_has_all)]
 
 
 class Record(BaseModel):
@@ -45,8 +62,11 @@ def write_record(path: Path, value: Any) -> None:
     write_json(path, to_jsonable_python(value, inf_nan_mode="constants"))
 
 
-def read_record(path: Path, kind: Any) -> Any:
+def read_record(path: Path, kind: Any, mend: str = "restore it, or make it again") -> Any:
     """The value of type `kind` in a file.
+
+    Args:
+        mend: what to do if it is damaged.
 
     Raises:
         UpcycleError: it is missing, not JSON, or not of that type; names the file and the first field that is wrong.
@@ -54,13 +74,13 @@ def read_record(path: Path, kind: Any) -> Any:
     try:
         return TypeAdapter(kind).validate_json(read_bytes(path, most_bytes=None))
     except ValidationError as error:
-        raise UpcycleError(f"{path} is damaged: {_first(error)}; restore it, or make it again") from None
+        raise UpcycleError(f"{path} is damaged: {first_problem(error)}; {mend}") from None
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """Field, problem and what was found, of the first thing that is wrong."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return str(first["msg"])
     field = ".".join(map(str, first["loc"])) or "the whole"
-    return f"{field}: {first['msg']} (found {brief(first['input'])})"
+    return f"{field}: {first['msg'].removeprefix('Value error, ')} (found {brief(first['input'])})"

@@ -217,8 +217,9 @@ def _dense(runs: Sequence[Measures]) -> list[str]:
 
 
 def _costs(folder: Path, found: Found) -> Table:
-    """Training tokens by stage, FLOPs; seconds and memory where a run made its stages itself."""
-    stages = list(dict.fromkeys(stage for runs in found.variants.values() for run in runs for stage in run.tokens))
+    """Training tokens by stage, of those that train in any run; FLOPs; seconds and memory of what a run made itself."""
+    trained = (tokens for runs in found.variants.values() for run in runs for tokens in run.tokens.items())
+    stages = list(dict.fromkeys(stage for stage, count in trained if count))
     lines = []
     for number, (row, runs) in enumerate(zip(found.summary, found.variants.values(), strict=True)):
         tokens = [fmean(run.tokens.get(stage, 0) for run in runs) for stage in stages]

@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 
 from upcycle.records.benchmark import BenchmarkScores
 from upcycle.records.comparison import Comparison, Summary, Sweep
+from upcycle.records.files import BENCHMARK_PICTURE
 from upcycle.records.plan import ExpansionPlan, Gram
 from upcycle.records.record import ALL, Shares
 from upcycle.records.training import LogEntry
@@ -110,7 +111,7 @@ def routing_figure(shares: Mapping[str, Shares], path: Path, kind: str = "domain
 
 def draw_benchmarks(found: BenchmarkScores, out: Path) -> None:
     """In a benchmark's folder: the scores, and for each MoE which expert gets which benchmark."""
-    benchmark_figure(found, out / "benchmark.png")
+    benchmark_figure(found, out / BENCHMARK_PICTURE.name)
     for model, scores in found.items():
         shares = {task: entry.expert_share for task, entry in scores.items() if entry.expert_share is not None}
         if shares:

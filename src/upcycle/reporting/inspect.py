@@ -9,17 +9,18 @@ from rich.tree import Tree
 from upcycle.console import console, say, table
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.manifest import read_manifest, verified
-from upcycle.reading import read_json
+from upcycle.records.description import Description
 from upcycle.records.files import DELETED, EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import read_record
 from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
 
 
-def inspect(path: Path, figure: Path) -> None:
+def inspect(path: Path, figure: Path, made: Description | None = None) -> None:
     """Print what `path` (a run, a stage's folder, a MoE, a plan) is, its experts' lineage and similarities.
 
     Args:
+        made: what the model in `path` is, if it holds one.
         figure: where to write the picture, a PNG; an existing one is replaced.
 
     Raises:
@@ -29,7 +30,7 @@ def inspect(path: Path, figure: Path) -> None:
         for folder in (path, *(path / stage for stage in (EXPAND, POSTTRAIN, EVALUATE))):
             verified(folder)  # what is shown is what was made
     plan = find_plan(path)
-    describe(path)
+    describe(path, made)
     console.print(lineage_tree(plan))
     names = [label.split()[0] for label in plan.labels]
     rows = [(label, *map(_cell, row)) for label, row in zip(plan.labels, plan.similarities, strict=True)]
@@ -78,20 +79,17 @@ def find_plan(path: Path) -> ExpansionPlan:
     )
 
 
-def describe(path: Path) -> None:
+def describe(path: Path, made: Description | None) -> None:
     """Which stage made a folder, from what; what kind of model it holds."""
     if not path.is_dir():
         return
     manifest = read_manifest(path)
     if manifest is not None:
         made_of = ", ".join(f"{name} {content[:10]}" for name, content in manifest.inputs.items())
-        version = manifest.versions["upcycle"]
+        version = manifest.versions.get("upcycle", "of an unknown version")
         say(f"{path}: stage {manifest.stage}, seed {manifest.seed}, upcycle {version}; from {made_of}")
-    config = path / "config.json"
-    if config.is_file():
-        fields = read_json(config)
-        experts = fields.get("num_local_experts") or fields.get("num_experts")
-        say(f"{path}: {fields['model_type']}, {experts} experts, top-{fields.get('num_experts_per_tok')}")
+    if made is not None:
+        say(f"{path}: {made.what}")
 
 
 def lineage_tree(plan: ExpansionPlan) -> Tree:

@@ -58,17 +58,6 @@ def choose_tasks(names: Sequence[str], folder: Path | None, allow_code: bool) ->
     return chosen
 
 
-def own_folder(paths: Sequence[str]) -> Path:
-    """Where the scores of a single run go; its report and model card read them there.
-
-    Raises:
-        UpcycleError: there are several models, or one that is no run.
-    """
-    if len(paths) > 1 or not is_run(Path(paths[0])):
-        raise UpcycleError("--out is needed: a folder for the scores (a single run has its own)")
-    return BENCHMARK.of(Path(paths[0]))
-
-
 def contenders(paths: Sequence[str], experts: bool) -> list[Contender]:
     """Of a run: base, checkpoints, the experts alone if wanted, the MoE; of any other path: the model there."""
     found: list[Contender] = []

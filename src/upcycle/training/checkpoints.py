@@ -5,9 +5,8 @@ from fnmatch import fnmatch
 from itertools import takewhile
 from pathlib import Path
 
-from upcycle.records.files import SIZES, is_whole
+from upcycle.records.files import ROUTER_BIAS, SIZES, TRAINER_STATE, is_whole
 
-STATE = "trainer_state.json"
 RESUME_FILES = (
     "optimizer.pt",
     "scheduler.pt",
@@ -15,7 +14,7 @@ RESUME_FILES = (
     "rng_state*.pth",
     "training_args.bin",
     "README.md",
-    "router_bias.safetensors",
+    ROUTER_BIAS.name,
 )
 
 
@@ -63,7 +62,7 @@ def strip_resume_files(folder: Path) -> None:
 def finish(folder: Path) -> None:
     """Leave nothing of the Trainer's in a checkpoint of a finished training."""
     strip_resume_files(folder)
-    for name in (STATE, SIZES.name):
+    for name in (TRAINER_STATE.name, SIZES.name):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -134,10 +134,11 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         target = model if model is not None else self.model
         if self.bias:
             self.bias.load(Path(resume_from_checkpoint))
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or hasattr(target, "peft_config"):
+        resume = kind_of(target).resume
+        if resume is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            kind_of(target).resume(target, Path(resume_from_checkpoint))
+            resume(target, Path(resume_from_checkpoint))
 
 
 @dataclass(frozen=True)

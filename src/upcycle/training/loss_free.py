@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from upcycle.records.files import ROUTER_BIAS
 from upcycle.routing.load import expert_share
 from upcycle.routing.routers import num_experts, router_modules
 from upcycle.types import Model
 
-FILE = "router_bias.safetensors"
 DECAY_FROM = 0.75
 """Share of the steps after which the bias fades: at the last step it is 0, as no MoE here can store it."""
 
@@ -62,11 +62,11 @@ class LossFreeBias:
     def save(self, folder: Path) -> None:
         """For a resume; the model itself does not carry it."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"bias": self.bias.cpu(), "strength": torch.tensor(self.strength)}, folder / FILE)
+        save_file({"bias": self.bias.cpu(), "strength": torch.tensor(self.strength)}, ROUTER_BIAS.of(folder))
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""
-        values = load_file(folder / FILE)
+        values = load_file(ROUTER_BIAS.of(folder))
         self.bias.copy_(values["bias"])
         self.strength = values["strength"].item()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from upcycle.disk import check_name
 from upcycle.errors import UpcycleError
 from upcycle.reading import brief, read_json
 from upcycle.records.files import LINEAGE
@@ -36,13 +37,13 @@ def find_model(name: str) -> Path:
     """The local folder of a model: given as a folder, `builtin:tiny`, or a hub name (downloaded once).
 
     Raises:
-        UpcycleError: none of these.
+        UpcycleError: none of these, or a name that is not UTF-8.
     """
     if name == BUILTIN_BASE:
         return Path(__file__).parents[1] / "assets" / "tiny_base"
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
+        return check_name(path)
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UpcycleError(f"model folder {name} does not exist (nor is it a hub name, owner/model)")
     from huggingface_hub import snapshot_download
@@ -109,21 +110,25 @@ def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Mode
     From safetensors; never unpickles, runs no remote code.
 
     Raises:
-        UpcycleError: keys are missing or left over, so the model would be partly random.
+        UpcycleError: it cannot be loaded; or keys are missing or left over, so that it would be partly random.
     """
     from transformers import AutoModelForCausalLM
 
     quantized = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        key_mapping={COMPILED: ""},
-        output_loading_info=True,
-        trust_remote_code=False,
-        **quantized,
-    )
+    read_json(folder / "config.json")  # with errors that name the place
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            key_mapping={COMPILED: ""},
+            output_loading_info=True,
+            trust_remote_code=False,
+            **quantized,
+        )
+    except Exception as error:  # what is damaged surfaces as any kind
+        raise UpcycleError(f"the model in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
     return _with_valid_generation(_complete(model, info, str(folder)))
 
 

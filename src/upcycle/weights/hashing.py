@@ -4,10 +4,10 @@ from pathlib import Path
 
 from upcycle.console import track
 from upcycle.disk import XXH3, digest, hash_file
-from upcycle.records.files import MANIFEST
+from upcycle.records.files import MANIFEST, TRAINER_STATE
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-NOT_MODEL = ("trainer_state.json", MANIFEST.name)
+NOT_MODEL = (TRAINER_STATE.name, MANIFEST.name)
 
 
 def hash_model(folder: Path, algorithm: str = XXH3) -> str:

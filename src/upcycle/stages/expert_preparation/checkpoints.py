@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from upcycle.console import say, warn
+from upcycle.disk import check_name
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
 from upcycle.reading import read_json
@@ -87,7 +88,7 @@ def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
         return []
     if isinstance(given, list):
         return [find_model(name) for name in given]
-    parent = Path(given).expanduser()
+    parent = check_name(Path(given).expanduser())
     if not parent.is_dir():
         raise UpcycleError(f"prepare.checkpoints: {parent} is not a folder")
     numbered = (p for p in parent.iterdir() if p.is_dir() and NUMBERED.fullmatch(p.name))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from upcycle.console import say
-from upcycle.disk import scratch_folder, sync_files
+from upcycle.disk import check_new, scratch_folder, sync_files
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import holds_model, kind_in
 from upcycle.records.files import INPUTS, LOG, MANIFEST
@@ -34,8 +34,7 @@ def export(
         UpcycleError: nothing to export, a target that is not empty, a mixture that cannot be folded, or logits that are
             not the mixture's.
     """
-    if target.exists() and any(target.iterdir()):
-        raise UpcycleError(f"{target} is not empty; give --to a new folder")
+    check_new(target, "--to")
     if not holds_model(source):
         raise UpcycleError(f"{source} holds no model; expected a finished run, its folder posttrain, or a model folder")
     scratch = scratch_folder(target)
