@@ -46,6 +46,7 @@ for module in (manifest, hashing):
 compare = watched("comparing", agreement.check_agreement, lambda *_: None)
 for module in (check, ffn):
     module.check_agreement = compare
+import transformers.models.llama.modeling_llama  # the comparison of logits, which is not counted, needs it too
 from upcycle.cli import main
 try:
     main()

@@ -55,6 +55,8 @@ def test_a_run_goes_on_with_the_hashes_that_it_began_with(recipe: Recipe, base: 
     expected = digest({name: hashlib.sha256((base / name).read_bytes()).hexdigest() for name in names})
     assert old.base_hash == expected
     assert new.base_hash == hash_model(base) != expected
+    (old.folder / "prepare" / MANIFEST.name).write_text("{")
+    assert Run(recipe, old.folder).format == FORMAT  # it is made anew with --update
 
 
 def test_another_format_is_named(tmp_path: Path) -> None:

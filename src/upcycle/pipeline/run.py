@@ -135,7 +135,10 @@ class Run:
     @cached_property
     def format(self) -> int:
         """Of its manifests: a folder goes on with the hashes that it began with."""
-        first = read_manifest(self.folder / PREPARE)
+        try:
+            first = read_manifest(self.folder / PREPARE)
+        except UpcycleError:
+            return FORMAT  # damaged: refused, or with --update made anew
         return first.format if first else FORMAT
 
     @cached_property
