@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,23 @@ def fresh(words: list[str], at: Instant | None = None, more: Mapping[str, str] |
         process.send_signal(at.number if at else signal.SIGKILL)
         _, said = process.communicate(timeout=SECONDS)
     return Ended(process.returncode, said, [], time.monotonic() - begin)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small disk of its own at a folder."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this user may mount: root alone."""
+    try:
+        with mounted(folder, "size=64k"):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False

@@ -19,8 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,12 +27,13 @@ from tempfile import TemporaryDirectory
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
 from jobs import JOBS, KINDS, RUNS, SHORT, Job, contents, differences, make_world, preload
-from killing import Ended, Instant, Started, forked, fresh
+from killing import Ended, Instant, Started, can_mount, forked, fresh, mounted
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 STOPPED = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 STAGES = ("prepare", "expand", "assemble", "route", "posttrain", "evaluate")
 STAGE = re.compile(rf"/\.?({'|'.join(STAGES)})\b")
+OURS = re.compile(r"src/upcycle/(?!__init__|__main__|stopping)")
 SEALED = re.compile(r"os\.(rename|remove) \S+?/\w+(\.partial \S+|/inputs\.json)")
 
 
@@ -68,8 +68,8 @@ class Torture:
     """What was being done when a kill came."""
     resumes: int = 0
     """Kills of a command that went on after one."""
-    refused: int = 0
-    """Cut files that are refused; the others do no harm."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Cases in which a command refuses in a line; in the others it goes on without harm."""
     beginning: float = field(default_factory=seconds_to_begin)
     notes: list[str] = field(default_factory=list)
     _references: dict[str, Reference] = field(default_factory=dict)
@@ -97,17 +97,18 @@ class Torture:
     def begin(self, job: Job) -> None:
         """An empty case, or a copy of what the job starts from."""
         start = self.reference(job).start
-        shutil.rmtree(self.case, ignore_errors=True)
+        self._empty()
         if start:
-            shutil.copytree(start, self.case)
-        else:
-            self.case.mkdir()
+            shutil.copytree(start, self.case, dirs_exist_ok=True)
+
+    def _empty(self) -> None:
+        shutil.rmtree(self.case, ignore_errors=True)
+        self.case.mkdir()
 
     def reference(self, job: Job) -> Reference:
         if job.name not in self._references:
             start = None
-            shutil.rmtree(self.case, ignore_errors=True)
-            self.case.mkdir()
+            self._empty()
             if job.before:
                 self._left_alone(Job(f"before {job.name}", job.before))
                 start = Path(shutil.copytree(self.case, self.root / "starts" / job.name))
@@ -151,7 +152,9 @@ def wrong_end(ended: Ended, at: Instant, begun: bool) -> str:
     lines = ended.said.strip().splitlines()
     said = at.number == signal.SIGKILL or (lines and lines[-1].startswith("stopped; go on with: upcycle "))
     clean = "Traceback" not in ended.said and "Exception ignored" not in ended.said
-    if (ended.status == STOPPED[at.number] and said and clean) or not begun:
+    if ended.status == STOPPED[at.number] and said and clean:
+        return ""
+    if not begun and not OURS.search(ended.said):
         return ""
     return f"exit {ended.status}: {ended.said[-900:]}"
 
@@ -231,17 +234,13 @@ def cut(torture: Torture, number: int) -> None:
     changes = len(torture.reference(job).ended.changes)
     torture.begin(job)
     torture.run(job, Instant(change=1 + draw.randrange(changes)))
-    files = [
-        path
-        for path in sorted(torture.case.rglob("*"))
-        if path.is_file() and (".partial" in str(path) or path.name.endswith(".tmp"))
-    ]
+    files = [p for p in sorted(torture.case.rglob("*")) if p.is_file() and (".partial" in str(p) or p.suffix == ".tmp")]
     chosen = draw.sample(files, min(len(files), draw.choice((1, 1, 2, 20))))
     for path in chosen:
         with path.open("r+b") as file:
             file.truncate(draw.randrange(path.stat().st_size + 1))
     ended = torture.run(job)
-    torture.refused += ended.status == 2
+    torture.refused["cut files"] += ended.status == 2
     wrong = not_a_line(torture, ended) if ended.status else torture.changed(job)
     names = [str(path.relative_to(torture.case)) for path in chosen]
     torture.count("cut files", f"case {number}, {job.name}, {names}", wrong)
@@ -270,17 +269,6 @@ def cut_sealed(torture: Torture, number: int) -> None:
     torture.count("cut sealed files", f"case {number}, {job.name}, {path}", wrong)
 
 
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[None]:
-    """A small disk of its own at a folder."""
-    folder.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True, capture_output=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def full_disk(torture: Torture, number: int) -> None:
     """A disk that is too small, one line; with more room the same bytes."""
     draw = random.Random(f"{torture.seed}/disk {number}")
@@ -289,8 +277,7 @@ def full_disk(torture: Torture, number: int) -> None:
     start = sum(p.stat().st_size for p in reference.start.rglob("*") if p.is_file()) if reference.start else 0
     written = sum(map(len, reference.contents.values())) - start
     shutil.rmtree(torture.case, ignore_errors=True)
-    with mounted(torture.case, f"size={4 << 20}"):
-        subprocess.run(["mount", "-o", "remount,size=1g", str(torture.case)], check=True)
+    with mounted(torture.case, "size=1g"):
         if reference.start:
             shutil.copytree(reference.start, torture.case, dirs_exist_ok=True)
         used = shutil.disk_usage(torture.case).used
@@ -300,6 +287,7 @@ def full_disk(torture: Torture, number: int) -> None:
         subprocess.run(["mount", "-o", "remount,size=1g", str(torture.case)], check=True)
         wrong = not_a_line(torture, ended) if ended.status else ""
         wrong = torture.resumed(job) or wrong
+        torture.refused["small disks"] += ended.status == 2
     torture.count("small disks", f"case {number}, {job.name}, {size} bytes", wrong)
 
 
@@ -314,6 +302,7 @@ def two_at_once(torture: Torture, number: int) -> None:
     both = [Started(torture.words(job), torture.root).wait(), first.wait()]
     refused = [ended for ended in both if ended.status]
     wrong = "; ".join(filter(None, (not_a_line(torture, ended) for ended in refused)))
+    torture.refused["two at once"] += len(refused) == 1
     if len(refused) == 2:
         wrong = f"both gave up: {[ended.said for ended in refused]}"
     torture.count("two at once", f"case {number}, {job.name}", wrong or torture.changed(job))
@@ -345,15 +334,6 @@ def other_hashes(torture: Torture, number: int) -> None:
     ended = fresh(torture.words(job), more={"PYTHONHASHSEED": str(number + 1)})
     wrong = f"exit {ended.status}: {ended.said[-900:]}" if ended.status else ""
     torture.count("hash seeds", f"PYTHONHASHSEED={number + 1}, {job.name}", wrong or torture.changed(job))
-
-
-def can_mount(folder: Path) -> bool:
-    """Whether this user may mount: root alone."""
-    try:
-        with mounted(folder, "size=64k"):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
 
 
 PARTS: tuple[tuple[str, Callable[[Torture, int], None], int, bool], ...] = (
@@ -391,9 +371,10 @@ def figures(torture: Torture) -> str:
     """One line."""
     signals = ", ".join(f"{name} {torture.signals[name]}" for name in (s.name for s in SIGNALS))
     places = ", ".join(f"{place} {count}" for place, count in torture.places.most_common())
-    first, *others = (f"{name}: {torture.held[name]} of {torture.tried[name]}" for name in torture.tried)
-    others[0] += f" ({torture.refused} refused in a line)"
-    return "; ".join([f"{first} held ({signals}; {torture.resumes} of a resume; {places})", *others, *torture.notes])
+    how = {"kills": f" held ({signals}; {torture.resumes} of a resume; {places})"}
+    how |= {name: f" ({count} refused in a line)" for name, count in torture.refused.items()}
+    parts = (f"{name}: {torture.held[name]} of {torture.tried[name]}{how.get(name, '')}" for name in torture.tried)
+    return "; ".join([*parts, *torture.notes])
 
 
 def main() -> None:

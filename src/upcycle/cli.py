@@ -24,6 +24,7 @@ from upcycle.pipeline.stages import STAGES, stage_names
 from upcycle.reading import brief
 from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
 from upcycle.records.files import (
+    CARD,
     COMPARISON,
     COMPARISON_PICTURE,
     EVALUATE,
@@ -288,6 +289,8 @@ def export(
 
     with _writing(to):
         export(RESULT.of(source) if run else source, to, fold, dtype, base, card)
+    if run:
+        print(f"model card: {CARD.of(to)}")
     if push:
         _push(to, push)
 
@@ -349,9 +352,10 @@ def _writing(folder: Path) -> Iterator[None]:
     """What runs inside writes there; an error of a full disk says so, whatever kind a library makes of it."""
     try:
         yield
-    except UpcycleError:
-        raise
     except Exception as error:
+        known = isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC)
+        if known or isinstance(error, UpcycleError):
+            raise
         there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path())
         if shutil.disk_usage(there).free >= ALMOST_FULL_BYTES:
             raise

@@ -108,7 +108,8 @@ def scratch_folder(target: Path) -> Path:
     """A new hidden folder beside `target`, of this process alone; what killed ones of this machine left is removed."""
     target, machine = target.absolute(), platform.node()
     for left in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(machine)}-*{SCRATCH}"):
-        if not _is_running(int(left.name.removesuffix(SCRATCH).rpartition("-")[2])):
+        process = left.name.removesuffix(SCRATCH).rpartition("-")[2]
+        if process.isdecimal() and not _is_running(int(process)):
             shutil.rmtree(left)
     made = target.with_name(f".{target.name}.{machine}-{os.getpid()}{SCRATCH}")
     made.mkdir(parents=True)
