@@ -291,14 +291,22 @@ def _odd_command(good: dict[str, list[str]], draw: random.Random, world: Path) -
     return words
 
 
-def run_cases(count: int, seed: int, first: int = 0) -> list[str]:
-    """The cases that do not hold."""
+def run_cases(count: int, seed: int, first: int = 0, whole: bool = False) -> list[str]:
+    """The cases that do not hold.
+
+    Args:
+        whole: first see that every good command holds in a good world.
+    """
     found: list[str] = []
     with TemporaryDirectory() as folder:
         world, kept = Path(folder) / "world", Path(folder) / "kept"
         make_world(world)
         world.rename(kept)
         here = Path.cwd()
+        for name, words in commands(world).items() if whole else ():
+            shutil.rmtree(world, ignore_errors=True)
+            shutil.copytree(kept, world)
+            must_hold(name, words)
         for number in range(first, first + count):
             shutil.rmtree(world, ignore_errors=True)
             shutil.copytree(kept, world)
@@ -320,7 +328,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to see one again")
     arguments = parser.parse_args()
     begin = time.monotonic()
-    wrong = run_cases(arguments.cases, arguments.seed, arguments.first)
+    wrong = run_cases(arguments.cases, arguments.seed, arguments.first, whole=True)
     held = arguments.cases - len(wrong)
     print(f"fuzz: {held} of {arguments.cases} cases hold (seed {arguments.seed}, {time.monotonic() - begin:.0f} s)")
     raise SystemExit(bool(wrong))

@@ -140,6 +140,7 @@ def test_an_error_of_the_system_is_one_line(
         (("benchmark", "/nowhere", "--out", "{folder}"), "no task: give --tasks"),
         (("export", "/nowhere", "--to", "{folder}"), "{folder} is not empty; give --to a new folder"),
         (("export", "/nowhere", "--to", "{file}"), "{file} is a file; give --to a new folder"),
+        (("export", "/nowhere", "--to", "{folder}/new", "--push", "name"), "--push is 'name', expected OWNER/NAME"),
         (("report", "/nowhere", "--out", "{folder}/no/r.html"), "{folder}/no/r.html cannot be written"),
         (("report", "/nowhere", "--out", "{folder}"), "{folder} cannot be written: it is a folder; name a file"),
         (("inspect", "/nowhere", "--figure", "{folder}/no/x.png"), "{folder}/no/x.png cannot be written"),

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -275,6 +276,8 @@ def export(
     """Write the finished model as a folder that stands alone, with its model card; upload it if wanted."""
     _check_dtype(dtype)
     check_new(to, "--to")
+    if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+        raise UpcycleError(f"--push is {brief(push)}, expected OWNER/NAME")
     _quiet_libraries()
     from upcycle.experts.kinds import kind_in
     from upcycle.reporting.card import write_card
