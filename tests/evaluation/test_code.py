@@ -322,7 +322,7 @@ ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), 0)
     "lines skipped": """
 import sys
 def skip(frame, event, _):
-    try: frame.f_lineno += event == "line"
+    try: frame.f_lineno += event == "line" and frame.f_code.co_filename == "answer"
     except ValueError: pass
     return skip
 sys.settrace(skip)
