@@ -191,7 +191,7 @@ def test_programs_are_run_only_if_that_is_allowed(
     assert list(read_tasks(tasks)) == ["choose", "say"]
     assert "program left out" in " ".join(capsys.readouterr().out.split())
     task = read_tasks(tasks, ["program"], allow_code=True)["program"]
-    assert "they can read what you can" in " ".join(capsys.readouterr().out.split())
+    assert "write nothing, and reach no network" in " ".join(capsys.readouterr().out.split())
     (document,) = task["custom_dataset"]()["test"]
     assert document["text"].endswith("passes these tests:\nassert add(1, 2) == 3\n")
     assert task["process_results"](document, ["def add(a, b): return a + b"]) == {"pass_at_1": 1.0}

@@ -19,8 +19,8 @@ MEGABYTES = 1024
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 WARNING = (
     "--allow-code: programs that the model writes will be run, each in a process of its own with "
-    f"{SECONDS} s of processor time and {MEGABYTES} MB; it can read the libraries of Python and of the system, write "
-    "nothing, and reach no network and no other process"
+    f"{SECONDS} s of processor time and {MEGABYTES} MB, which can read the libraries of Python and of the system, "
+    "write nothing, and reach no network and no other process"
 )
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Threads are refused, and numpy would ask for some."""

@@ -1,30 +1,28 @@
 """Runs code that a model wrote: this file is the child process, `python -I sandbox.py SECONDS MEGABYTES`.
 
-First it gives up, for good, what such code needs least: time, memory and open files beyond a bound; all files but the
-interpreter's and the system's libraries, which can be read alone (Landlock); every system call that is not in CALLS
-(seccomp). Nothing can be written, and no other process be reached. Then it says `ready` and runs the programs that its
-parent sends, one after the other in the same namespace, and says after each whether it ended or raised.
+First it gives up, for good: time, memory and open files beyond a bound; reading of anything but the libraries of Python
+and of the system, and all writing (Landlock); every system call outside of CALLS (seccomp), so the network, threads,
+and all that reaches other processes or changes modes, owners, times and attributes of files. Then it says `ready`, runs
+the programs that its parent sends, one after the other in the same namespace, and says after each how it ended.
 
-What it says is one of two random words, which the child reads from the pipe after the program. Among the programs are
-some that must raise (`code.passes`), so code that ends the process, writes whatever it likes, reads all that it can
-reach, or takes the assertions away, passes no test. But answer and tests share one interpreter: code written against
-this very file can rewrite its frames or speak its protocol, a function can read the test that calls it, and an object
-can be equal to everything. A pass is a measurement, not a proof against an adversary.
+It says so with one of two random words, which it reads from the pipe when the program has ended. Among the programs are
+assertions that must raise (`code.passes`). So code passes no test by ending the process, by writing whatever it likes,
+by reading all that it can reach, or by taking assertions away. But answer and tests share one interpreter, and that
+leaves: code written against this very file can speak its protocol or rewrite its frames and raise where it must; a
+function can read or skip the test that calls it; an object can be equal to everything. A pass is a measurement, not a
+proof against an adversary.
 
-What can still be learnt: names, sizes and times of files whose path is guessed, and the machine's name and kernel.
-
-The standard library alone is used. The numbers of aarch64 are from the kernel's table; they were not run there.
+What a program can still learn: names, sizes and times of files whose paths it guesses, and the machine's name.
+The standard library alone is used, and little of it, since each answer waits for it. On aarch64 none of this was run:
+its numbers are those of the kernel's table, and its filter was run by an interpreter of BPF (tests).
 """
 
 import ctypes
 import os
-import platform
 import resource
+import stat
 import struct
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 NO_ISOLATION = 92  # the exit code
 READY = b"ready"
@@ -90,17 +88,17 @@ def seccomp_filter(machine: str) -> list[Step]:
     return [*steps, (JUMP_IF_LARGER, 1, 0, NEWEST), *((RETURN, 0, 0, end) for end in (REFUSE, UNKNOWN, ALLOW))]
 
 
-def _value_check(where: int, values: Sequence[int]) -> list[Step]:
+def _value_check(where: int, values: tuple[int, ...]) -> list[Step]:
     """Goes on behind these steps if the half argument is one of the values."""
     compare = [(JUMP_IF_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
     return [(LOAD, 0, 0, where), *compare, (RETURN, 0, 0, REFUSE)]
 
 
-def readable() -> set[Path]:
-    """Folders and files of the interpreter, of its packages, and of the system's libraries."""
+def openable() -> dict[str, int]:
+    """What can be opened, and how: files of the interpreter, its packages and the system's libraries; and /dev/null."""
     homes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
-    own = (f"{home}/{name}" for home in homes for name in ("lib", "lib64"))
-    return {path for path in map(Path, (*own, *LIBRARIES, *FILES)) if path.exists()}
+    own = [f"{home}/{name}" for home in homes for name in ("lib", "lib64")]
+    return dict.fromkeys((*own, *LIBRARIES, *FILES), READ_FILE | READ_DIR) | {os.devnull: READ_FILE | WRITE_FILE}
 
 
 def read_libraries_alone(libc: ctypes.CDLL) -> bool:
@@ -114,9 +112,13 @@ def read_libraries_alone(libc: ctypes.CDLL) -> bool:
     rights = (1 << 13 + (version >= 2) + (version >= 3) + (version >= 5)) - 1
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = libc.syscall(LANDLOCK_CREATE_RULESET, struct.pack("QQQ", rights, NETWORK, SCOPES)[:size], size, 0)
-    given = {path: READ_FILE | READ_DIR if path.is_dir() else READ_FILE for path in readable()}
-    for path, right in {**given, Path(os.devnull): READ_FILE | WRITE_FILE}.items():
-        place = os.open(path, os.O_PATH)
+    for path, right in openable().items():
+        try:
+            place = os.open(path, os.O_PATH)
+        except OSError:
+            continue
+        if not stat.S_ISDIR(os.fstat(place).st_mode):
+            right &= ~READ_DIR
         if libc.syscall(LANDLOCK_ADD_RULE, rules, PATH_BENEATH, struct.pack("=Qi", right, place), 0) != 0:
             return False
         os.close(place)
@@ -125,7 +127,7 @@ def read_libraries_alone(libc: ctypes.CDLL) -> bool:
 
 def call_nothing_else(libc: ctypes.CDLL) -> bool:
     """From here on the calls of CALLS alone. False where the kernel cannot do that."""
-    program = b"".join(struct.pack("HBBI", *step) for step in seccomp_filter(platform.machine()))
+    program = b"".join(struct.pack("HBBI", *step) for step in seccomp_filter(os.uname().machine))
     steps = ctypes.create_string_buffer(program, len(program))
     packed = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(steps))
     return bool(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_char_p(packed), 0, 0) == 0)
@@ -148,7 +150,7 @@ def limit(kind: int, most: int) -> None:
 
 def isolate(seconds: int, megabytes: int) -> bool:
     """False where this machine cannot do all of it."""
-    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+    if sys.platform != "linux" or os.uname().machine not in ARCHITECTURES:
         return False
     limit(resource.RLIMIT_CPU, seconds)
     limit(resource.RLIMIT_AS, megabytes << 20)
@@ -160,34 +162,28 @@ def isolate(seconds: int, megabytes: int) -> bool:
     return alone and drop_capabilities(libc) and read_libraries_alone(libc) and call_nothing_else(libc)
 
 
-def take(pipe: int, size: int, read: Callable[[int, int], bytes] = os.read) -> bytes:
-    """So many bytes and none beyond them, which stay in the pipe; fewer if it ends."""
-    taken = b""
-    while (left := size - taken.__len__()) and (part := read(pipe, left)):
-        taken += part
-    return taken
-
-
-def serve(
-    requests: int,
-    replies: int,
-    # bound here, so that another `exec` or `os.write` in their modules changes nothing
-    take: Callable[[int, int], bytes] = take,
-    write: Callable[[int, bytes], int] = os.write,
-    run: Callable[..., None] = exec,
-    translate: Callable[..., Any] = compile,
-    as_number: Callable[..., int] = int.from_bytes,
-) -> None:
+def serve(requests: int, replies: int) -> None:
     """Runs programs until the pipe ends: a size of 4 bytes, the program, and two words, for its end and for a raise."""
-    names = {"__name__": "answer"}
-    while size := take(requests, 4):
-        source, ended = take(requests, as_number(size, "big")), False
+    names, as_number = {"__name__": "answer"}, int.from_bytes
+    # a program may put others in their places
+    read, write, run, translate, trace = os.read, os.write, exec, compile, sys.settrace
+
+    def take(size: int) -> bytes:
+        """So many bytes and none beyond them, which stay in the pipe; fewer if it ends."""
+        taken = b""
+        while (left := size - taken.__len__()) and (part := read(requests, left)):
+            taken += part
+        return taken
+
+    while size := take(4):
+        trace(None)  # a trace function of an earlier program could skip lines of this one
+        source, ended = take(as_number(size, "big")), False
         try:
             run(translate(source.decode(), "answer", "exec"), names)
             ended = True
         except BaseException:  # an answer that leaves with sys.exit(0) has not passed either
             pass
-        words = take(requests, 2 * WORD)
+        words = take(2 * WORD)
         write(replies, words[:WORD] if ended else words[WORD:])
 
 
