@@ -127,6 +127,27 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed_from(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_checkpoint_is_lost_where_one_is_finished_and_the_training_not_known_to_be(
+    base: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PrepareSettings(**{**SETTINGS.model_dump(), "checkpoint_every": 0.5}, train="ffn")
+    arguments = (KINDS["ffn"], as_base(base), samples, settings, LoraSettings(), 0)
+    whole = tune(*arguments, tmp_path / "whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("upcycle.stages.expert_preparation.prepare.copy_companions", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(*arguments, tmp_path / "cut")
+    (tmp_path / "cut" / "sizes.json").write_text("{")
+    assert tune(*arguments, tmp_path / "cut") == whole
+    for checkpoint in whole:
+        one, two = (tmp_path / run / checkpoint.path / "model.safetensors" for run in ("whole", "cut"))
+        assert one.read_bytes() == two.read_bytes()
+
+
 def test_ffn_only_tuning_leaves_everything_else_as_the_base(base: Path, samples: list[Sample], tmp_path: Path) -> None:
     settings = PrepareSettings(**SETTINGS.model_dump(), train="ffn")
     made = tune(KINDS["ffn"], as_base(base), samples, settings, LoraSettings(), 0, tmp_path)

@@ -52,8 +52,9 @@ def tune(
             note_sizes(folder)
         records.append(LOG.read(folder))
         saved = sorted(folder.glob("checkpoint-*"), key=step_of)
-        for checkpoint in saved:
+        for checkpoint in reversed(saved):  # the newest first: without it, no training goes on with half of the others
             _finish(kind, checkpoint, base)
+        for checkpoint in saved:
             epoch = round(settings.epochs * step_of(checkpoint) / step_of(saved[-1]), 4)
             place = str(checkpoint.relative_to(out_dir))
             checkpoints.append(Checkpoint(name=name or checkpoint.name, path=place, epoch=epoch))
