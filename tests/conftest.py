@@ -145,3 +145,15 @@ def tiny_recipe(base: Path, rows: Path) -> dict[str, Any]:
 @pytest.fixture
 def recipe(tiny_recipe: dict[str, Any]) -> Recipe:
     return parse_recipe(tiny_recipe, "test")
+
+
+@pytest.fixture(scope="session")
+def isolation() -> None:
+    """Skips where the kernel cannot isolate a program: there `passes` refuses, and nothing can be asked."""
+    from upcycle.errors import UpcycleError
+    from upcycle.evaluation.code import passes
+
+    try:
+        passes("", "", [])
+    except UpcycleError as error:
+        pytest.skip(str(error))

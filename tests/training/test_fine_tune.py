@@ -156,6 +156,27 @@ def test_two_trainings_share_one_schedule(
     assert rates("second", 64, (1 / 3, 1.0)) == pytest.approx(expected[4:])
 
 
+def test_no_checkpoint_is_lost_where_one_is_finished_and_the_training_not_known_to_be(
+    base: Path, recipe: Recipe, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PrepareSettings(**{**SETTINGS.model_dump(), "checkpoint_every": 0.5}, train="ffn")
+    arguments = (KINDS["ffn"], as_base(base), samples, recipe.model_copy(update={"prepare": settings}))
+    whole = tune(*arguments, tmp_path / "whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("upcycle.stages.expert_preparation.prepare.copy_companions", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(*arguments, tmp_path / "cut")
+    (tmp_path / "cut" / "sizes.json").write_text("{")
+    assert tune(*arguments, tmp_path / "cut") == whole
+    for checkpoint in whole:
+        one, two = (tmp_path / run / checkpoint.path / "model.safetensors" for run in ("whole", "cut"))
+        assert one.read_bytes() == two.read_bytes()
+
+
 def test_ffn_only_tuning_leaves_everything_else_as_the_base(
     base: Path, recipe: Recipe, samples: list[Sample], tmp_path: Path
 ) -> None:

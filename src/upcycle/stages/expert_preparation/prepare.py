@@ -45,9 +45,10 @@ def tune(kind: Kind, base: Base, train: Sequence[Sample], recipe: Recipe, out_di
             note_sizes(folder)
         records.append(LOG.read(folder))
         saved = sorted(folder.glob("checkpoint-*"), key=step_of)
-        for checkpoint in saved:
+        for checkpoint in reversed(saved):  # the newest first: without it, no training goes on with half of the others
             _finish(kind, checkpoint, base)
             kind.check_checkpoint(base, saved[-1], checkpoint)
+        for checkpoint in saved:
             epoch = round(settings.epochs * step_of(checkpoint) / step_of(saved[-1]), 4)
             place = str(checkpoint.relative_to(out_dir))
             checkpoints.append(Checkpoint(name=name or checkpoint.name, path=place, epoch=epoch))
