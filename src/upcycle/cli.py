@@ -37,6 +37,7 @@ from upcycle.records.record import first_problem
 from upcycle.settings import MOST_EXPERTS
 
 ALMOST_FULL_BYTES = 32 << 20
+PICTURES = (".png", ".pdf", ".svg")
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in a shell; typer makes a KeyboardInterrupt of any instant into it."""
 
@@ -177,6 +178,8 @@ def inspect(
 ) -> None:
     """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
     check_writable(figure)
+    if figure.suffix.lower() not in PICTURES:
+        raise UpcycleError(f"--figure is {figure}, expected a name that ends in {', '.join(PICTURES)}")
     from upcycle.reporting.inspect import inspect
 
     made = None
