@@ -143,6 +143,7 @@ def test_an_error_of_the_system_is_one_line(
         (("export", "/nowhere", "--to", "{folder}/new", "--push", "name"), "--push is 'name', expected OWNER/NAME"),
         (("report", "/nowhere", "--out", "{folder}/no/r.html"), "{folder}/no/r.html cannot be written"),
         (("report", "/nowhere", "--out", "{folder}"), "{folder} cannot be written: it is a folder; name a file"),
+        (("inspect", "/nowhere", "--figure", "{folder}/x.jsonl"), "--figure is {folder}/x.jsonl, expected a name that"),
         (("inspect", "/nowhere", "--figure", "{folder}/no/x.png"), "{folder}/no/x.png cannot be written"),
     ],
 )

@@ -39,6 +39,7 @@ from upcycle.records.record import first_problem
 from upcycle.settings import MOST_EXPERTS
 
 ALMOST_FULL_BYTES = 32 << 20
+PICTURES = (".png", ".pdf", ".svg")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -190,6 +191,8 @@ def inspect(
 ) -> None:
     """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
     check_writable(figure)
+    if figure.suffix.lower() not in PICTURES:
+        raise UpcycleError(f"--figure is {figure}, expected a name that ends in {', '.join(PICTURES)}")
     from upcycle.reporting.inspect import inspect
 
     made = None
