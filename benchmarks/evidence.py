@@ -54,7 +54,7 @@ BEDS = {
         f"{CAPACITY} data.fraction=0.5",
         "data.validation=runs/testbeds/capacity/validation.jsonl",
         "data.validation=runs/testbeds/capacity/search.jsonl",
-        ("2e-3", "4e-3", "8e-3"),
+        ("4e-3", "8e-3", "16e-3"),
     ),
 }
 
