@@ -174,7 +174,7 @@ def search(testbed: str, table: str, work: Path) -> None:
         if family in {VARIANTS[name][0] for name in TABLES[table]}:
             words = f"{VARIANTS[variant][1]} {bed.common} {bed.search} {dense_rate(testbed, family)}"
             texts = [f"{variant} {rate}: {words} posttrain.learning_rate={rate}" for rate in bed.candidates]
-            folder = work / f"search-{family}"
+            folder = work / f"search-{family}-{'-'.join(bed.candidates)}"
             compare(Study(texts, [SEARCH_SEED], folder, keep_models=False, results=results), force=True)
             print(f"{family}: {best_rate(testbed, family)}")
 
