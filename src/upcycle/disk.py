@@ -107,13 +107,20 @@ def is_scratch(path: Path) -> bool:
 def scratch_folder(target: Path) -> Path:
     """A new hidden folder beside `target`, of this process alone; what killed ones of this machine left is removed."""
     target, machine = target.absolute(), platform.node()
+    made = target.with_name(f".{target.name}.{machine}-{os.getpid()}{SCRATCH}")
     for left in target.parent.glob(f".{glob.escape(target.name)}.{glob.escape(machine)}-*{SCRATCH}"):
         process = left.name.removesuffix(SCRATCH).rpartition("-")[2]
-        if process.isdecimal() and not _is_running(int(process)):
-            shutil.rmtree(left)
-    made = target.with_name(f".{target.name}.{machine}-{os.getpid()}{SCRATCH}")
+        if left == made or (process.isdecimal() and not _is_running(int(process))):
+            _remove_folder(left)
     made.mkdir(parents=True)
     return made
+
+
+def _remove_folder(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # names what it found in there, without the folder
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _is_running(process: int) -> bool:

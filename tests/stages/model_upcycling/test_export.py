@@ -39,6 +39,7 @@ def test_a_mixture_is_folded_or_stays_compact(base: Path, tmp_path: Path) -> Non
     left = scratch_folder(tmp_path / "plain")
     (left / "model.safetensors").write_text("half")
     killed = left.rename(tmp_path / left.name.replace(f"-{os.getpid()}.", "-4194305."))  # above the highest process id
+    scratch_folder(tmp_path / "plain")  # of a process of the same number, as in a container
     (tmp_path / "plain.partial").mkdir()  # the user's
     export(made, tmp_path / "plain", True, "source")
     export(made, tmp_path / "compact", False, "source")
