@@ -34,7 +34,7 @@ SECONDS = 20.0
 MOST_BYTES = 1 << 30
 """That a case may add to the process's memory."""
 LONGEST = 4000
-"""Characters of an error."""
+"""Characters of an error, besides the words that it may repeat."""
 CONFIGS = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "generation_config.json")
 TEMPLATE = "chat_template.jinja"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -237,7 +237,8 @@ def outcome(words: list[str]) -> tuple[int, str | None]:
     if code == 0 or (code == 2 and ("Usage" in text or "─ Error ─" in text)):
         return code, None
     if code == 2 and "error: " in text:
-        return code, f"an error of {len(text)} characters: {text[:300]}" if len(text) > LONGEST else None
+        too_long = len(text) > LONGEST + 2 * sum(map(len, words))
+        return code, f"an error of {len(text)} characters: {text[:300]}" if too_long else None
     return code, f"exit {code}: {text[-300:]}"
 
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import errno
+import json
 import math
 import os
 import subprocess
@@ -61,7 +62,6 @@ def test_a_users_mistake_is_one_line_without_traceback(
 def test_a_base_that_is_not_supported_says_what_is(
     monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, base: Path, capsys: Any
 ) -> None:
-    import json
     import shutil
 
     for changes, message in (
@@ -88,6 +88,11 @@ def test_checkpoints_of_another_architecture_are_named(
     given = f"prepare.checkpoints=[{checkpoints[0]}, {other}]"
     assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", given) == 2
     assert f"{other}: intermediate_size is 64, but the base" in capsys.readouterr().err
+    config = json.loads((other / "config.json").read_text())
+    for model_type in (None, "no such", 1):
+        (other / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", given, "--update") == 2
+        assert f"{other}: model_type is {model_type!r}, but the base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("signal", "status"), [("SIGINT", 130), ("SIGTERM", 143)])

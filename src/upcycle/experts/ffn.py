@@ -61,7 +61,7 @@ def check_same_architecture(base: Base, checkpoint: Path) -> None:
     Raises:
         UpcycleError: names the first field that differs.
     """
-    expected, found = computed_fields(base.config), computed_fields(read_config(checkpoint))
+    expected, found = computed_fields(base.config), read_config(checkpoint)
     for field in expected:
         if expected[field] != found.get(field):
             raise UpcycleError(
