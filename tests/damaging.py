@@ -40,7 +40,7 @@ VALUES = (
 KEYS = ("", ".", "..", "a", "a.b.c.d", "data", "expand", "seed.x", "expand.", ".num_experts", "expand.\udcff", "base.x")
 WORDS = (
     *("", "-", "--", "x", "x" * 5000, "\udcff", "a\nb", "\x1b[31m", "[bold]", "{}", "=", "0", "-1", "1e9", ".."),
-    *("/dev/null", "/dev/zero", "/dev/null/x", "builtin:", "builtin:x", "builtin:tiny", "~nobody", "owner/name"),
+    *("/dev/null/x", "builtin:", "builtin:x", "builtin:tiny", "~nobody", "owner/name"),
 )
 """Words of a command line."""
 

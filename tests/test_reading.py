@@ -1,10 +1,12 @@
 """Files that cannot be trusted: what is wrong is said in a line, at once."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
+from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
 from upcycle.reading import MAX_NODES, brief, parse_json, parse_yaml, read_json, read_text
 from upcycle.recipe import load_recipe
@@ -24,6 +26,15 @@ def test_what_is_not_utf_8_is_named_with_its_byte(content: bytes, tmp_path: Path
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UpcycleError, match=r"x\.json is not UTF-8 \(byte \d+: .*\); save it as UTF-8"):
         read_json(tmp_path / "x.json")
+
+
+def test_only_a_regular_file_is_written_over(tmp_path: Path) -> None:
+    """As root, a device in the place of the file would be replaced for everybody."""
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("pipe", "is a pipe or a device; name a file"), (".", "is a folder; name a file")):
+        with pytest.raises(UpcycleError, match=message):
+            write_text(tmp_path / name, "x")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_only_a_regular_file_is_read(tmp_path: Path) -> None:

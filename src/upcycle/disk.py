@@ -68,12 +68,14 @@ def check_writable(path: Path) -> None:
     """Before any work whose result goes there.
 
     Raises:
-        UpcycleError: there is no such folder, or a folder lies where the file would.
+        UpcycleError: there is no such folder, or a folder, a pipe or a device lies where the file would.
     """
     if not path.parent.is_dir():
         raise UpcycleError(f"{path} cannot be written: {path.parent} is not a folder")
     if path.is_dir():
         raise UpcycleError(f"{path} cannot be written: it is a folder; name a file")
+    if path.exists() and not path.is_file():  # replacing it would take a device from everybody
+        raise UpcycleError(f"{path} cannot be written: it is a pipe or a device; name a file")
 
 
 def check_new(folder: Path, option: str) -> None:
