@@ -40,9 +40,24 @@ from upcycle.architectures import agreement, check
 from upcycle.experts import ffn
 from upcycle.pipeline import manifest
 from upcycle.weights import hashing
-name = lambda path, *_: "%032x" % abs(hash((path.parent.name.removesuffix(".partial"), path.name)))  # PYTHONHASHSEED
+def names(paths, *_):
+    for path in paths:
+        yield "%032x" % abs(hash((path.parent.name.removesuffix(".partial"), path.name)))  # PYTHONHASHSEED
+def watched_hashes(function):
+    def call(*args):
+        found = (names if skip else function)(*args)
+        while True:
+            begin = time.perf_counter()
+            try:
+                value = next(found)
+            except StopIteration:
+                return
+            finally:
+                spent["hashing"] += time.perf_counter() - begin
+            yield value
+    return call
 for module in (manifest, hashing):
-    module.hash_file = watched("hashing", module.hash_file, name)
+    module.hash_files = watched_hashes(module.hash_files)
 compare = watched("comparing", agreement.check_agreement, lambda *_: None)
 for module in (check, ffn):
     module.check_agreement = compare

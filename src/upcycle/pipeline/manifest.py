@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.console import say, track
-from upcycle.disk import SCRATCH, hash_file, inside, is_scratch, sync_folder, sync_folders
+from upcycle.disk import SCRATCH, hash_files, inside, is_scratch, sync_folder, sync_folders
 from upcycle.errors import UpcycleError
 from upcycle.records.files import INPUTS, MANIFEST, SIZES
 from upcycle.records.manifest import FORMAT, HASHED_WITH, Manifest, WrittenFile, library_versions
@@ -41,17 +41,21 @@ def verify(folder: Path, manifest: Manifest) -> None:
     Raises:
         UpcycleError: names the first file that is missing or differs.
     """
-    for name, entry in track(list(manifest.files.items()), f"checking {folder.name}"):
-        path = inside(folder, name)
+    entries = {inside(folder, name): entry for name, entry in manifest.files.items()}
+    for path, entry in entries.items():
         if not path.is_file():
-            problem = "is missing"
-        elif path.stat().st_size != entry.bytes:
-            problem = f"has {path.stat().st_size} bytes, expected {entry.bytes}"
-        elif hash_file(path, manifest.algorithm) != entry.hash:
-            problem = "has other content than when it was written"
-        else:
-            continue
-        raise UpcycleError(f"{path} {problem}; restore it, or rerun with --update to rebuild the stage")
+            raise _damaged(path, "is missing")
+        if (found := path.stat().st_size) != entry.bytes:
+            raise _damaged(path, f"has {found} bytes, expected {entry.bytes}")
+    paths = list(entries)
+    hashes = hash_files(paths, manifest.algorithm)
+    for path, found_hash in zip(track(paths, f"checking {folder.name}"), hashes, strict=True):
+        if found_hash != entries[path].hash:
+            raise _damaged(path, "has other content than when it was written")
+
+
+def _damaged(path: Path, problem: str) -> UpcycleError:
+    return UpcycleError(f"{path} {problem}; restore it, or rerun with --update to rebuild the stage")
 
 
 def verified(folder: Path) -> Manifest | None:
@@ -109,10 +113,15 @@ def seal(
     """Write the manifest and rename the working folder to the stage's, replacing an outdated one."""
     for path in [p for p in partial.rglob("*") if is_scratch(p)]:  # of a process that was killed while it wrote
         path.unlink()
+    paths, algorithm = _files(partial), HASHED_WITH[format]
+    hashes = hash_files(paths, algorithm)
     files = {
-        str(p.relative_to(partial)): _describe(p, HASHED_WITH[format])
-        for p in track(_files(partial), f"sealing {folder.name}")
+        str(path.relative_to(partial)): WrittenFile(bytes=path.stat().st_size, **{algorithm: found})
+        for path, found in zip(track(paths, f"sealing {folder.name}"), hashes, strict=True)
     }
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     manifest = Manifest(
         stage=folder.name,
         inputs=dict(inputs),
@@ -160,9 +169,3 @@ def _files(folder: Path) -> list[Path]:
     own = (folder / MANIFEST.name, folder / INPUTS.name)
     files = (p for p in folder.rglob("*") if p.is_file() and p.name != SIZES.name and not is_scratch(p))
     return sorted(p for p in files if p not in own)
-
-
-def _describe(path: Path, algorithm: str) -> WrittenFile:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return WrittenFile(bytes=path.stat().st_size, **{algorithm: hash_file(path, algorithm)})

@@ -159,10 +159,10 @@ class Run:
     def given_checkpoints(self) -> list[tuple[Path, str]]:
         """The user's checkpoint folders, in order, with the hash of each: read once."""
         from upcycle.stages.expert_preparation.checkpoints import checkpoint_folders
-        from upcycle.weights.hashing import hash_model
+        from upcycle.weights.hashing import hash_models
 
         folders = checkpoint_folders(self.recipe.prepare.checkpoints)
-        return [(folder, hash_model(folder, HASHED_WITH[self.format])) for folder in folders]
+        return list(zip(folders, hash_models(folders, HASHED_WITH[self.format]), strict=True))
 
     @property
     def given_hashes(self) -> dict[str, str]:

@@ -1,9 +1,10 @@
 """The hash of a model folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.console import track
-from upcycle.disk import XXH3, digest, hash_file
+from upcycle.disk import XXH3, digest, hash_files
 from upcycle.records.files import MANIFEST, TRAINER_STATE
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -12,5 +13,16 @@ NOT_MODEL = (TRAINER_STATE.name, MANIFEST.name)
 
 def hash_model(folder: Path, algorithm: str = XXH3) -> str:
     """One hash over the files of a model folder that decide what it computes."""
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and p.name not in NOT_MODEL)
-    return digest({name: hash_file(folder / name, algorithm) for name in track(names, f"hashing {folder.name}")})
+    return hash_models([folder], algorithm)[0]
+
+
+def hash_models(folders: Sequence[Path], algorithm: str = XXH3) -> list[str]:
+    """That of each of several folders, in one go."""
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if _decides(path)]
+    title = f"hashing {', '.join(folder.name for folder in folders[:2])}{' ...' * (len(folders) > 2)}"
+    found = dict(zip(track(files, title), hash_files(files, algorithm), strict=True))
+    return [digest({path.name: found[path] for path in files if path.parent == folder}) for folder in folders]
+
+
+def _decides(path: Path) -> bool:
+    return path.suffix in MODEL_SUFFIXES and path.name not in NOT_MODEL
