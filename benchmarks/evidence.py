@@ -118,6 +118,9 @@ PARTS: Variants = {
         "router start on random buckets": "route.assignment=random",
     }.items()
 }
+SPREAD: Variants = {
+    f"upit, spread {scale}": ("upcycled", f"upit {HALF} expand.spread={scale}") for scale in (0.5, 0.25, -0.25)
+}
 STARTS: Variants = {
     **{
         f"router start {start}": ("upcycled", f"upit {HALF} route.start={start}")
@@ -128,11 +131,12 @@ STARTS: Variants = {
         for start in ("mean_hidden", "kmeans", "ridge", "upit", "contrastive")
     },
 }
-VARIANTS = METHODS | WHEN | PARTS | STARTS
+VARIANTS = METHODS | WHEN | SPREAD | PARTS | STARTS
 TABLES = {
     "core": ("sft", "vanilla", "vanilla-sft", "upit"),
     "methods": tuple(METHODS),
     "when": ("sft", "vanilla", "upit", "vanilla-sft", *WHEN),
+    "spread": ("vanilla-sft", "upit", *SPREAD),
     "parts": ("upit", *PARTS, "router start random"),
     "starts": ("upit", "vanilla-sft", *STARTS),
 }
