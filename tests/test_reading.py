@@ -37,6 +37,13 @@ def test_only_a_regular_file_is_written_over(tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
+def test_an_error_of_writing_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".x.tmp").symlink_to("/dev/full")  # where the text is written first
+    with pytest.raises(OSError, match=r"No space left on device: '.*/x'"):
+        write_text(tmp_path / "x", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")

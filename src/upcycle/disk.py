@@ -71,14 +71,19 @@ def write_text(path: Path, text: str) -> None:
 
     Raises:
         UpcycleError: there is no such folder.
+        OSError: with the name of the file, which an error of a full disk does not have of itself.
     """
     check_writable(path)
     scratch = path.with_name(f".{path.name}{SCRATCH}")
-    with scratch.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with scratch.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_writable(path: Path) -> None:
