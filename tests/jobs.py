@@ -1,6 +1,7 @@
 """Commands that write, as rows; a tiny world that they read; what a folder holds afterwards."""
 
 import gc
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -55,11 +56,15 @@ SHORT = (JOBS[0], JOBS[2], JOBS[9])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every path below a folder to its content; of costs.json which stages it names; nothing of what was set aside."""
+    """Every path below a folder to its content, without seconds and gigabytes; nothing of what was set aside."""
     found = {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/" for p in folder.rglob("*")}
     found = {name: content for name, content in found.items() if ".partial.old-" not in name}
     for name in [name for name in found if Path(name).name in NOT_REPRODUCED]:
         found[name] = " ".join(sorted(yaml.safe_load(found[name]) or ())).encode()
+    for name in [name for name in found if Path(name).name == "measures.json"]:
+        measures = json.loads(found[name])
+        del measures["seconds"]
+        found[name] = json.dumps(measures).encode()
     return found
 
 
