@@ -41,7 +41,7 @@ def markdown(testbed: str, table: str) -> str:
         heads = ["variant", "seeds"]
         for metric in metrics:
             heads += [metric.replace("_", " "), f"against {rows[0].label} (95% interval; p, p after Holm)"]
-        heads += ["last dense", "MoE at first", "tokens", "FLOPs", "seconds"]
+        heads += ["last dense", "MoE at first", "tokens", "FLOPs"]
         lines = [_line(heads), _line(["---", *["--:"] * (len(heads) - 1)])]
         lines += [_row(row, runs, metrics) for row, runs in zip(rows, cells.values(), strict=True)]
     if missing:
@@ -59,11 +59,8 @@ def _row(row: Summary, runs: list[Cell], metrics: list[str]) -> str:
     initial = [run.initial_loss[ALL] for run in runs if run.initial_loss]
     figures.append(f"{fmean(value for (value,) in dense):.4f}" if all(dense) else "")
     figures.append(f"{fmean(initial):.4f}" if initial else "")
-    tokens, flops, seconds = (
-        fmean(values)
-        for values in zip(*((r.total_tokens, r.total_flops, sum(r.seconds.values())) for r in runs), strict=True)
-    )
-    return _line([*figures, f"{tokens:,.0f}", f"{flops:.3g}", f"{seconds:,.0f}"])
+    tokens, flops = fmean(run.total_tokens for run in runs), fmean(run.total_flops for run in runs)
+    return _line([*figures, f"{tokens:,.0f}", f"{flops:.3g}"])
 
 
 def _difference(value: Spread, pattern: str) -> str:
