@@ -251,7 +251,8 @@ def report(
     from upcycle.reporting.comparison import find_comparison, write_comparison_report
 
     if (found := find_comparison(folder)) is not None:
-        write_comparison_report(found, folder, out)
+        with _writing(out.parent):
+            write_comparison_report(found, folder, out)
         return
     run = open_run(folder, dict.fromkeys((POSTTRAIN, EVALUATE, *stage_names())))
     _quiet_libraries()
@@ -264,7 +265,8 @@ def report(
     model = load_model(result, compute_dtype(device), device, run.base.folder)
     samples = one_of_each_domain(run.splits.validation, at_most=12, longest=400)
     texts = routed_tokens(model, run.base.tokenizer, samples)
-    write_report(folder, run.recipe, kind_in(result).describe(result), texts, out)
+    with _writing(out.parent):
+        write_report(folder, run.recipe, kind_in(result).describe(result), texts, out)
 
 
 @app.command()
