@@ -3,7 +3,6 @@
 A table stands between `<!-- table: TESTBED TABLE -->` and `<!-- end -->`. What has not been run is named as not run.
 """
 
-import math
 import re
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +13,8 @@ from upcycle.disk import write_text
 from upcycle.records.comparison import METRICS, Cell, Spread, Summary
 from upcycle.records.record import ALL, read_record
 from upcycle.records.scores import BASE
+from upcycle.reporting.charts import with_error
+from upcycle.reporting.comparison import interval, signed
 from upcycle.studies.statistics import summary
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -37,7 +38,7 @@ def markdown(testbed: str, table: str) -> str:
     lines = []
     if cells:
         rows = summary(cells, list(cells))
-        metrics = [metric for metric in METRICS if all(getattr(row, metric) is not None for row in rows)]
+        metrics = [metric for metric in METRICS if getattr(rows[0], metric) is not None]
         heads = ["variant", "seeds"]
         for metric in metrics:
             heads += [metric.replace("_", " "), f"against {rows[0].label} (95% interval; p, p after Holm)"]
@@ -53,8 +54,7 @@ def _row(row: Summary, runs: list[Cell], metrics: list[str]) -> str:
     figures = [row.label, str(len(runs))]
     for metric in metrics:
         value, pattern = row.metric(metric), METRICS[metric]
-        error = "" if math.isnan(value.std) else f" ± {pattern.format(value.std)}"
-        figures += [f"{pattern.format(value.mean)}{error}", _difference(value, pattern)]
+        figures += [with_error(pattern, value.mean, value.std), _difference(value, pattern)]
     dense = [[entry.loss[ALL] for name, entry in (run.dense or {}).items() if name != BASE][-1:] for run in runs]
     initial = [run.initial_loss[ALL] for run in runs if run.initial_loss]
     figures.append(f"{fmean(value for (value,) in dense):.4f}" if all(dense) else "")
@@ -66,11 +66,8 @@ def _row(row: Summary, runs: list[Cell], metrics: list[str]) -> str:
 def _difference(value: Spread, pattern: str) -> str:
     if value.difference is None:
         return ""
-    gap = f"{value.difference:+.4f}" if pattern.endswith("f}") else f"{value.difference:+.1%}"
-    if value.p is None or math.isnan(value.p) or value.interval is None:
-        return gap
-    low, high = (f"{end:+.4f}" if pattern.endswith("f}") else f"{end:+.1%}" for end in value.interval)
-    return f"{gap} ({low} to {high}; {value.p:.3f}, {value.p_corrected:.3f})"
+    gap, between = signed(pattern, value.difference), interval(pattern, value)
+    return f"{gap} ({between}; {value.p:.3f}, {value.p_corrected:.3f})" if between else gap
 
 
 def _line(cells: list[str]) -> str:

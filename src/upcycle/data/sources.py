@@ -72,9 +72,8 @@ def read_rows(sources: str | list[str]) -> list[Row]:
 def hash_sources(sources: str | list[str]) -> str:
     """A hash of the rows' content, the same wherever the files lie."""
     names = [sources] if isinstance(sources, str) else sources
-    return digest(
-        [hash_file(Path(n).expanduser()) if Path(n).expanduser().is_file() else _hash_rows(_read(n)) for n in names]
-    )
+    places = [(name, Path(name).expanduser()) for name in names]
+    return digest([hash_file(path) if path.is_file() else _hash_rows(_read(name)) for name, path in places])
 
 
 def _hash_rows(rows: Iterable[Row]) -> str:
@@ -112,13 +111,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _decode(line, f"{path}:{number}"), f"{path}:{number}"
+                    yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of them
         raise UpcycleError(f"{path} cannot be read as UTF-8 JSONL: {error}") from None
-
-
-def _decode(line: str, where: str) -> Any:
-    return parse_json(line, where)
 
 
 def to_row(value: Any, where: str) -> Row:

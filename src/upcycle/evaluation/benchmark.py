@@ -32,7 +32,7 @@ from upcycle.routing.routers import ForcedRouter, RowExperts, num_experts, swapp
 from upcycle.types import Model, Tokenizer
 from upcycle.weights.folders import TEMPLATE
 from upcycle.weights.hashing import hash_model
-from upcycle.weights.tokenizers import read_tokenizer
+from upcycle.weights.tokenizers import has_tokenizer, read_tokenizer
 
 Task = dict[str, Any] | str
 """A configuration of ours for lm-eval, or the name of a task that it knows."""
@@ -117,7 +117,7 @@ def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
     """The model, forced to an expert if asked, and its tokenizer."""
     device = pick_device()
     model = load_model(contender.folder, compute_dtype(device), device, contender.base)
-    own = any(contender.folder.glob("tokenizer*"))  # a user's checkpoint may have none
+    own = has_tokenizer(contender.folder)  # a user's checkpoint may have none
     tokenizer = read_tokenizer(contender.folder if own else contender.base or contender.folder)
     if contender.expert is None:
         yield model, tokenizer

@@ -4,14 +4,13 @@ A stage writes into `<stage>.partial/`. When it is done, the manifest (settings,
 and of every file) is written last and the folder is renamed to `<stage>/`: its presence means complete.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from upcycle.console import say, track
-from upcycle.disk import SCRATCH, hash_files, inside, is_scratch, sync_folder, sync_folders
+from upcycle.disk import SCRATCH, hash_files, inside, is_scratch, sync_files, sync_folder
 from upcycle.errors import UpcycleError
 from upcycle.records.files import INPUTS, MANIFEST, SIZES
 from upcycle.records.manifest import FORMAT, HASHED_WITH, Manifest, WrittenFile, library_versions
@@ -119,9 +118,6 @@ def seal(
         str(path.relative_to(partial)): WrittenFile(bytes=path.stat().st_size, **{algorithm: found})
         for path, found in zip(track(paths, f"sealing {folder.name}"), hashes, strict=True)
     }
-    for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
     manifest = Manifest(
         stage=folder.name,
         inputs=dict(inputs),
@@ -131,7 +127,7 @@ def seal(
         files=files,
         format=format,
     )
-    sync_folders(partial)
+    sync_files(partial)
     MANIFEST.write(partial, manifest)
     sync_folder(partial)
     if folder.exists():  # moved, as a folder that is half removed is nobody's

@@ -154,24 +154,24 @@ def _against_reference(found: Found, metric: str) -> Table:
     lines = []
     for row in rows:
         value = row.metric(metric)
-        gap = "" if value.difference is None else _signed(pattern, value.difference)
+        gap = "" if value.difference is None else signed(pattern, value.difference)
         error = pattern.format(value.std) if _error(value) else ""
         ps = (_p_value(value.p), _p_value(value.p_corrected))
-        lines.append([row.label, pattern.format(value.mean), error, gap, _interval(pattern, value), *ps])
+        lines.append([row.label, pattern.format(value.mean), error, gap, interval(pattern, value), *ps])
     against = f"against {found.reference}"
     heads = ["variant", "mean", f"std ({_seeds(found)})", against, "95% interval", "p (paired t-test)", "p (Holm)"]
     return Table(TITLES[metric], heads, lines, [_best(rows, metric)])
 
 
-def _signed(pattern: str, value: float) -> str:
+def signed(pattern: str, value: float) -> str:
     return ("+" if value > 0 else "") + pattern.format(value)
 
 
-def _interval(pattern: str, value: Spread) -> str:
+def interval(pattern: str, value: Spread) -> str:
     """Of the difference; nothing where there is none, or one seed."""
     if value.interval is None or math.isnan(value.interval[0]):
         return ""
-    return " to ".join(_signed(pattern, end) for end in value.interval)
+    return " to ".join(signed(pattern, end) for end in value.interval)
 
 
 def _p_value(p: float | None) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from upcycle.console import say, table
 from upcycle.errors import UpcycleError, nearest
+from upcycle.pipeline.run import Run
+from upcycle.recipe import Recipe
 from upcycle.records.comparison import METRICS, Comparison
 from upcycle.records.files import COMPARISON
 from upcycle.studies.cells import Study, Variant, labels, run_cells
@@ -57,19 +59,18 @@ def matched(texts: Sequence[str]) -> dict[str, list[str]]:
 
     Only FLOPs of the two trainings count; checkpoints keep their number.
     """
-    first, *_ = work = [_work(text) for text in texts]
-    return {text: _scaled(text, first / own) for text, own in zip(texts, work, strict=True)}
+    runs = [Variant(text).run(0, Path()) for text in texts]
+    first, *_ = work = [_work(run) for run in runs]
+    return {text: _scaled(run.recipe, first / own) for text, run, own in zip(texts, runs, work, strict=True)}
 
 
-def _work(text: str) -> float:
-    """Training FLOPs of a token that is seen once in each of a variant's epochs, up to a factor that all share."""
-    run = Variant(text).run(0, Path())
+def _work(run: Run) -> float:
+    """Training FLOPs of a token that is seen once in each of a run's epochs, up to a factor that all share."""
     recipe, active = run.recipe, run.kind.active(run.base, run.recipe)
     return (recipe.prepare.epochs * active.dense if recipe.tunes else 0.0) + recipe.posttrain.epochs * active.moe
 
 
-def _scaled(text: str, factor: float) -> list[str]:
-    recipe = Variant(text).run(0, Path()).recipe
+def _scaled(recipe: Recipe, factor: float) -> list[str]:
     names = ("prepare.epochs", "prepare.checkpoint_every", "posttrain.epochs", "posttrain.checkpoint_every")
     fields = (name.split(".") for name in names)
     return [f"{s}.{f}={getattr(getattr(recipe, s), f) * factor!r}" for s, f in fields] if factor != 1 else []
