@@ -18,7 +18,7 @@ from upcycle.pipeline.stages import training_tokens
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.records.comparison import Cell, Comparison, Measures
 from upcycle.records.files import COMPARISON, ROUTE_REPORT
-from upcycle.records.record import read_record
+from upcycle.records.record import read_record, write_record
 from upcycle.reporting.figures import comparison_figure, sweep_figure
 from upcycle.studies.cells import Study, Variant, labels, run_cells
 from upcycle.studies.compare import compare, differences, show
@@ -255,6 +255,9 @@ def test_cells_that_are_kept_are_taken_from_there(recipe_file: Path, tmp_path: P
     changed = replace(elsewhere, texts=[f"{texts[0]} route.init_std=0.03", texts[1]])
     with pytest.raises(UpcycleError, match=r"seed-0.json was made by another recipe \(route.init_std: 0.02 -> 0.03\)"):
         compare(changed, force=False)
+    write_record(tmp_path / "results" / "ours" / "seed-0.json", kept.model_copy(update={"data": "others"}))
+    with pytest.raises(UpcycleError, match=r"seed-0.json was made from other data"):
+        compare(replace(study, out=tmp_path / "third"), force=False)
 
 
 def test_training_tokens_of_the_routers_start_count(recipe_file: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def _cell(study: Study, run: Run, text: str, donors: list[Path]) -> Measures:
     say(f"{text}, seed {run.recipe.seed}: {run.folder}")
     kept = study.kept(text, run.recipe.seed)
     if kept and kept.is_file():
-        return _same_recipe(read_record(kept, Cell), run, kept)
+        return _of_this_run(read_record(kept, Cell), run, kept)
     found = _known(run, study.keep_models)
     if found is None:
         run_stages(run, donors=donors)
@@ -157,21 +157,21 @@ def _known(run: Run, keep_models: bool) -> Cell | None:
         return None
     if keep_models:
         raise UpcycleError(f"the models of {run.folder} were deleted; go on with --no-keep-models, or elsewhere")
-    found = _same_recipe(MEASURES.read(run.folder), run, run.folder)
-    if found.data != run.data_hash:
-        raise UpcycleError(f"{run.folder} was made from other data; take another --out")
-    return found
+    return _of_this_run(MEASURES.read(run.folder), run, run.folder)
 
 
-def _same_recipe(found: Cell, run: Run, where: Path) -> Cell:
+def _of_this_run(found: Cell, run: Run, where: Path) -> Cell:
     """
     Raises:
-        UpcycleError: the cell is another recipe's. Settings that are newer than it have their defaults.
+        UpcycleError: the cell is another recipe's (settings that are newer than it have their defaults), or of other
+            data.
     """
     if changes := differences(parse_recipe(found.recipe, str(where)), run.recipe):
         raise UpcycleError(
             f"{where} was made by another recipe ({'; '.join(changes)}); move it away, or name the variant otherwise"
         )
+    if found.data != run.data_hash:
+        raise UpcycleError(f"{where} was made from other data; move it away, or take another --out and --results")
     return found
 
 
