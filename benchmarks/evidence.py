@@ -189,12 +189,13 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--search", action="store_true", help="only look for the learning rates that the table needs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these variants of the table alone")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder for the runs")
     arguments = parser.parse_args()
     testbed, table, work = arguments.testbed, arguments.table, arguments.work / arguments.testbed
     search(testbed, table, work)
     if not arguments.search:
-        texts = [text(testbed, name) for name in TABLES[table]]
+        texts = [text(testbed, name) for name in arguments.only or TABLES[table]]
         seeds, results = range(arguments.seeds), RESULTS / testbed
         compare(Study(texts, seeds, work / table, keep_models=False, results=results), force=True)
 

@@ -64,6 +64,11 @@ class Recipe(Settings):
         return self.prepare.epochs / (self.prepare.epochs + self.posttrain.epochs)
 
     @property
+    def carries(self) -> bool:
+        """Whether post-training goes on with preparation's optimizer state."""
+        return self.posttrain.optimizer_state == "carry"
+
+    @property
     def kind_settings(self) -> dict[str, dict[str, Any]]:
         """What decides the kind of the experts besides `prepare`: nothing for whole FFNs."""
         return {"lora": {**self.lora.model_dump(), "kind": self.prepare.train}} if self.prepare.shares_base else {}
@@ -88,6 +93,21 @@ class Recipe(Settings):
                     f"posttrain.{field} is {after} and prepare.{field} {before}, but one schedule spans both stages; "
                     "set both alike, or posttrain.schedule=restart"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_state_to_carry(self) -> "Recipe":
+        nothing = not self.tunes or self.prepare.by_domain or self.expand.copies_of == "base"
+        if self.carries and nothing:
+            raise ValueError(
+                "posttrain.optimizer_state is carry, but there is no one training to carry it from "
+                "(prepare.checkpoints, prepare.by_domain or copies of the base); set posttrain.optimizer_state=fresh"
+            )
+        if self.carries and self.assemble.shared == "base" and not self.prepare.shares_base:
+            raise ValueError(
+                "posttrain.optimizer_state is carry, but with assemble.shared=base the shared weights are not those "
+                "that were trained; set assemble.shared=last, or posttrain.optimizer_state=fresh"
+            )
         return self
 
     @model_validator(mode="after")

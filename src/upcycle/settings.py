@@ -248,6 +248,14 @@ class PosttrainSettings(TrainingSettings):
     schedule: Literal["continue", "restart"] | None = None
     """Go on with preparation's learning-rate schedule, which then spans the epochs of both stages, or start one with a
     warm-up of its own. Null: continue, unless the checkpoints are given."""
+    optimizer_state: Literal["carry", "fresh"] = "fresh"
+    """Adam's moments at the start: those of the last checkpoint, each expert with those of its FFN, or none."""
+    experts_rate: float = Field(1.0, gt=0)
+    """Learning rate of the experts, in units of learning_rate; see also shared_rate and router_rate."""
+    shared_rate: float = Field(1.0, gt=0)
+    """Of attention, norms and embeddings."""
+    router_rate: float = Field(1.0, gt=0)
+    """Of the routing vectors."""
     router_aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the per-layer load-balancing loss; 0: none."""
     router_z_loss_coef: float = Field(0.0, ge=0)
@@ -258,6 +266,11 @@ class PosttrainSettings(TrainingSettings):
     """What post-training leaves as it is; `shared` is attention, norms and embeddings."""
     report_to: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
     """Where the training log goes besides log.json (the package must be installed)."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Of each part of the MoE (`routing.routers.parts`), in units of learning_rate."""
+        return {"experts": self.experts_rate, "shared": self.shared_rate, "router": self.router_rate}
 
 
 class EvaluateSettings(Settings):

@@ -221,6 +221,21 @@ def test_balance_loss_is_added_with_its_coefficient(
     assert logs[1].loss - logs[0].loss == pytest.approx(0.5 * logs[0].balance_loss, rel=1e-3)
 
 
+def test_each_part_has_its_own_rate(base: Path, moe: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """Adam's first step is the rate, whatever the gradient."""
+    model = load_model(moe, torch.float32).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rates = {"experts_rate": 2.0, "shared_rate": 0.5, "router_rate": 4.0}
+    settings = PosttrainSettings(
+        epochs=1, checkpoint_every=1, batch_size=8, micro_batch_size=8, learning_rate=1e-3, warmup_fraction=0, **rates
+    )
+    training = Training(settings, 0, "test", tmp_path, balance=settings)
+    fine_tune(model, load_tokenizer(base, None), samples[:8], training)
+    for name, parameter in model.named_parameters():
+        rate = 2.0 if ".experts." in name else 4.0 if ".gate." in name else 0.5
+        assert (parameter - before[name]).abs().max().item() == pytest.approx(rate * 1e-3, rel=1e-2), name
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(
     base: Path, samples: list[Sample], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from upcycle.console import say
 from upcycle.errors import UpcycleError
 from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_files import PREFIX, check_base
@@ -87,13 +88,15 @@ def assemble(
     lora: LoraSettings,
     routers: Routers,
     out_dir: Path,
+    moments: bool = False,
 ) -> None:
     """Write the compact folder of a mixture of fresh bottlenecks."""
     count = len(plan.experts)
     draw = torch.Generator().manual_seed(plan.seed)
     tensors = bottleneck_tensors(len(routers), base.config["hidden_size"], lora.rank, count, draw)
     experts = NewExperts(BOTTLENECK_MIXTURE, [lora.rank] * count, [1.0] * count, tensors)
-    write_new(base, plan, settings, routers, experts, out_dir)
+    assert not moments  # nothing is trained before
+    say(write_new(base, plan, settings, routers, experts, out_dir))
 
 
 def bottleneck_tensors(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -30,6 +31,24 @@ class Load:
     """The dense model of adapters; None: the one that they name."""
     four_bit: bool
     """Quantize the dense model of adapters (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)."""
+
+
+@runtime_checkable
+class Assemble(Protocol):
+    """Writes a MoE, and says what it is; of optimizer moments in the place of weights nothing is said or compared."""
+
+    def __call__(
+        self,
+        base: Base,
+        folders: Sequence[Path],
+        plan: ExpansionPlan,
+        settings: AssembleSettings,
+        lora: LoraSettings,
+        routers: Routers,
+        out_dir: Path,
+        /,
+        moments: bool = False,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,7 @@ class Kind:
     they are not linear in expectation."""
 
     # assembly, training, export
-    assemble: Callable[[Base, Sequence[Path], ExpansionPlan, AssembleSettings, LoraSettings, Routers, Path], None]
+    assemble: Assemble
     """(base, every checkpoint, plan, settings, settings, routers, folder): write the MoE."""
     load: Callable[[Load], Model]
     """A model folder of this kind, in evaluation mode."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from upcycle.architectures.layouts import Region
 from upcycle.architectures.mapping import map_model, read_region
-from upcycle.console import warn
+from upcycle.console import say, warn
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
 from upcycle.experts.active import active_additions
@@ -182,6 +182,7 @@ def assemble(
     lora: LoraSettings,
     routers: Routers,
     out_dir: Path,
+    moments: bool = False,
 ) -> None:
     """Write the compact folder of a mixture. An expert that is the base itself starts as a fresh adapter.
 
@@ -191,7 +192,9 @@ def assemble(
     for folder in folders:
         warn_of_another_base(base, folder)
     experts = lora_experts(plan, [read_adapter(folder, base.config) for folder in folders], lora, base.config)
-    write_new(base, plan, settings, routers, _uniform(experts, base.config), out_dir)
+    what = write_new(base, plan, settings, routers, _uniform(experts, base.config), out_dir)
+    if not moments:
+        say(what)
 
 
 def lora_experts(plan: ExpansionPlan, adapters: Sequence[Adapter], lora: LoraSettings, config: Config) -> list[Adapter]:

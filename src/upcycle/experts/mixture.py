@@ -17,7 +17,6 @@ from pydantic import Field, FiniteFloat, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from upcycle.console import say
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from upcycle.experts.kind import Load, Routers
@@ -248,8 +247,8 @@ class NewExperts:
 
 def write_new(
     base: Base, plan: ExpansionPlan, settings: AssembleSettings, routers: Routers, experts: NewExperts, out_dir: Path
-) -> None:
-    """Write the compact folder of a new mixture."""
+) -> str:
+    """Write the compact folder of a new mixture, and return a line on it."""
     named = dict(zip(router_names(len(routers)), routers, strict=True))
     config = MixtureConfig(
         peft_type=experts.peft_type,
@@ -265,7 +264,7 @@ def write_new(
     base.write_companions(out_dir)
     LINEAGE.write(out_dir, plan)
     added = sum(tensor.numel() for tensor in (*experts.tensors.values(), *routers))
-    say(
+    return (
         f"assemble: {len(plan.experts)} experts of rank {max(experts.ranks)} on {base.name}, {added / 1e6:.1f}M "
         "parameters besides the base's"
     )

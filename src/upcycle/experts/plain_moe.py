@@ -39,7 +39,7 @@ class Parts:
     routers: Sequence[Tensor]
     """(E, H) of each layer."""
     compared: Sequence[int]
-    """The experts whose logits are compared with those of their dense models."""
+    """The experts whose logits are compared with those of their dense models; none: nothing is said either."""
     num_experts_per_tok: int
 
 
@@ -74,6 +74,8 @@ def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype
     dtype_name = str(stored).removeprefix("torch.")
     config = moe_config(mapping.family, mapping.config, mapping.num_experts, parts.num_experts_per_tok, dtype_name)
     write_config(out_dir, config)
+    if not parts.compared:
+        return config
     millions, count = mapping.num_parameters() / 1e6, mapping.num_experts
     say(f"{verb}: {mapping.family.moe.model_type} with {count} experts, {millions:.1f}M parameters in {dtype_name}")
     difference = _compare(out_dir, mapping, parts, stored)

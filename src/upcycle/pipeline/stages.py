@@ -4,6 +4,7 @@ prepare -> expand -> assemble -> route -> posttrain -> evaluate. A new stage is 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from upcycle.records.files import (
     EVALUATE,
     EXPAND,
     LOG,
+    MOMENTS,
     POSTTRAIN,
     PREPARE,
     RESULT,
@@ -77,9 +79,14 @@ def _route(run: Run, out: Path) -> None:
 
 
 def _posttrain(run: Run, out: Path) -> None:
+    from upcycle.stages.model_upcycling.moments import carried
     from upcycle.stages.model_upcycling.posttrain import posttrain
 
-    posttrain(run.base, run.routed_moe, ROUTER.of(run.folder), run.splits.train, run.recipe, out)
+    base, recipe, moments = run.base, run.recipe, None
+    if recipe.carries:
+        last = run.checkpoint_folders[-1]
+        moments = partial(carried, run.kind, base, MOMENTS.of(run.folder), last, run.plan, recipe)
+    posttrain(base, run.routed_moe, ROUTER.of(run.folder), run.splits.train, recipe, out, moments)
 
 
 def _evaluate(run: Run, out: Path) -> None:
@@ -105,12 +112,14 @@ def _section(name: str) -> Callable[[Recipe], Sections]:
 
 
 def _scheduled(name: str) -> Callable[[Recipe], Sections]:
-    """A section of training, and where on one schedule the dense half ends; with a schedule of its own, the section."""
+    """A section of training, and what goes from one training to the other: the schedule, the optimizer state."""
 
     def sections(recipe: Recipe) -> Sections:
         own = _section(name)(recipe)
-        own[name].pop("schedule", None)  # what it comes to is `dense_share`
-        return own | ({"dense_share": recipe.dense_share} if recipe.dense_share < 1 else {})
+        for field in ("schedule", "optimizer_state"):  # what they come to follows
+            own[name].pop(field, None)
+        share = {"dense_share": recipe.dense_share} if recipe.dense_share < 1 else {}
+        return own | share | ({"carries": True} if recipe.carries else {})
 
     return sections
 

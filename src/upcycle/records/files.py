@@ -105,6 +105,8 @@ ROUTER_BIAS = Place("", "router_bias.safetensors")
 
 # by stage
 CHECKPOINTS: RecordFile[list[Checkpoint]] = RecordFile(PREPARE, "checkpoints.json", kind=list[Checkpoint])
+MOMENTS = Place(PREPARE, "moments")
+"""Adam's moments of the last checkpoint, as two models whose weights they are; only where they are carried."""
 PLAN: RecordFile[ExpansionPlan] = RecordFile(EXPAND, "plan.json", kind=ExpansionPlan)
 ASSEMBLED = Place(ASSEMBLE)
 """The MoE before any training of its own."""

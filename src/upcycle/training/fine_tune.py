@@ -3,7 +3,7 @@
 The only place that imports TRL.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import kind_of
 from upcycle.records.files import note_sizes
 from upcycle.records.training import TrainingRecord, log_entry
-from upcycle.routing.routers import RouterRecorder
+from upcycle.routing.routers import RouterRecorder, parts
 from upcycle.settings import PosttrainSettings, TrainingSettings
 from upcycle.training.balance import load_balancing_loss, router_z_loss
 from upcycle.training.callbacks import CheckpointSchedule, LoadMonitor, ShowProgress, StepBias, StripOlder
 from upcycle.training.checkpoints import last_checkpoint, leave_newest
 from upcycle.training.loss_free import LossFreeBias
+from upcycle.training.moments import Moments, put_moments, save_moments
 from upcycle.types import Model, Tokenizer
 
 NEVER = 10**9
@@ -38,9 +39,9 @@ Inputs = dict[str, torch.Tensor]
 class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that resumes a MoE with its experts, balances its routers per layer and stops at NaN."""
 
-    def __init__(self, model: Model, balance: PosttrainSettings | None, span: tuple[float, float], **arguments: Any):
-        self.balance = balance
-        self.span = span
+    def __init__(self, model: Model, training: "Training", **arguments: Any):
+        self.training, self.balance, self.span = training, training.balance, training.span
+        balance = training.balance
         self.recorder = RouterRecorder(model) if balance else None
         self.load_monitor = LoadMonitor() if balance else None
         rate = balance.balance_bias_rate if balance else 0.0
@@ -57,6 +58,15 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
             scheduler = LambdaLR(scheduler.optimizer, lambda step: rate(step + skipped))
         self.lr_scheduler = scheduler
         return scheduler
+
+    def create_optimizer(self, model: Model | None = None) -> Optimizer:
+        """With a learning rate for each part, and the moments to begin with; a resume puts its own in their place."""
+        optimizer: Optimizer = super().create_optimizer(model)
+        if self.balance:
+            optimizer.param_groups[:] = list(_by_part(self.model, optimizer.param_groups, self.balance.rates))
+        if self.training.moments and last_checkpoint(self.training.out_dir) is None:
+            put_moments(self.model, optimizer, self.training.moments())
+        return optimizer
 
     def compute_loss(self, model: Model, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> torch.Tensor:
         """TRL's loss plus what keeps a MoE's routers balanced."""
@@ -107,6 +117,8 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Model, trial: object) -> None:
         if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
             self._stop_at("a weight is not finite")
+        if self.training.moments_to and self.state.global_step == self.state.max_steps:
+            save_moments(self.model, self.optimizer, self.training.moments_to, self._save)
         if self.bias:
             self.bias.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
@@ -141,6 +153,16 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
             resume(target, Path(resume_from_checkpoint))
 
 
+def _by_part(model: Model, groups: Sequence[dict[str, Any]], rates: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """The optimizer's groups, each divided by the rates of the MoE's parts."""
+    part_of = {id(parameter): part for part, parameter in parts(model)}
+    for group in groups:
+        for rate in dict.fromkeys(rates.values()):
+            chosen = [p for p in group["params"] if rates[part_of[id(p)]] == rate]
+            if chosen:
+                yield {**group, "params": chosen, "lr": rate * group["lr"]}
+
+
 @dataclass(frozen=True)
 class Training:
     """How a model is trained, and where its checkpoints go."""
@@ -156,6 +178,10 @@ class Training:
     """How a MoE's routers are balanced; None for a dense model."""
     span: tuple[float, float] = (0.0, 1.0)
     """From where to where on the learning-rate schedule, of which the whole is 1."""
+    moments: Callable[[], Moments] | None = None
+    """Makes the optimizer state to begin with; None: a fresh one."""
+    moments_to: Path | None = None
+    """Where the optimizer's moments at the end are kept."""
 
 
 def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], training: Training) -> TrainingRecord:
@@ -171,8 +197,7 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
     schedule = CheckpointSchedule(settings.epochs, settings.checkpoint_every)
     trainer = UpcyclingTrainer(
         model=model,
-        balance=training.balance,
-        span=training.span,
+        training=training,
         args=_arguments(training),
         train_dataset=Dataset.from_dict(
             {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}

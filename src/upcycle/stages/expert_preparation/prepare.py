@@ -8,7 +8,7 @@ from upcycle.data.chat import Sample
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
 from upcycle.recipe import Recipe
-from upcycle.records.files import CHECKPOINTS, LOG, is_whole, note_sizes
+from upcycle.records.files import CHECKPOINTS, LOG, MOMENTS, is_whole, note_sizes
 from upcycle.records.plan import Checkpoint
 from upcycle.records.training import TrainingRecord
 from upcycle.settings import PrepareSettings
@@ -40,7 +40,8 @@ def tune(kind: Kind, base: Base, train: Sequence[Sample], recipe: Recipe, out_di
             model = kind.trainable(base, recipe.lora, recipe.seed)
             _require_space(kind, model, settings, out_dir)
             title, span = f"prepare: instruction tuning {name}".strip(), (0.0, recipe.dense_share)
-            training = Training(settings, recipe.seed, title, folder, settings.by_domain, span=span)
+            moments = out_dir / MOMENTS.name if recipe.carries else None
+            training = Training(settings, recipe.seed, title, folder, settings.by_domain, span=span, moments_to=moments)
             LOG.write(folder, fine_tune(model, base.tokenizer, samples, training))
             note_sizes(folder)
         records.append(LOG.read(folder))
@@ -48,6 +49,8 @@ def tune(kind: Kind, base: Base, train: Sequence[Sample], recipe: Recipe, out_di
         for checkpoint in reversed(saved):  # the newest first: without it, no training goes on with half of the others
             _finish(kind, checkpoint, base)
             kind.check_checkpoint(base, saved[-1], checkpoint)
+        for moments in out_dir.glob(f"{MOMENTS.name}/*"):
+            _finish(kind, moments, base)
         for checkpoint in saved:
             epoch = round(settings.epochs * step_of(checkpoint) / step_of(saved[-1]), 4)
             place = str(checkpoint.relative_to(out_dir))

@@ -1,7 +1,8 @@
 """The whole MoE is trained with top-k routing and a load-balancing loss."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from upcycle.console import say
@@ -10,6 +11,7 @@ from upcycle.experts.kinds import load_for_training, load_routers, save_model, t
 from upcycle.recipe import Recipe
 from upcycle.records.files import LOG, is_whole, note_sizes
 from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.training.moments import Moments
 from upcycle.types import Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import require_space
@@ -25,10 +27,14 @@ def posttrain(
     train: Sequence[Sample],
     recipe: Recipe,
     out_dir: Path,
+    moments: Callable[[Model, Path], Moments] | None = None,
 ) -> None:
     """Train the MoE in `initial` with the routing vectors in `router`; write it as a model folder.
 
     Resumes from its own last checkpoint.
+
+    Args:
+        moments: (model, scratch folder): the optimizer state to begin with; None: a fresh one.
 
     Raises:
         UpcycleError: training diverges.
@@ -44,7 +50,9 @@ def posttrain(
             say(
                 "posttrain: a schedule of its own, with a warm-up: given checkpoints do not say how far theirs had come"
             )
-        training = Training(settings, recipe.seed, title, out_dir / TRAINER, True, settings, span=(begin, 1.0))
+        trainer = out_dir / TRAINER
+        begun = partial(moments, model, trainer / "moments") if moments else None
+        training = Training(settings, recipe.seed, title, trainer, True, settings, span=(begin, 1.0), moments=begun)
         record = fine_tune(model, base.tokenizer, train, training)
         save_model(model, out_dir, initial)
         LOG.write(out_dir, record)
