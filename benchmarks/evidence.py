@@ -9,13 +9,13 @@ runs the rest. Tables share cells: a variant has one name on a testbed. One thre
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upcycle.records.comparison import Cell
 from upcycle.records.record import ALL, read_record
 from upcycle.studies.cells import Study, cell_file
-from upcycle.studies.compare import compare
+from upcycle.studies.compare import compare, matched
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -32,6 +32,10 @@ class Bed:
     """Rows that rates are chosen on."""
     candidates: tuple[str, ...]
     """Learning rates."""
+    fraction: float
+    """Share of the training rows."""
+    epochs: float = 4.0
+    """The budget, of both stages."""
 
 
 BATCH = (
@@ -39,39 +43,29 @@ BATCH = (
     "posttrain.checkpoint_every=4"
 )
 EMBEDDED = f"base=builtin:tiny data.train=builtin:train data.max_length=128 {BATCH}"
-CAPACITY = (
-    "base=benchmarks/testbeds/capacity data.train=runs/testbeds/capacity/train.jsonl data.max_length=256 "
-    f"evaluate.exact_match=false {BATCH}"
-)
+EMBEDDED_ROWS = ("data.validation=builtin:validation", "data.validation_fraction=0.05")
+TEXT = f"data.max_length=256 evaluate.exact_match=false {BATCH}"
 BEDS = {
-    "embedded": Bed(
-        f"{EMBEDDED} data.fraction=0.5",
-        "data.validation=builtin:validation",
-        "data.validation_fraction=0.05",
-        ("5e-4", "1e-3", "2e-3"),
-    ),
+    "embedded": Bed(EMBEDDED, *EMBEDDED_ROWS, ("5e-4", "1e-3", "2e-3"), 0.5),
+    "embedded-once": Bed(EMBEDDED, *EMBEDDED_ROWS, ("5e-4", "1e-3", "2e-3"), 1.0, 2.0),
     "capacity": Bed(
-        f"{CAPACITY} data.fraction=0.5",
+        f"base=benchmarks/testbeds/capacity data.train=runs/testbeds/capacity/train.jsonl {TEXT}",
         "data.validation=runs/testbeds/capacity/validation.jsonl",
         "data.validation=runs/testbeds/capacity/search.jsonl",
         ("4e-3", "8e-3", "16e-3"),
+        0.5,
+    ),
+    "middle": Bed(
+        f"base=runs/testbeds/middle/base data.train=runs/testbeds/middle/train.jsonl {TEXT}",
+        "data.validation=runs/testbeds/middle/validation.jsonl",
+        "data.validation=runs/testbeds/middle/search.jsonl",
+        ("5e-4", "1e-3", "2e-3"),
+        1.0,
+        2.0,
     ),
 }
-
-EIGHT, ONE = "expand.num_experts=8", "route.min_samples_per_expert=160"
-"""A MoE, and a dense model that holds as many seed rows out as eight experts do."""
-
-
-def dense_for(epochs: float, train: str = "full") -> str:
-    """Settings for so many of four epochs as a dense model, with four checkpoints."""
-    return (
-        f"{EIGHT} prepare.train={train} prepare.epochs={epochs} prepare.checkpoint_every={epochs / 4} "
-        f"posttrain.epochs={4 - epochs:g}"
-    )
-
-
-HALF = dense_for(2)
-FOUR_OF_EIGHT = "prepare.checkpoint_every=0.25 expand.num_checkpoints=4"
+SEED_ROWS = 160
+"""Held out of every variant's training, for the router or not: eight experts' 20 each."""
 LORA = "lora.rank=8 lora.alpha=16"
 FAMILIES = {
     "dense": "sft",
@@ -84,71 +78,128 @@ FAMILIES = {
 """Methods that have their learning rates alike, and the one that the rates are searched with."""
 DENSE_HALF = {"upcycled": "dense", "upcycled-lora": "dense-lora"}
 """Families that prepare: preparation is dense tuning, so it has the rate that is best for that."""
-Variants = dict[str, tuple[str, str]]
-"""Name to family, and to recipe and settings."""
 
-METHODS: Variants = {
-    "sft": ("dense", f"sft {ONE}"),
-    "vanilla": ("base", f"vanilla {EIGHT}"),
-    "vanilla-sft": ("upcycled", f"vanilla-sft {HALF}"),
-    "upit": ("upcycled", f"upit {HALF}"),
-    "upit, FFN alone": ("upcycled", f"upit {dense_for(2, 'ffn')}"),
-    "upit-paper": ("upcycled", f"upit-paper {HALF} route.seed_from=held_out"),
-    "noise": ("base", f"noise {EIGHT}"),
-    "drop": ("base", f"drop {EIGHT} expand.perturb_rate=0.1"),
-    "btx": ("upcycled", f"btx {EIGHT} prepare.epochs=2 posttrain.epochs=2"),
-    "sft-lora": ("dense-lora", f"sft {ONE} {LORA} prepare.train=lora"),
-    "lora-moe": ("base-lora", f"lora-moe {EIGHT} {LORA}"),
-    "upit-lora": ("upcycled-lora", f"upit-lora {dense_for(2, 'lora')} {LORA}"),
-    "self-moe": ("upcycled-lora", f"self-moe {EIGHT} {LORA} prepare.epochs=2 posttrain.epochs=2"),
-    "pesc": ("base-lora", f"pesc {EIGHT} {LORA}"),
+
+@dataclass(frozen=True)
+class Row:
+    """A variant: a recipe with settings."""
+
+    family: str
+    recipe: str
+    share: float | None = None
+    """Of the budget, for preparation, which leaves four checkpoints; None: it is all in one stage."""
+    more: str = ""
+    experts: int = 8
+    rows: float = 1.0
+    """Share of the testbed's rows."""
+    flops_of: str | None = None
+    """Has the training FLOPs of that variant, by more epochs, instead of its tokens."""
+
+    def words(self, bed: Bed) -> str:
+        prepared = (self.share or 0) * bed.epochs
+        stages = f"posttrain.epochs={bed.epochs - prepared:g} expand.num_experts={self.experts}"
+        if self.share:
+            stages += f" prepare.epochs={prepared:g} prepare.checkpoint_every={prepared / 4:g}"
+        held_out = f"route.min_samples_per_expert={SEED_ROWS // self.experts}"
+        return f"{self.recipe} {stages} {held_out} data.fraction={self.rows * bed.fraction:g} {self.more}"
+
+
+FULL = "prepare.train=full"
+EIGHTHS = "prepare.checkpoint_every={} expand.num_checkpoints=4"
+UPIT = Row("upcycled", "upit", 0.5, FULL)
+COPIES = Row("upcycled", "vanilla-sft", 0.5, FULL)
+DENSE, FROM_BASE = Row("dense", "sft", experts=1), Row("base", "vanilla")
+
+METHODS = {
+    "sft": DENSE,
+    "vanilla": FROM_BASE,
+    "vanilla-sft": COPIES,
+    "upit": UPIT,
+    "upit, FFN alone": replace(UPIT, more="prepare.train=ffn"),
+    "upit-paper": replace(UPIT, recipe="upit-paper", more=f"{FULL} route.seed_from=held_out"),
+    "noise": Row("base", "noise"),
+    "drop": Row("base", "drop", more="expand.perturb_rate=0.1"),
+    "btx": Row("upcycled", "btx", 0.5),
+    "sft-lora": Row("dense-lora", "sft", more=f"{LORA} prepare.train=lora", experts=1),
+    "lora-moe": Row("base-lora", "lora-moe", more=LORA),
+    "upit-lora": Row("upcycled-lora", "upit-lora", 0.5, f"{LORA} prepare.train=lora"),
+    "self-moe": Row("upcycled-lora", "self-moe", 0.5, LORA),
+    "pesc": Row("base-lora", "pesc", more=LORA),
 }
-WHEN: Variants = {
-    f"{recipe} after {epochs / 4:.0%}": ("upcycled", f"{recipe} {dense_for(epochs)}")
-    for epochs in (0.4, 1)
-    for recipe in ("upit", "vanilla-sft")
+WHEN = {
+    f"{name} after {share:.0%}": replace(row, share=share)
+    for share in (0.1, 0.25)
+    for name, row in (("upit", UPIT), ("vanilla-sft", COPIES))
 }
-PARTS: Variants = {
-    name: ("upcycled", f"upit {HALF} {changed}")
+FLOPS = {
+    "sft, FLOPs of upit": replace(DENSE, flops_of="upit"),
+    "sft, FLOPs of vanilla": replace(DENSE, flops_of="vanilla"),
+}
+PARTS = {
+    name: replace(UPIT, more=f"{FULL} {changed}")
     for name, changed in {
         "eight checkpoints, no expansion": "prepare.checkpoint_every=0.25",
         "random parents": "expand.parents=random",
-        "first half of eight checkpoints": f"{FOUR_OF_EIGHT} expand.select=first",
-        "last half of eight checkpoints": f"{FOUR_OF_EIGHT} expand.select=last",
+        "first half of eight checkpoints": f"{EIGHTHS.format(0.25)} expand.select=first",
+        "last half of eight checkpoints": f"{EIGHTHS.format(0.25)} expand.select=last",
         "router start on random buckets": "route.assignment=random",
     }.items()
 }
-SPREAD: Variants = {
-    f"upit, spread {scale}": ("upcycled", f"upit {HALF} expand.spread={scale}") for scale in (0.5, 0.25, -0.25)
+SPREAD = {f"upit, spread {scale}": replace(UPIT, more=f"{FULL} expand.spread={scale}") for scale in (0.5, 0.25, -0.25)}
+RATES = {
+    f"{name}, {what}": replace(row, more=f"{row.more} {changed}")
+    for name, row in (("upit", UPIT), ("vanilla-sft", COPIES), ("vanilla", FROM_BASE))
+    for what, changed in {
+        "experts' rate 2": "posttrain.experts_rate=2",
+        "experts' rate 4": "posttrain.experts_rate=4",
+        "Adam's state carried": "posttrain.optimizer_state=carry",
+    }.items()
+    if row.share or "carry" not in changed
 }
-STARTS: Variants = {
+STARTS = {
     **{
-        f"router start {start}": ("upcycled", f"upit {HALF} route.start={start}")
+        f"router start {start}": replace(UPIT, more=f"{FULL} route.start={start}")
         for start in ("random", "mean_hidden", "kmeans", "ridge", "upit")
     },
     **{
-        f"copies, router start {start}": ("upcycled", f"vanilla-sft {HALF} route.start={start}")
+        f"copies, router start {start}": replace(COPIES, more=f"{FULL} route.start={start}")
         for start in ("mean_hidden", "kmeans", "ridge", "upit", "contrastive")
     },
 }
-VARIANTS = METHODS | WHEN | SPREAD | PARTS | STARTS
+ROWS = {
+    f"{name}, {share:.0%} of the rows": replace(row, rows=share)
+    for share in (0.1, 0.3)
+    for name, row in (("sft", DENSE), ("vanilla-sft", COPIES), ("upit", UPIT))
+}
+SIZES = {
+    f"upit, {m} experts, top-{k}": replace(UPIT, experts=m, more=f"{FULL} assemble.num_experts_per_tok={k}")
+    for m, k in ((4, 2), (16, 2), (8, 4), (16, 4))
+}
+VARIANTS: dict[str, Row] = METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | ROWS | SIZES
 TABLES = {
     "core": ("sft", "vanilla", "vanilla-sft", "upit"),
     "methods": tuple(METHODS),
     "when": ("sft", "vanilla", "upit", "vanilla-sft", *WHEN),
+    "flops": ("sft", "vanilla", "vanilla-sft", "upit", *FLOPS),
     "spread": ("vanilla-sft", "upit", *SPREAD),
+    "rates": ("sft", "vanilla", "vanilla-sft", "upit", *RATES),
     "parts": ("upit", *PARTS, "router start random"),
     "starts": ("upit", "vanilla-sft", *STARTS),
+    "rows": ("sft", "vanilla-sft", "upit", *ROWS),
+    "sizes": ("upit", *SIZES),
 }
 """The first variant of a table is what the others are compared with."""
 
 
 def text(testbed: str, name: str) -> str:
     """A variant as `compare` takes it, with the rates of its family."""
-    family, words = VARIANTS[name]
-    bed = BEDS[testbed]
-    rates = f"{dense_rate(testbed, family)} posttrain.learning_rate={best_rate(testbed, family)}"
-    return f"{name}: {words} {bed.common} {bed.validation} {rates}"
+    row, bed = VARIANTS[name], BEDS[testbed]
+    rates = f"{dense_rate(testbed, row.family)} posttrain.learning_rate={best_rate(testbed, row.family)}"
+    words = f"{name}: {row.words(bed)} {bed.common} {bed.validation} {rates}"
+    if row.flops_of is None:
+        return words
+    scaled = matched([text(testbed, row.flops_of), words])
+    return f"{words} {' '.join(scaled[words])}"
 
 
 def cell_folder(testbed: str, name: str) -> Path:
@@ -175,8 +226,8 @@ def search(testbed: str, table: str, work: Path) -> None:
     """Held-out loss at each rate, for each family that a table has: of the method that stands for it."""
     bed, results = BEDS[testbed], RESULTS / f"{testbed}-search"
     for family, variant in FAMILIES.items():
-        if family in {VARIANTS[name][0] for name in TABLES[table]}:
-            words = f"{VARIANTS[variant][1]} {bed.common} {bed.search} {dense_rate(testbed, family)}"
+        if family in {VARIANTS[name].family for name in TABLES[table]}:
+            words = f"{VARIANTS[variant].words(bed)} {bed.common} {bed.search} {dense_rate(testbed, family)}"
             texts = [f"{variant} {rate}: {words} posttrain.learning_rate={rate}" for rate in bed.candidates]
             folder = work / f"search-{family}-{'-'.join(bed.candidates)}"
             compare(Study(texts, [SEARCH_SEED], folder, keep_models=False, results=results), force=True)

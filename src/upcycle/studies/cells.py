@@ -131,7 +131,7 @@ def run_cells(study: Study, check: Callable[[Cells], None] = lambda _: None) -> 
 
 def _cell(study: Study, run: Run, text: str, donors: list[Path]) -> Measures:
     """What is known of a cell, or what running it gives; it becomes a donor of the next ones."""
-    say(f"{text}, seed {run.recipe.seed}: {run.folder}")
+    say(f"{Variant(text).name or text}, seed {run.recipe.seed}: {run.folder}")
     kept = study.kept(text, run.recipe.seed)
     if kept and kept.is_file():
         return _of_this_run(read_record(kept, Cell), run, kept)
