@@ -15,7 +15,7 @@ test: $(READY)  ## lint, types, tests
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 	@echo "== all checks passed"
 
 torture: $(READY)  ## 1,000 damaged inputs and 200 kills against whole commands: half an hour; a line of figures each

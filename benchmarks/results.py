@@ -14,9 +14,13 @@ from upcycle.records.comparison import METRICS, Cell, Spread, Summary
 from upcycle.records.record import ALL, read_record
 from upcycle.records.scores import BASE
 from upcycle.reporting.charts import with_error
-from upcycle.reporting.comparison import interval, signed
+from upcycle.reporting.comparison import differences_chart, interval, signed
 from upcycle.studies.statistics import summary
 
+STYLE = (
+    "<style>svg{--back:#fff;--ink:#1b1f24;--line:#d8dde3;--bar:#2f6fab;--best:#b4541a;background:#fff;"
+    "font:13px system-ui,sans-serif}</style>"
+)
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -29,6 +33,13 @@ def read_cells(testbed: str, table: str) -> dict[str, list[Cell]]:
         if paths:
             found[name] = [read_record(path, Cell) for path in paths]
     return found
+
+
+def picture(testbed: str, table: str) -> tuple[Path, str]:
+    """Where the picture of the differences in loss lies, and what it shows; nothing where no row has an interval."""
+    cells = read_cells(testbed, table)
+    drawn = differences_chart(summary(cells, list(cells)), "loss") if cells else ""
+    return PAGE.parent / "pictures" / f"{testbed}-{table}.svg", drawn.replace(">", f">{STYLE}", 1)
 
 
 def markdown(testbed: str, table: str) -> str:
@@ -45,6 +56,9 @@ def markdown(testbed: str, table: str) -> str:
         heads += ["last dense", "MoE at first", "tokens", "FLOPs"]
         lines = [_line(heads), _line(["---", *["--:"] * (len(heads) - 1)])]
         lines += [_row(row, runs, metrics) for row, runs in zip(rows, cells.values(), strict=True)]
+    path, drawn = picture(testbed, table)
+    if drawn:
+        lines += ["", f"![differences in loss, with 95% intervals](pictures/{path.name})"]
     if missing:
         lines += [""] * bool(lines) + [f"Not run: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
@@ -79,5 +93,15 @@ def page(text: str) -> str:
     return BLOCK.sub(lambda block: f"{block[1]}{markdown(block[2], block[3])}{block[4]}", text)
 
 
+def pictures(text: str) -> dict[Path, str]:
+    """What the files that a page shows hold."""
+    found = dict(picture(testbed, table) for _, testbed, table, _ in BLOCK.findall(text))
+    return {path: drawn for path, drawn in found.items() if drawn}
+
+
 if __name__ == "__main__":
-    write_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
+    made = page(PAGE.read_text(encoding="utf-8"))
+    write_text(PAGE, made)
+    for path, drawn in pictures(made).items():
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, drawn)

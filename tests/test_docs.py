@@ -150,7 +150,10 @@ def test_every_metric_is_a_field_of_what_is_measured() -> None:
 
 def test_tables_of_results_are_those_of_the_cells() -> None:
     """`make results` changes nothing."""
-    script = "import results; text = results.PAGE.read_text(encoding='utf-8'); assert results.page(text) == text"
+    script = (
+        "import results; text = results.PAGE.read_text(encoding='utf-8'); assert results.page(text) == text; "
+        "assert all(path.read_text(encoding='utf-8') == drawn for path, drawn in results.pictures(text).items())"
+    )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 

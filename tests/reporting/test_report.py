@@ -14,7 +14,7 @@ from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import parse_recipe
 from upcycle.records.scores import standard_error
-from upcycle.reporting.charts import bar_chart, line_chart
+from upcycle.reporting.charts import bar_chart, interval_chart, line_chart
 
 PROBE = """<script>{
 const slider = document.getElementById("layer");
@@ -96,6 +96,11 @@ def test_charts_show_values_errors_and_names() -> None:
     assert "50% ± 10%" in bars
     widths = [float(w) for w in re.findall(r'<rect [^>]*width="([0-9.]+)"', bars)]
     assert widths[0] == pytest.approx(2 * widths[1], rel=0.01)
+    gaps = interval_chart([("a", -0.2, -0.3, -0.1), ("b", 0.1, -0.1, 0.3)], "dense")
+    (zero,) = re.findall(r'<path d="M([0-9.]+) 20V', gaps)
+    places = [float(x) for x in re.findall(r'<circle cx="([0-9.]+)"', gaps)]
+    assert places[1] - float(zero) == pytest.approx(0.5 * (float(zero) - places[0]), abs=0.2)
+    assert re.findall(r'<circle [^>]*fill="([^"]*)"', gaps) == ["var(--best)", "var(--bar)"]  # zero is within b's
     lines = line_chart([("loss", [3.0, 1.0, 2.0])], "step")
     heights = [float(point.split(",")[1]) for point in re.search(r'points="([^"]*)"', lines)[1].split()]
     assert heights[0] < heights[2] < heights[1]

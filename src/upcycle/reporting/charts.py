@@ -7,6 +7,8 @@ Bar = tuple[str, float, float]
 """(label, value, error)"""
 Point = tuple[float, float, float]
 """(x, y, error of y)"""
+Interval = tuple[str, float, float, float]
+"""(label, value, low end, high end)"""
 WIDTH = 640
 LONGEST_LABEL = 44
 LETTER = 7.2
@@ -32,6 +34,33 @@ def bar_chart(bars: Sequence[Bar], pattern: str, best: int) -> str:
             )
         where = end + max(error, 0.0) * scale + 6
         parts.append(f'<text x="{where:.1f}" y="{y + 13}">{with_error(pattern, value, error)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def interval_chart(rows: Sequence[Interval], reference: str) -> str:
+    """Differences with their intervals, on both sides of a line that stands for the reference."""
+    row, top, label = 24, 26, 16 + LETTER * min(LONGEST_LABEL, max(len(name) for name, *_ in rows))
+    low, high = min(0.0, *(low for _, _, low, _ in rows)), max(0.0, *(high for *_, high in rows))
+    scale = (WIDTH - label - 16) / ((high - low) or 1.0)
+
+    def at(value: float) -> float:
+        return label + 8 + (value - low) * scale
+
+    described = "; ".join(f"{name}: {value:+.4f} ({low:+.4f} to {high:+.4f})" for name, value, low, high in rows)
+    height = top + row * len(rows) + 4
+    parts = [_open(height, f"Against {reference}: {described}")]
+    for value in sorted({low, 0.0, high}):
+        text = reference if value == 0 else f"{value:+.3g}"
+        anchor = "start" if value == low else "end" if value == high else "middle"
+        parts.append(f'<text x="{at(value):.1f}" y="14" text-anchor="{anchor}">{escape(_short(text))}</text>')
+    parts.append(f'<path d="M{at(0):.1f} {top - 6}V{height}" stroke="var(--line)" fill="none"/>')
+    for number, (name, value, begin, end) in enumerate(rows):
+        y, certain = top + number * row + 8, begin > 0 or end < 0
+        colour = f"var(--{'best' if certain else 'bar'})"
+        parts.append(f'<text x="{label - 8:.0f}" y="{y + 5}" text-anchor="end">{escape(_short(name))}</text>')
+        ends = f"M{at(begin):.1f} {y}H{at(end):.1f}M{at(begin):.1f} {y - 4}v8M{at(end):.1f} {y - 4}v8"
+        parts.append(f'<path d="{ends}" stroke="{colour}" stroke-width="1.5" fill="none"/>')
+        parts.append(f'<circle cx="{at(value):.1f}" cy="{y}" r="4" fill="{colour}"/>')
     return "".join([*parts, "</svg>"])
 
 

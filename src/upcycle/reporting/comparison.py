@@ -14,7 +14,7 @@ from upcycle.records.comparison import METRICS, Comparison, Found, Measures, Spr
 from upcycle.records.files import COMPARISON, MANIFEST, RESULT, SWEEP, run_of
 from upcycle.records.record import ALL
 from upcycle.records.scores import BASE
-from upcycle.reporting.charts import bar_chart, point_chart, with_error
+from upcycle.reporting.charts import bar_chart, interval_chart, point_chart, with_error
 from upcycle.reporting.page import Chart, Table, made_with, render, safe
 from upcycle.studies.statistics import over_seeds
 
@@ -70,7 +70,7 @@ def summarise(found: Comparison | Sweep) -> InShort:
         heading="At equal training tokens" if fair else "Beside the other runs of the same folder",
         lead=_lead(found),
         problems=problems,
-        charts=[Chart(TITLES[metric], safe(_draw(found, metric))) for metric in found.metrics],
+        charts=[chart for metric in found.metrics for chart in _charts(found, metric)],
         note=f"Of the MoE; mean ± standard deviation over {_seeds(found)}.",
     )
 
@@ -116,6 +116,27 @@ def _best(rows: Sequence[Summary], metric: str) -> int:
     sign = 1 if metric == "loss" else -1
     means = [row.metric(metric).mean for row in rows]
     return min(range(len(rows)), key=lambda i: (math.isnan(means[i]), sign * means[i]))
+
+
+def _charts(found: Comparison | Sweep, metric: str) -> list[Chart]:
+    """Scores, and how sure the differences to the reference are."""
+    charts = [Chart(TITLES[metric], safe(_draw(found, metric)))]
+    if drawn := differences_chart(found.summary, metric):
+        title = f"Difference to {found.reference}, with its 95% interval (coloured: zero is outside)"
+        charts.append(Chart(title, safe(drawn)))
+    return charts
+
+
+def differences_chart(rows: Sequence[Summary], metric: str) -> str:
+    """Every variant's difference to the reference; empty where there are no intervals (one seed)."""
+    found = [(row.label, row.metric(metric)) for row in rows]
+    known = [
+        (label, value.difference, value.interval[0], value.interval[1])
+        for label, value in found
+        if value.difference is not None and value.interval and math.isfinite(value.interval[0])
+    ]
+    reference = next((label for label, value in found if value.difference is None), "")
+    return interval_chart(known, reference) if known else ""
 
 
 def _draw(found: Comparison | Sweep, metric: str) -> str:
