@@ -53,6 +53,8 @@ class TrainingSettings(Settings):
     """Share of the schedule's steps with a linearly rising learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay."""
+    pack_rows: bool = True
+    """Rows of a micro-batch side by side in lines as long as its longest row: the same loss with less padding."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

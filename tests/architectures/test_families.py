@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from conftest import make_dense, perturbed
 from upcycle.architectures.agreement import check_agreement
@@ -14,6 +15,7 @@ from upcycle.architectures.families import FAMILIES, family_of
 from upcycle.architectures.mapping import Mapping, shared_shapes
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import load_model
+from upcycle.training.packing import TOKEN_MASK, SideBySide, fill_lines
 from upcycle.weights.folders import read_config
 from upcycle.weights.safetensors_io import ModelReader
 from worlds import assembled, assert_experts_are, logits
@@ -79,6 +81,31 @@ def test_equal_experts_give_the_dense_logits(
     made = assembled(source, [source] * 3, tmp_path / "moe")
     assert json.loads((made / "config.json").read_text())["model_type"] == moe
     torch.testing.assert_close(logits(made), logits(source), rtol=0, atol=1e-5)
+    for folder in (source, made):
+        assert_rows_see_themselves_alone(folder)
+
+
+def assert_rows_see_themselves_alone(folder: Path) -> None:
+    """A row's logits are the same in a line with others as in a padded batch of the same rows."""
+    model, draw = load_model(folder, torch.float32).train(), torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 99, (n,), generator=draw) for n in (7, 40, 12, 19, 5, 30)]
+    batch = SideBySide(0)([{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows])
+    mask, labels = batch.pop(TOKEN_MASK), batch.pop("labels")
+    padded = pad_sequence(rows, batch_first=True)
+    seen = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    with torch.no_grad():
+        found = model(**batch, use_cache=False).logits
+        expected = model(input_ids=padded, attention_mask=seen, use_cache=False).logits
+    assert batch["input_ids"].shape == (3, 40)
+    assert mask.sum() == seen.sum()
+    assert (labels != -100).sum() == mask.sum() - len(rows)
+    lines = [(number, place) for number, line in enumerate(fill_lines([len(row) for row in rows])) for place in line]
+    begins = dict.fromkeys(range(len(batch["input_ids"])), 0)
+    for number, place in lines:
+        begin, count = begins[number], len(rows[place])
+        assert batch["input_ids"][number, begin : begin + count].equal(rows[place])
+        torch.testing.assert_close(found[number, begin : begin + count], expected[place, :count], rtol=0, atol=2e-5)
+        begins[number] += count
 
 
 @pytest.mark.parametrize("dense", sorted({family.dense for family in FAMILIES}))

@@ -221,6 +221,25 @@ def test_balance_loss_is_added_with_its_coefficient(
     assert logs[1].loss - logs[0].loss == pytest.approx(0.5 * logs[0].balance_loss, rel=1e-3)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["dense", "moe"])
+def test_rows_side_by_side_give_the_padded_batches_losses(
+    mixed: bool, base: Path, moe: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Step by step, the balance loss and the experts' load included."""
+    logs = []
+    for packed in (True, False):
+        settings = PosttrainSettings(**{**SETTINGS.model_dump(), "pack_rows": packed})
+        model = load_model(moe if mixed else base, torch.float32).train()
+        training = Training(settings, 0, "test", tmp_path / str(packed), balance=settings if mixed else None)
+        logs.append(fine_tune(model, load_tokenizer(base, None), samples, training).log)
+    for one, other in zip(*logs, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=2e-4)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=2e-3)
+        if mixed:
+            assert one.balance_loss == pytest.approx(other.balance_loss, rel=1e-3)
+            assert one.load == [pytest.approx(layer, abs=0.02) for layer in other.load]
+
+
 def test_each_part_has_its_own_rate(base: Path, moe: Path, samples: list[Sample], tmp_path: Path) -> None:
     """Adam's first step is the rate, whatever the gradient."""
     model = load_model(moe, torch.float32).train()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from jaxtyping import Int
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback
@@ -29,6 +30,7 @@ from upcycle.training.callbacks import CheckpointSchedule, LoadMonitor, ShowProg
 from upcycle.training.checkpoints import last_checkpoint, leave_newest
 from upcycle.training.loss_free import LossFreeBias
 from upcycle.training.moments import Moments, put_moments, save_moments
+from upcycle.training.packing import TOKEN_MASK, SideBySide
 from upcycle.types import Model, Tokenizer
 
 NEVER = 10**9
@@ -70,20 +72,20 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
 
     def compute_loss(self, model: Model, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> torch.Tensor:
         """TRL's loss plus what keeps a MoE's routers balanced."""
+        mask = inputs.pop(TOKEN_MASK) if TOKEN_MASK in inputs else inputs["attention_mask"]
         if self.recorder is None:
             return self._finite(super().compute_loss(model, inputs, return_outputs, **kwargs))
         self.recorder.clear()
         loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
         # the language-model loss is already divided by the tokens of the whole step: so is this, by its parts
-        return self._finite(loss + self._router_loss(inputs) / self.current_gradient_accumulation_steps)
+        return self._finite(loss + self._router_loss(mask.reshape(-1)) / self.current_gradient_accumulation_steps)
 
-    def _router_loss(self, inputs: Inputs) -> torch.Tensor:
+    def _router_loss(self, mask: Int[torch.Tensor, " T"]) -> torch.Tensor:
         """`router_aux_loss_coef` times the per-layer load-balancing loss, and the z-loss; counts the load."""
         assert self.recorder is not None
         assert self.balance is not None
         assert self.load_monitor is not None
         logits, indices = self.recorder.logits, self.recorder.indices
-        mask = inputs["attention_mask"].reshape(-1)
         self.load_monitor.add(indices, mask, logits[0].shape[-1])
         if self.bias:
             self.bias.add(indices, mask)
@@ -203,6 +205,7 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
             {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
         ),
         processing_class=tokenizer,
+        data_collator=SideBySide(tokenizer.pad_token_id) if settings.pack_rows else None,
         callbacks=[schedule, bar, StripOlder(training.newest_alone)],
     )
     trainer.remove_callback(PrinterCallback)
