@@ -46,8 +46,8 @@ EMBEDDED = f"base=builtin:tiny data.train=builtin:train data.max_length=128 {BAT
 EMBEDDED_ROWS = ("data.validation=builtin:validation", "data.validation_fraction=0.05")
 TEXT = f"data.max_length=256 evaluate.exact_match=false {BATCH}"
 BEDS = {
-    "embedded": Bed(EMBEDDED, *EMBEDDED_ROWS, ("5e-4", "1e-3", "2e-3"), 0.5),
-    "embedded-once": Bed(EMBEDDED, *EMBEDDED_ROWS, ("5e-4", "1e-3", "2e-3"), 1.0, 2.0),
+    "embedded": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 0.5),
+    "embedded-once": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 1.0, 2.0),
     "capacity": Bed(
         f"base=benchmarks/testbeds/capacity data.train=runs/testbeds/capacity/train.jsonl {TEXT}",
         "data.validation=runs/testbeds/capacity/validation.jsonl",

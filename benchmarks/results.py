@@ -15,7 +15,7 @@ from upcycle.records.record import ALL, read_record
 from upcycle.records.scores import BASE
 from upcycle.reporting.charts import with_error
 from upcycle.reporting.comparison import differences_chart, interval, signed
-from upcycle.studies.statistics import summary
+from upcycle.studies.statistics import p_text, summary
 
 STYLE = (
     "<style>svg{--back:#fff;--ink:#1b1f24;--line:#d8dde3;--bar:#2f6fab;--best:#b4541a;background:#fff;"
@@ -81,7 +81,7 @@ def _difference(value: Spread, pattern: str) -> str:
     if value.difference is None:
         return ""
     gap, between = signed(pattern, value.difference), interval(pattern, value)
-    return f"{gap} ({between}; {value.p:.3f}, {value.p_corrected:.3f})" if between else gap
+    return f"{gap} ({between}; {p_text(value.p)}, {p_text(value.p_corrected)})" if between else gap
 
 
 def _line(cells: list[str]) -> str:

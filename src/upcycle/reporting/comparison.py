@@ -16,7 +16,7 @@ from upcycle.records.record import ALL
 from upcycle.records.scores import BASE
 from upcycle.reporting.charts import bar_chart, interval_chart, point_chart, with_error
 from upcycle.reporting.page import Chart, Table, made_with, render, safe
-from upcycle.studies.statistics import over_seeds
+from upcycle.studies.statistics import over_seeds, p_text
 
 SECTIONS = (("scores", "Scores"), ("detail", "Detail"), ("cost", "Cost"), ("reproduce", "Reproduce"))
 TITLES = {"loss": "Held-out loss (lower is better)", "exact_match": "Exact match", "benchmark": "Mean over benchmarks"}
@@ -97,8 +97,8 @@ def _lead(found: Comparison | Sweep) -> str:
         return f"{text}: {loss.difference:+.4f} against {found.reference}. {why}"
     verdict = "more than noise" if loss.p_corrected < 0.05 else "not more than noise"
     return (
-        f"{text}: {loss.difference:+.4f} against {found.reference} (p {loss.p:.3f}, paired by seed; p "
-        f"{loss.p_corrected:.3f} after Holm for {len(rows) - 1} such tests: {verdict}), {_seeds(found)}."
+        f"{text}: {loss.difference:+.4f} against {found.reference} (p {p_text(loss.p)}, paired by seed; p "
+        f"{p_text(loss.p_corrected)} after Holm for {len(rows) - 1} such tests: {verdict}), {_seeds(found)}."
     )
 
 
@@ -177,7 +177,7 @@ def _against_reference(found: Found, metric: str) -> Table:
         value = row.metric(metric)
         gap = "" if value.difference is None else signed(pattern, value.difference)
         error = pattern.format(value.std) if _error(value) else ""
-        ps = (_p_value(value.p), _p_value(value.p_corrected))
+        ps = (p_text(value.p), p_text(value.p_corrected))
         lines.append([row.label, pattern.format(value.mean), error, gap, interval(pattern, value), *ps])
     against = f"against {found.reference}"
     heads = ["variant", "mean", f"std ({_seeds(found)})", against, "95% interval", "p (paired t-test)", "p (Holm)"]
@@ -193,11 +193,6 @@ def interval(pattern: str, value: Spread) -> str:
     if value.interval is None or math.isnan(value.interval[0]):
         return ""
     return " to ".join(signed(pattern, end) for end in value.interval)
-
-
-def _p_value(p: float | None) -> str:
-    """Nothing for the first row, for one seed, or where there is no difference in any."""
-    return "" if p is None or math.isnan(p) else f"{p:.3f}"
 
 
 def _details(found: Found) -> list[Table]:

@@ -11,7 +11,7 @@ from upcycle.recipe import Recipe
 from upcycle.records.comparison import METRICS, Comparison
 from upcycle.records.files import COMPARISON
 from upcycle.studies.cells import Study, Variant, labels, run_cells
-from upcycle.studies.statistics import Cells, summary
+from upcycle.studies.statistics import Cells, p_text, summary
 
 MATCHES = ("tokens", "flops")
 """What all variants of a comparison may have alike."""
@@ -105,7 +105,7 @@ def show(found: Comparison) -> None:
         for row in found.summary:
             value = row.metric(metric)
             gap = "" if value.difference is None else pattern.format(value.difference)
-            ps = ("" if p is None else f"{p:.3f}" for p in (value.p, value.p_corrected))
+            ps = (p_text(value.p), p_text(value.p_corrected))
             flops = "" if row.flops is None else f"{row.flops:.3g}"
             spent = (f"{row.tokens:,}", flops)
             lines.append((row.label, pattern.format(value.mean), pattern.format(value.std), gap, *ps, *spent))

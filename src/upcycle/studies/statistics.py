@@ -88,6 +88,13 @@ def paired(gaps: Sequence[float]) -> tuple[float, list[float], float]:
     return mean, [float(low), float(high)], float(test.pvalue)
 
 
+def p_text(p: float | None) -> str:
+    """Three digits, or `< 0.001`; nothing of the reference itself or where no test could be made."""
+    if p is None or math.isnan(p):
+        return ""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """P-values corrected for their number (Holm 1979, a sequentially rejective procedure); nan stays and counts not."""
     order = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
