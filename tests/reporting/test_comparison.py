@@ -46,8 +46,8 @@ def test_it_says_which_is_better_and_whether_that_is_noise(tmp_path: Path) -> No
     variants = {"sft": cells(1.0, 1.2, 1.4), "<ours>: upit x=1": cells(0.8, 1.01, 1.19), "b: upit": cells(1.1, 1, 2)}
     text = comparison(variants, [], tmp_path)
     assert (
-        "The lowest held-out loss, 1.0000 ± 0.1952, is that of “&lt;ours&gt;”: -0.2000 against sft (p &lt; 0.001, paired"
-        in text
+        "The lowest held-out loss, 1.0000 ± 0.1952, is that of “&lt;ours&gt;”: -0.2000 against sft "
+        "(p &lt; 0.001, paired" in text
     )
     assert "after Holm for 2 such tests: more than noise), 3 seeds" in text
     assert "NOT COMPARABLE" not in text
