@@ -1,6 +1,7 @@
 """The tables of docs/results.md, from the cells that are kept under benchmarks/results: `make results`.
 
-A table stands between `<!-- table: TESTBED TABLE -->` and `<!-- end -->`. What has not been run is named as not run.
+A table stands between `<!-- table: TESTBED TABLE -->` and `<!-- end -->`; the models of a run by domain, between
+`<!-- models: TESTBED VARIANT -->` and `<!-- end -->`. What has not been run is named as not run.
 """
 
 import re
@@ -22,17 +23,40 @@ STYLE = (
     "font:13px system-ui,sans-serif}</style>"
 )
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
-BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (table|models): (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def read_cells(testbed: str, table: str) -> dict[str, list[Cell]]:
     """Of each variant of a table that has been run, by seed."""
-    found = {}
-    for name in TABLES[table]:
-        paths = sorted(cell_folder(testbed, name).glob("seed-*.json"), key=lambda path: int(path.stem[5:]))
-        if paths:
-            found[name] = [read_record(path, Cell) for path in paths]
-    return found
+    found = {name: cells_of(testbed, name) for name in TABLES[table]}
+    return {name: cells for name, cells in found.items() if cells}
+
+
+def cells_of(testbed: str, name: str) -> list[Cell]:
+    """Of a variant, by seed."""
+    paths = sorted(cell_folder(testbed, name).glob("seed-*.json"), key=lambda path: int(path.stem[5:]))
+    return [read_record(path, Cell) for path in paths]
+
+
+def models(testbed: str, name: str) -> str:
+    """Held-out loss of the models on the way, by domain: the mean over seeds; how often a dense one is the best of them.
+
+    Figure 2 of the paper, in which no checkpoint is the best in every domain.
+    """
+    runs = cells_of(testbed, name)
+    if not runs:
+        return f"Not run: {name}.\n"
+    domains = list(runs[0].loss)
+    dense = [[entry.loss for entry in (run.dense or {}).values()] for run in runs]
+    best = [min(range(len(losses)), key=lambda i: losses[i][d]) for losses in dense for d in domains if d != ALL]
+    lines = [_line(["model", *domains, "the best dense model in"]), _line(["---", *["--:"] * (len(domains) + 1)])]
+    for place in range(len(dense[0])):
+        means = (f"{fmean(losses[place][d] for losses in dense):.3f}" for d in domains)
+        won = f"{best.count(place)} of {len(best)}" if place else ""
+        lines.append(_line([f"checkpoint {place}" if place else BASE, *means, won]))
+    for label, losses in (("MoE at first", [run.initial_loss or {} for run in runs]), ("MoE", [r.loss for r in runs])):
+        lines.append(_line([label, *(f"{fmean(loss[d] for loss in losses):.3f}" for d in domains), ""]))
+    return "\n".join(lines) + "\n"
 
 
 def picture(testbed: str, table: str) -> tuple[Path, str]:
@@ -90,12 +114,13 @@ def _line(cells: list[str]) -> str:
 
 def page(text: str) -> str:
     """The page with every table made anew."""
-    return BLOCK.sub(lambda block: f"{block[1]}{markdown(block[2], block[3])}{block[4]}", text)
+    makers = {"table": markdown, "models": models}
+    return BLOCK.sub(lambda block: f"{block[1]}{makers[block[2]](block[3], block[4])}{block[5]}", text)
 
 
 def pictures(text: str) -> dict[Path, str]:
     """What the files that a page shows hold."""
-    found = dict(picture(testbed, table) for _, testbed, table, _ in BLOCK.findall(text))
+    found = dict(picture(testbed, table) for _, kind, testbed, table, _ in BLOCK.findall(text) if kind == "table")
     return {path: drawn for path, drawn in found.items() if drawn}
 
 
