@@ -6,9 +6,11 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test torture results clients setup clean
 
-demo: $(READY)  ## run the whole job on the embedded model: a few minutes on two cores
-	@echo "== upcycle run quickstart: dense model -> checkpoints -> mixture of experts, in runs/quickstart"
-	$(BIN)/upcycle run quickstart --run runs/quickstart
+demo: $(READY)  ## the whole job on the embedded model, and dense tuning beside it: a few minutes on two cores
+	@echo "== dense tuning, and UpIT (dense model -> checkpoints -> mixture of experts), for the same number of tokens"
+	$(BIN)/upcycle compare "dense: quickstart-dense" "UpIT: quickstart" --seeds 1 --out runs/demo
+	$(BIN)/upcycle report runs/demo
+	@echo "== the mixture of experts is in runs/demo/1-seed0/posttrain"
 
 test: $(READY)  ## lint, types, tests
 	@echo "== ruff, mypy, pytest"
