@@ -9,7 +9,7 @@ from upcycle.data.chat import Sample
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.recipe import Recipe, load_recipe, parse_recipe
 from upcycle.records.plan import ExpansionPlan, Expert
-from upcycle.routing.routers import ForcedRouter, RowExperts, random_routers, swapped_routers
+from upcycle.routing.routers import ForcedRouter, RowExperts, granularity, random_routers, swapped_routers
 from upcycle.settings import AssembleSettings, LoraSettings
 from upcycle.types import Model
 from upcycle.weights.base import Base
@@ -100,7 +100,7 @@ def logits(folder: Path) -> torch.Tensor:
 @torch.no_grad()
 def forced_logits(model: Model, experts: list[int], num_experts: int) -> torch.Tensor:
     """Of a MoE for IDS, with every token of a row sent to the row's expert."""
-    rows = RowExperts()
+    rows = RowExperts(granularity(model))
     rows.experts = torch.tensor(experts)
     with swapped_routers(model, lambda _: ForcedRouter(rows, num_experts)):
         return model(IDS).logits

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from upcycle.errors import UpcycleError, nearest
 from upcycle.reading import brief, parse_yaml, read_text
 from upcycle.settings import (
+    MOST_EXPERTS,
     AssembleSettings,
     DataSettings,
     EvaluateSettings,
@@ -149,11 +150,32 @@ class Recipe(Settings):
         k, m = self.assemble.num_experts_per_tok, self.expand.num_experts
         if k > m:
             raise ValueError(f"assemble.num_experts_per_tok is {k}, more than expand.num_experts, {m}")
-        if k == 1 and m > 1 and self.posttrain.freeze != "router":
+        if k == 1 and m > 1 and self.assemble.granularity == 1 and self.posttrain.freeze != "router":
             raise ValueError(
                 "assemble.num_experts_per_tok is 1: weights are renormalised over the chosen experts, so that of one "
-                "is always 1 and the language-model loss gives the router no gradient; take 2 or more, or keep the "
-                "router as it starts with posttrain.freeze=router"
+                "is always 1 and the language-model loss gives the router no gradient; take 2 or more, cut experts "
+                "into slices (assemble.granularity=4), or keep the router as it starts with posttrain.freeze=router"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_ffns_alone_are_sliced(self) -> "Recipe":
+        granularity, m = self.assemble.granularity, self.expand.num_experts
+        if granularity == 1:
+            return self
+        if self.prepare.shares_base:
+            raise ValueError(
+                f"assemble.granularity is {granularity}, but adapters are no FFNs that could be cut; leave it out, or "
+                "set prepare.train=ffn or full"
+            )
+        if self.carries:
+            raise ValueError(
+                f"posttrain.optimizer_state is carry, but the state of whole FFNs is not that of slices "
+                f"(assemble.granularity is {granularity}); set posttrain.optimizer_state=fresh"
+            )
+        if granularity * m > MOST_EXPERTS:
+            raise ValueError(
+                f"assemble.granularity {granularity} times expand.num_experts {m} is more than {MOST_EXPERTS} experts"
             )
         return self
 

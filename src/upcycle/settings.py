@@ -191,6 +191,11 @@ class AssembleSettings(Settings):
 
     num_experts_per_tok: int = Field(2, ge=1)
     """Experts active for a token, k."""
+    granularity: Literal[1, 2, 4, 8] = 1
+    """Cut every expert's FFN into G smaller experts, of which a token gets k G. With k = 1 and G > 1 the MoE has the
+    dense model's FLOPs, and its router still learns; whole FFNs only."""
+    channels: Literal["contiguous", "strided", "random"] = "contiguous"
+    """Which channels of an FFN go into one slice."""
     shared: Literal["last", "mean", "base"] = "last"
     """Where attention, norms and embeddings come from: last checkpoint, mean of all, base (adapters: always base).
     With `last` tokenizer, template, special tokens and generation settings come from it too, if it has them."""
@@ -234,6 +239,8 @@ class RouteSettings(Settings):
     """Which tokens of a sample pull its expert's routing vector: all but padding, or the answer's."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the random router (and of the assembled MoE before routing)."""
+    slice_noise: float = Field(0.0, ge=0)
+    """Noise that makes the vectors of an expert's slices different, in standard deviations of a layer's vectors."""
     tokens_per_batch: int = Field(4096, ge=1)
     """Most tokens, padding included, in one batch of scoring and pre-optimisation."""
 

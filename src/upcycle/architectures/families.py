@@ -36,6 +36,8 @@ class Moe:
     layout: MoeLayout
     experts_field: str = "num_experts"
     """What its config.json calls the number of experts."""
+    size_field: str | None = "moe_intermediate_size"
+    """What it calls an expert's channels; None: they are the dense FFN's."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ class Family:
         return f"{self.dense} -> {self.moe.model_type}"
 
 
-MIXTRAL = Moe("mixtral", "MixtralForCausalLM", MIXTRAL_LAYOUT, "num_local_experts")
+MIXTRAL = Moe("mixtral", "MixtralForCausalLM", MIXTRAL_LAYOUT, "num_local_experts", "intermediate_size")
 QWEN2_MOE = Moe("qwen2_moe", "Qwen2MoeForCausalLM", replace(QWEN_LAYOUT, shared_expert="mlp.shared_expert"))
 QWEN3_MOE = Moe("qwen3_moe", "Qwen3MoeForCausalLM", QWEN_LAYOUT)
-FLEX_OLMO = Moe("flex_olmo", "FlexOlmoForCausalLM", QWEN_LAYOUT)
-GRANITE_MOE = Moe("granitemoe", "GraniteMoeForCausalLM", GRANITE_LAYOUT, "num_local_experts")
+FLEX_OLMO = Moe("flex_olmo", "FlexOlmoForCausalLM", QWEN_LAYOUT, size_field="intermediate_size")
+GRANITE_MOE = Moe("granitemoe", "GraniteMoeForCausalLM", GRANITE_LAYOUT, "num_local_experts", "intermediate_size")
 
 COPIED = (
     "vocab_size",
@@ -248,16 +250,29 @@ def moe_of(moe_config: Config) -> Moe:
     return MOES[model_type]
 
 
-def moe_config(family: Family, dense_config: Config, num_experts: int, num_experts_per_tok: int, dtype: str) -> Config:
+def moe_config(
+    family: Family,
+    dense_config: Config,
+    num_experts: int,
+    num_experts_per_tok: int,
+    dtype: str,
+    granularity: int = 1,
+) -> Config:
     """A config.json for the MoE that transformers and the programs that read its files agree on.
 
     Every field is written out: a MoE's defaults (eps, theta, window, activation) are not its dense twin's.
+
+    Args:
+        num_experts: as the MoE counts them, slices for G > 1.
+        granularity: G, which divides the FFN's channels.
     """
     copied = {name: dense_config[name] for name in COPIED if name in dense_config}
     if "head_dim" in copied:
         copied["head_dim"] = head_dim(dense_config)  # not all can do without
     copied["rope_parameters"] = _without(copied["rope_parameters"], "llama_4_scaling_beta", "partial_rotary_factor")
     fields = {**copied, **family.config(dense_config)}
+    if family.moe.size_field is not None:
+        fields[family.moe.size_field] = dense_config["intermediate_size"] // granularity
     return {
         "architectures": [family.moe.architecture],
         "model_type": family.moe.model_type,

@@ -6,13 +6,13 @@ large the model is: its first layers (one of each kind), 64 FFN channels, 256 ro
 original positions shortened, so that the text is longer than any of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from upcycle.architectures.families import moe_config
 from upcycle.architectures.layouts import Region, layer_of, router_tensors
 from upcycle.architectures.mapping import Mapping
 from upcycle.errors import UpcycleError
@@ -44,19 +44,27 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
     family, config, where = mapping.family, small.config, mapping.where
     dense_state: dict[str, Tensor] = {}
     moe_state = {name: torch.zeros(shape) for name, shape in small.zeros.items()}
-    for region, cut, targets, cut_targets in _moves(mapping, small, expert):
-        values = _corner(dense(region), cut.shape)
-        if not values.isfinite().all():
-            raise UpcycleError(f"{where}: {region.tensor} holds NaN or Inf; this model is damaged, take another copy")
-        _put(dense_state, cut, values)
-        for target, cut_target in zip(targets, cut_targets, strict=True):
-            _put(moe_state, cut_target, values if moe is None else _corner(moe(target), cut.shape))
+    kept = [move for move in mapping.shared if move.dense.tensor in small.shapes]
+    for move, cut in zip(kept, small.shared, strict=True):
+        values = _finite(_corner(dense(move.dense), cut.dense.shape), move.dense, where)
+        _put(dense_state, cut.dense, values)
+        _put(moe_state, cut.moe, values if moe is None else _corner(moe(move.moe), cut.dense.shape))
+    for ffn, ffn_cut in zip(mapping.ffn, small.ffn, strict=False):  # the copy has the first layers
+        values = _finite(_corner(dense(ffn.dense), ffn_cut.dense.shape), ffn.dense, where)
+        _put(dense_state, ffn_cut.dense, values)
+        if moe is not None:
+            values = _corner(mapping.slicing.whole(ffn, expert, moe), ffn_cut.dense.shape)
+        for copy in range(2):
+            for region, element, part in small.slicing.place(ffn_cut, copy, 0, values.reshape(-1)):
+                assert element == 0  # all of it
+                _put(moe_state, region, part)
     generator = torch.Generator().manual_seed(0)
     for name in router_tensors(family.moe.layout, config):
-        moe_state[name] = torch.randn(2, config["hidden_size"], generator=generator)
+        vectors = torch.randn(2, config["hidden_size"], generator=generator)
+        moe_state[name] = vectors.repeat_interleave(small.granularity, dim=0)
     ids = torch.randint(config["vocab_size"], (1, LENGTH), generator=generator)
     expected = _logits(config, dense_state, ids, f"{where} (dense)")
-    found = _logits(moe_config(family, config, 2, 2, "float32"), moe_state, ids, f"{where} as {family.moe.model_type}")
+    found = _logits(small.moe_config(2, "float32"), moe_state, ids, f"{where} as {family.moe.model_type}")
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise UpcycleError(
@@ -115,15 +123,10 @@ def _cut_mapping(mapping: Mapping) -> Mapping:
     return replace(mapping, config=config, shapes=shapes, num_experts=2)
 
 
-def _moves(
-    mapping: Mapping, small: Mapping, expert: int
-) -> Iterator[tuple[Region, Region, list[Region], list[Region]]]:
-    """(dense, its cut, places in the MoE, their cuts) of every region that the copy has."""
-    kept = [move for move in mapping.shared if move.dense.tensor in small.shapes]
-    for move, cut in zip(kept, small.shared, strict=True):
-        yield move.dense, cut.dense, [move.moe], [cut.moe]
-    for ffn, ffn_cut in zip(mapping.ffn, small.ffn, strict=False):  # the copy has the first layers
-        yield ffn.dense, ffn_cut.dense, [ffn.experts[expert]] * 2, list(ffn_cut.experts)
+def _finite(values: Tensor, region: Region, where: Path) -> Tensor:
+    if not values.isfinite().all():
+        raise UpcycleError(f"{where}: {region.tensor} holds NaN or Inf; this model is damaged, take another copy")
+    return values
 
 
 def _cut_shape(name: str, shape: tuple[int, ...], small: Config) -> tuple[int, ...]:

@@ -113,18 +113,26 @@ class FfnMove:
     """A weight of a layer's FFN, and where it lies for each expert."""
 
     dense: Region
-    experts: tuple[Region, ...]
+    experts: tuple[tuple[Region, ...], ...]
+    """The slices of each."""
+    down: bool
+    """Whether the FFN's channels are its columns."""
 
 
-def ffn_moves(dense: DenseLayout, moe: MoeLayout, config: Config, num_experts: int) -> list[FfnMove]:
-    """Every FFN weight, layer by layer."""
+def ffn_moves(dense: DenseLayout, moe: MoeLayout, config: Config, num_experts: int, granularity: int) -> list[FfnMove]:
+    """Every FFN weight, layer by layer; slice g of expert e is the MoE's expert e G + g."""
+    sliced = _ffn_shapes({**config, "intermediate_size": config["intermediate_size"] // granularity})
+    total = num_experts * granularity
+
+    def move(layer: int, source: Place, target: Place, shape: tuple[int, int], part: tuple[int, int]) -> FfnMove:
+        slices = [_region(target, _prefix(layer), part, e, total, moe.stacked) for e in range(total)]
+        experts = tuple(tuple(slices[e : e + granularity]) for e in range(0, total, granularity))
+        return FfnMove(_region(source, _prefix(layer), shape), experts, target is moe.down)
+
     return [
-        FfnMove(
-            _region(source, _prefix(layer), shape),
-            tuple(_region(target, _prefix(layer), shape, e, num_experts, moe.stacked) for e in range(num_experts)),
-        )
+        move(layer, *weight)
         for layer in range(config["num_hidden_layers"])
-        for source, target, shape in zip(_ffn(dense), _ffn(moe), _ffn_shapes(config), strict=True)
+        for weight in zip(_ffn(dense), _ffn(moe), _ffn_shapes(config), sliced, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.architectures.families import Family, family_of
+from upcycle.architectures.families import Family, family_of, moe_config
 from upcycle.architectures.layouts import (
     FfnMove,
     Region,
@@ -21,12 +21,15 @@ from upcycle.architectures.layouts import (
     shared_moves,
     zero_tensors,
 )
+from upcycle.architectures.slices import WHOLE, Slicing
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
 from upcycle.weights.folders import read_config
 from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD, ModelReader, TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
+SLICE_MULTIPLE = 8
+"""Channels: torch's grouped product wants strides of a multiple of 16 bytes."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class Mapping:
     shapes: Shapes
     """The dense tensors outside the FFNs."""
     num_experts: int
+    """Whole ones, of which each is `slicing.granularity` experts of the MoE."""
+    slicing: Slicing = WHOLE
+
+    @property
+    def granularity(self) -> int:
+        return self.slicing.granularity
 
     @cached_property
     def shared(self) -> list[SharedMove]:
@@ -47,7 +56,8 @@ class Mapping:
 
     @cached_property
     def ffn(self) -> list[FfnMove]:
-        return ffn_moves(self.family.layout, self.family.moe.layout, self.config, self.num_experts)
+        layouts = self.family.layout, self.family.moe.layout
+        return ffn_moves(*layouts, self.config, self.num_experts, self.granularity)
 
     @property
     def zeros(self) -> Shapes:
@@ -56,10 +66,10 @@ class Mapping:
     @property
     def moe_shapes(self) -> Shapes:
         """Every tensor of the MoE."""
-        regions = [move.moe for move in self.shared] + [region for move in self.ffn for region in move.experts]
-        routers = dict.fromkeys(
-            router_tensors(self.family.moe.layout, self.config), (self.num_experts, self.config["hidden_size"])
-        )
+        slices = [region for move in self.ffn for expert in move.experts for region in expert]
+        regions = [move.moe for move in self.shared] + slices
+        vectors = (self.num_experts * self.granularity, self.config["hidden_size"])
+        routers = dict.fromkeys(router_tensors(self.family.moe.layout, self.config), vectors)
         return {region.tensor: region.full for region in regions} | routers | self.zeros
 
     def specs(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -70,6 +80,13 @@ class Mapping:
         """Parameters of the dense model."""
         return sum(move.dense.count for move in self.shared) + sum(move.dense.count for move in self.ffn)
 
+    def moe_config(self, num_experts_per_tok: int, dtype: str) -> Config:
+        """The MoE's config.json, see `families.moe_config`; `num_experts_per_tok` counts whole experts."""
+        per_tok = num_experts_per_tok * self.granularity
+        return moe_config(
+            self.family, self.config, self.num_experts * self.granularity, per_tok, dtype, self.granularity
+        )
+
     def num_parameters(self, active_experts: int | None = None) -> int:
         """Of the MoE: in all, or used for a token that goes to `active_experts`; embeddings included."""
         idle = 0 if active_experts is None else self.num_experts - active_experts
@@ -77,16 +94,35 @@ class Mapping:
         return sum(map(prod, self.moe_shapes.values())) - idle * per_expert
 
 
-def map_model(base: Path, reader: ModelReader, num_experts: int) -> Mapping:
+def map_model(base: Path, reader: ModelReader, num_experts: int, slicing: Slicing = WHOLE) -> Mapping:
     """The mapping of a dense model.
 
     Raises:
-        UpcycleError: no exact MoE, or a tensor that has no place in it.
+        UpcycleError: no exact MoE, a tensor that has no place in it, or FFNs that cannot be sliced so.
     """
     config = with_own_head(reader, read_config(base))
     family = family_of(config, str(base))
     check_shapes(reader, family, config)
-    return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts)
+    check_granularity(family, config, slicing.granularity, base)
+    return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts, slicing)
+
+
+def check_granularity(family: Family, config: Config, granularity: int, where: Path) -> None:
+    """
+    Raises:
+        UpcycleError: the MoE's experts have no size of their own, or G does not divide the FFN's channels.
+    """
+    if granularity > 1 and family.moe.size_field is None:
+        raise UpcycleError(
+            f"{where}: assemble.granularity is {granularity}, but experts of {family.moe.model_type} cannot be "
+            "smaller than the dense FFN; set assemble.granularity=1"
+        )
+    if granularity > 1 and config["intermediate_size"] % (granularity * SLICE_MULTIPLE):
+        raise UpcycleError(
+            f"{where}: assemble.granularity is {granularity}, which does not divide the FFN's "
+            f"{config['intermediate_size']} channels (intermediate_size) into a multiple of {SLICE_MULTIPLE} each, as "
+            "grouped products need; take a smaller one"
+        )
 
 
 def with_own_head(reader: ModelReader, config: Config) -> Config:

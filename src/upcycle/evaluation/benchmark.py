@@ -28,7 +28,7 @@ from upcycle.records.benchmark import BenchmarkScores, TaskScores, score_table
 from upcycle.records.files import BENCHMARK_SCORES, cached_score
 from upcycle.records.manifest import library_versions
 from upcycle.records.record import read_record, write_record
-from upcycle.routing.routers import ForcedRouter, RowExperts, num_experts, swapped_routers
+from upcycle.routing.routers import ForcedRouter, RowExperts, granularity, num_experts, swapped_routers
 from upcycle.types import Model, Tokenizer
 from upcycle.weights.folders import TEMPLATE
 from upcycle.weights.hashing import hash_model
@@ -122,7 +122,7 @@ def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
     if contender.expert is None:
         yield model, tokenizer
         return
-    rows = RowExperts()
+    rows = RowExperts(granularity(model))
     rows.experts = torch.tensor([contender.expert], device=device)
     with swapped_routers(model, lambda _: ForcedRouter(rows, num_experts(model))):
         yield model, tokenizer

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from upcycle.architectures.mapping import Mapping, map_model
+from upcycle.architectures.slices import Slicing
 from upcycle.recipe import Recipe
 from upcycle.weights.base import Base
 from upcycle.weights.safetensors_io import ModelReader
@@ -50,7 +51,8 @@ def active_additions(per_layer: Callable[[int, int, Recipe], int]) -> Callable[[
 
 
 def _mapping(base: Base, recipe: Recipe) -> Mapping:
-    return map_model(base.folder, ModelReader(base.folder), recipe.expand.num_experts)
+    slicing = Slicing(recipe.assemble.granularity)
+    return map_model(base.folder, ModelReader(base.folder), recipe.expand.num_experts, slicing)
 
 
 def _lookup(mapping: Mapping) -> int:

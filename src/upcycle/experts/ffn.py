@@ -18,6 +18,7 @@ from upcycle.architectures.clients import CLIENTS, limits
 from upcycle.architectures.families import computed_fields, family_of, moe_of
 from upcycle.architectures.layouts import Region, ffn_tensors, router_tensors
 from upcycle.architectures.mapping import Mapping, map_model, needed_tensors, read_region, with_own_head
+from upcycle.architectures.slices import Slicing
 from upcycle.console import warn
 from upcycle.errors import UpcycleError
 from upcycle.experts.active import active_ffns
@@ -156,7 +157,8 @@ def assemble(
         UpcycleError: unsupported base, a tensor with no place in the MoE, or what `write_moe` refuses.
     """
     sources = _open(base, folders, plan)
-    mapping = map_model(base.folder, sources.base, len(plan.experts))
+    slicing = Slicing(settings.granularity, settings.channels, plan.seed)
+    mapping = map_model(base.folder, sources.base, len(plan.experts), slicing)
     mapping = replace(mapping, config={**mapping.config, **base.special_ids})
     _check_tensors(sources, mapping)
     layout_down = mapping.family.layout.down.tensor
@@ -172,7 +174,7 @@ def assemble(
     hint = "lower expand.num_experts or set assemble.dtype=bfloat16"
     config = write_moe(out_dir, mapping, parts, dtype, "assemble", hint)
     base.write_companions(out_dir)
-    LINEAGE.write(out_dir, plan)
+    LINEAGE.write(out_dir, plan.model_copy(update={"granularity": settings.granularity, "channels": settings.channels}))
     for limit in limits(config):
         if limit.silent and not moments:
             warn(f"{CLIENTS[limit.client]} loads this {limit.moe} but {limit.what}: its output will be different")
@@ -203,7 +205,9 @@ def _pieces(sources: _Sources, plan: ExpansionPlan, down: str, region: Region) -
             yield number, 0, _expert(sources, plan, down, number, region)
         return
     children = [Child(e.parents, e.weights) for e in plan.children]
-    for begin, count in pieces(region.count, region.count if KERNELS[plan.merge].whole_tensor else PIECE):
+    width = region.shape[-1]
+    rows = max(1, PIECE // width) * width
+    for begin, count in pieces(region.count, region.count if KERNELS[plan.merge].whole_tensor else rows):
         start = region.element + begin
         theta, *experts = (r.elements(region.tensor, start, count) for r in (sources.base, *sources.experts))
         made = materialise(theta, experts, children, plan.merge, plan.drop_rate, plan.seed, region.tensor, start)

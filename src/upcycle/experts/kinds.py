@@ -6,12 +6,14 @@ import torch
 from safetensors.torch import load_file
 
 from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import is_adapter, read_adapter_config
 from upcycle.experts.bottleneck import BOTTLENECK
 from upcycle.experts.ffn import FFN, FULL
 from upcycle.experts.kind import Kind, Load
 from upcycle.experts.lora import ADAPTER, LORA
 from upcycle.experts.mixture import mixture_of
+from upcycle.records.files import LINEAGE
 from upcycle.routing.routers import freeze, router_modules
 from upcycle.types import Model
 
@@ -56,7 +58,16 @@ def load_model(
     Raises:
         UpcycleError: keys are missing or left over, so the model would be partly random.
     """
-    return kind_in(folder).load(Load(folder, dtype, torch.device(device), base, four_bit))
+    model = kind_in(folder).load(Load(folder, dtype, torch.device(device), base, four_bit))
+    lineage = LINEAGE.known(folder)
+    model.granularity = lineage.granularity if lineage else 1
+    slots = sum(len(router.get_parameter("weight")) for router in router_modules(model)[:1])
+    if slots % model.granularity:
+        raise UpcycleError(
+            f"{folder / LINEAGE.name}: granularity is {model.granularity}, which does not divide the model's {slots} "
+            "experts; restore the file, or remove it"
+        )
+    return model
 
 
 def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str) -> Model:

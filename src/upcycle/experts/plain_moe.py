@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.architectures.families import moe_config
 from upcycle.architectures.identity import check_identity
 from upcycle.architectures.layouts import FfnMove, Region, SharedMove, router_tensors
 from upcycle.architectures.mapping import Mapping, read_region
@@ -33,11 +32,11 @@ class Parts:
     shared: Sequence[ModelReader]
     """The models whose mean the weights outside the experts are."""
     experts: Callable[[Region], Iterable[Piece]]
-    """An FFN weight of the dense model to that weight of every expert, in pieces."""
+    """An FFN weight of the dense model to that weight of every expert, in pieces of whole rows."""
     expert: Callable[[int, Region], Tensor]
     """An expert's weight, whole, in the region's shape; of those that are compared."""
     routers: Sequence[Tensor]
-    """(E, H) of each layer."""
+    """(E, H) of each layer, E whole experts."""
     compared: Sequence[int]
     """The experts whose logits are compared with those of their dense models; none: nothing is said either."""
     num_experts_per_tok: int
@@ -65,19 +64,21 @@ def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype
 
         def write_experts(move: FfnMove) -> None:
             for expert, element, values in parts.experts(move.dense):
-                target = move.experts[expert]
-                writer.write(target.tensor, values, target.element + element)
+                for target, begin, part in mapping.slicing.place(move, expert, element, values):
+                    writer.write(target.tensor, part, target.element + begin)
 
         map_tensors(write_experts, mapping.ffn, f"{verb}: experts")
         for name, tensor in _small_tensors(mapping, parts.routers).items():
             writer.write(name, tensor)
     dtype_name = str(stored).removeprefix("torch.")
-    config = moe_config(mapping.family, mapping.config, mapping.num_experts, parts.num_experts_per_tok, dtype_name)
+    config = mapping.moe_config(parts.num_experts_per_tok, dtype_name)
     write_config(out_dir, config)
     if not parts.compared:
         return config
     millions, count = mapping.num_parameters() / 1e6, mapping.num_experts
-    say(f"{verb}: {mapping.family.moe.model_type} with {count} experts, {millions:.1f}M parameters in {dtype_name}")
+    sliced = f" of {mapping.granularity} slices each" if mapping.granularity > 1 else ""
+    what = f"{mapping.family.moe.model_type} with {count} experts{sliced}"
+    say(f"{verb}: {what}, {millions:.1f}M parameters in {dtype_name}")
     difference = _compare(out_dir, mapping, parts, stored)
     say(f"{verb}: logits of a cut-down copy with equal experts are the dense model's (difference {difference:.0e})")
     return config
@@ -106,7 +107,8 @@ def _small_tensors(mapping: Mapping, routers: Sequence[Tensor]) -> dict[str, Ten
     """The routers, and what the architecture insists on and that holds nothing."""
     names = router_tensors(mapping.family.moe.layout, mapping.config)
     zeros = {name: torch.zeros(shape) for name, shape in mapping.zeros.items()}
-    return dict(zip(names, routers, strict=True)) | zeros
+    vectors = [router.repeat_interleave(mapping.granularity, dim=0) for router in routers]
+    return dict(zip(names, vectors, strict=True)) | zeros
 
 
 def _compare(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype) -> float:

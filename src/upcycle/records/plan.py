@@ -61,6 +61,10 @@ class ExpansionPlan(Record):
     """How copies are made different (`merging.perturb`), at assembly; `gram` is from before."""
     perturb_rate: float = Field(0.0, ge=0, le=1)
     noise_std: float = Field(0.0, ge=0)
+    granularity: int = Field(1, ge=1)
+    """G of a MoE's lineage: its experts e G to e G + G - 1 are the slices of expert e."""
+    channels: Literal["contiguous", "strided", "random"] = "contiguous"
+    """Which channels are in a slice."""
     spread: float = 1.0
     """Every expert E becomes L + spread (E - L), L the last checkpoint, at assembly; `gram` is from before."""
 

@@ -32,7 +32,8 @@ def ranking(model: Model, batches: Sequence[Batch], expected: Sequence[int], tok
         for batch in batches:
             recorder.clear()
             mask = token_mask(batch, answer_losses(model, batch)[1], tokens)
-            probabilities.append(torch.stack([_mean_probability(layer, mask) for layer in recorder.logits], dim=1))
+            slices = torch.stack([_mean_probability(layer, mask) for layer in recorder.logits], dim=1)
+            probabilities.append(slices.view(*slices.shape[:2], -1, recorder.granularity).sum(dim=3))
             order += batch.indices
     ranked = torch.cat(probabilities).cpu()  # (samples, layers, experts)
     truth = torch.tensor(expected)[order]

@@ -37,9 +37,14 @@ def router_modules(model: Model) -> list[nn.Module]:
     return [getattr(block, name) for block, name in routers(model)]
 
 
+def granularity(model: Model) -> int:
+    """Slices that an expert is cut into, as `experts.kinds.load_model` found them in its lineage; 1 for any other."""
+    return int(getattr(model, "granularity", 1))
+
+
 def num_experts(model: Model) -> int:
-    """Experts per layer; 0 for a dense model."""
-    return next((len(router.get_parameter("weight")) for router in router_modules(model)), 0)
+    """Whole experts per layer; 0 for a dense model."""
+    return next((len(router.get_parameter("weight")) for router in router_modules(model)), 0) // granularity(model)
 
 
 def parts(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
@@ -60,15 +65,22 @@ def freeze(model: Model, fixed: Collection[str]) -> None:
 class RowExperts:
     """Which expert each row of the batch goes to; shared by the routers of all layers, set before a forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, slices: int = 1) -> None:
         self.experts: Int[Tensor, " B"] = torch.zeros(1, dtype=torch.long)
+        self.slices = slices
+        """Experts of the model that one of `experts` is, G."""
 
     def of_tokens(self, num_tokens: int) -> Int[Tensor, " T"]:
         return self.experts.repeat_interleave(num_tokens // len(self.experts))
 
+    def slots(self, experts: Int[Tensor, " T"], weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, indices) (T, G) of the slices of each token's expert, which share its weight (T,)."""
+        parts = torch.arange(self.slices, device=experts.device)
+        return weights[:, None].expand(-1, self.slices) / self.slices, experts[:, None] * self.slices + parts
+
 
 class ForcedRouter(nn.Module):
-    """Every token to its row's expert with weight 1: the dense model of that expert."""
+    """Every token to its row's expert (all its slices) with weight 1: the dense model of that expert."""
 
     def __init__(self, rows: RowExperts, num_experts: int) -> None:
         super().__init__()
@@ -78,8 +90,8 @@ class ForcedRouter(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat = hidden.reshape(-1, hidden.shape[-1])
         experts = self.rows.of_tokens(len(flat))
-        weights = flat.new_ones(len(flat), 1)
-        return nn.functional.one_hot(experts, self.num_experts).to(flat), weights, experts[:, None]
+        scores = nn.functional.one_hot(experts, self.num_experts).to(flat)
+        return scores, *self.rows.slots(experts, flat.new_ones(len(flat)))
 
 
 class GatedRouter(nn.Module):
@@ -98,8 +110,8 @@ class GatedRouter(nn.Module):
         flat = hidden.reshape(-1, hidden.shape[-1])
         experts = self.rows.of_tokens(len(flat))
         self.scores = (flat.float() * self.vectors[experts]).sum(dim=-1)
-        gates = torch.sigmoid(self.scores)[:, None].to(flat.dtype)
-        return nn.functional.one_hot(experts, len(self.vectors)).to(flat), gates, experts[:, None]
+        gates = torch.sigmoid(self.scores).to(flat.dtype)
+        return nn.functional.one_hot(experts, len(self.vectors)).to(flat), *self.rows.slots(experts, gates)
 
 
 @contextmanager
@@ -125,6 +137,7 @@ class RouterRecorder:
 
     def __init__(self, model: Model) -> None:
         self._gates = router_modules(model)
+        self.granularity = granularity(model)
         self._handles: list[RemovableHandle] = []
         self.logits: list[Float[Tensor, "T E"]] = []
         self.indices: list[Int[Tensor, "T k"]] = []

@@ -15,7 +15,7 @@ from upcycle.console import Progress
 from upcycle.data.batches import collate, token_batches
 from upcycle.data.chat import Sample
 from upcycle.routing.answers import answer_targets
-from upcycle.routing.routers import ForcedRouter, RowExperts, num_experts, swapped_routers
+from upcycle.routing.routers import ForcedRouter, RowExperts, granularity, num_experts, swapped_routers
 from upcycle.types import Model
 
 Pair = tuple[int, int]
@@ -39,7 +39,7 @@ def router_inputs(
     pad_token_id: int,
 ) -> Iterator[Tokens]:
     """One forward pass over the pairs; padding left out, and the prompt too if `tokens` is `answer`."""
-    rows, count = RowExperts(), num_experts(model)
+    rows, count = RowExperts(granularity(model)), num_experts(model)
     groups = token_batches([len(samples[s].input_ids) for s, _ in pairs], tokens_per_batch)
     with (
         swapped_routers(model, lambda _: ForcedRouter(rows, count)) as routers,

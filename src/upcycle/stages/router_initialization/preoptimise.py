@@ -15,7 +15,7 @@ from upcycle.data.batches import collate, token_batches
 from upcycle.data.chat import Sample
 from upcycle.routing.answers import answer_losses, token_mask
 from upcycle.routing.batch import Batch
-from upcycle.routing.routers import GatedRouter, RowExperts, parts, swapped_routers
+from upcycle.routing.routers import GatedRouter, RowExperts, granularity, parts, swapped_routers
 from upcycle.settings import RouteSettings
 from upcycle.types import Model
 
@@ -41,7 +41,7 @@ def preoptimise(
     Returns:
         The routing vectors (E, H) of each layer, and the mean losses of each epoch.
     """
-    rows = RowExperts()
+    rows = RowExperts(granularity(model))
     order = torch.Generator().manual_seed(seed)
     experts = _moving_experts(model, settings)
     groups = token_batches([len(samples[s].input_ids) for s, _ in pairs], settings.tokens_per_batch)

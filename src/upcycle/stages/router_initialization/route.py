@@ -19,7 +19,7 @@ from upcycle.experts.kinds import load_model, load_routers, router_keys, save_mo
 from upcycle.records.files import MOVED, ROUTE_REPORT, ROUTER
 from upcycle.records.route import Bucket, Difference, HeldOut, RouteCost, RouteReport, SeedSample
 from upcycle.routing.ranking import ranking
-from upcycle.routing.routers import random_routers
+from upcycle.routing.routers import granularity, random_routers
 from upcycle.settings import RouteSettings
 from upcycle.stages.router_initialization.assignment import (
     Experts,
@@ -68,7 +68,7 @@ def route(
     if len(names) == 1:
         say("route: one expert: there is nothing to route")
         report = RouteReport(start="random", assignment=settings.assignment, buckets=[], samples=[])
-        _save(out_dir / ROUTER.name, random, router_keys(model))
+        _save(out_dir / ROUTER.name, sliced(random, granularity(model), 0.0, seed), router_keys(model))
     else:
         start_from = Seed(model, seed_data.fit, [], random, settings, base.pad_token_id, seed)
         report = _start(start_from, seed_data.test, names, out_dir)
@@ -93,7 +93,8 @@ def _start(seed: Seed, test: Sequence[Sample], names: Sequence[str], out_dir: Pa
     start = STARTS[settings.start](seed)
     cost = _cost(start, scored, len(names), settings.start)
     condition = condition_numbers(start.vectors)
-    _save(out_dir / ROUTER.name, start.vectors, router_keys(seed.model))
+    vectors = sliced(start.vectors, granularity(seed.model), settings.slice_noise, seed.seed)
+    _save(out_dir / ROUTER.name, vectors, router_keys(seed.model))
     held_out = None
     if test:
         load_routers(seed.model, out_dir / ROUTER.name)
@@ -116,6 +117,15 @@ def _start(seed: Seed, test: Sequence[Sample], names: Sequence[str], out_dir: Pa
         condition=condition,
         held_out=held_out,
     )
+
+
+def sliced(vectors: Sequence[Float[Tensor, "E H"]], slices: int, noise: float, seed: int) -> list[Float[Tensor, "S H"]]:
+    """The vectors of an expert's slices: its own, and what makes them different if they are to be."""
+    draw = torch.Generator().manual_seed(seed)
+    whole = [layer.repeat_interleave(slices, dim=0) for layer in vectors]
+    if slices == 1 or noise == 0:
+        return whole
+    return [layer + noise * layer.std() * torch.randn(layer.shape, generator=draw) for layer in whole]
 
 
 def condition_numbers(vectors: Sequence[Float[Tensor, "E H"]]) -> list[float]:

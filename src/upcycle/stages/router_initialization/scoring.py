@@ -13,7 +13,7 @@ from upcycle.console import Progress
 from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
 from upcycle.routing.answers import answer_losses
-from upcycle.routing.routers import ForcedRouter, RowExperts, num_experts, swapped_routers
+from upcycle.routing.routers import ForcedRouter, RowExperts, granularity, num_experts, swapped_routers
 from upcycle.types import Model
 
 
@@ -28,7 +28,7 @@ def expert_losses(
     Raises:
         UpcycleError: a loss is not finite (in `assign`, which names the sample).
     """
-    rows, count = RowExperts(), num_experts(model)
+    rows, count = RowExperts(granularity(model)), num_experts(model)
     losses = torch.zeros(len(samples), count)
     batches = make_batches(samples, tokens_per_batch, pad_token_id, model.device)
     with (

@@ -1,0 +1,73 @@
+"""Fine-grained experts: an FFN's channels divided among G experts, which together are the FFN.
+
+With G equal routing vectors per FFN the MoE computes what whole FFNs do: docs/paper.md, "Fine-grained experts". The
+idea is He et al. 2024's (arXiv 2410.07524: virtual groups, weight scaling) and Dai et al. 2024's (arXiv 2401.06066).
+
+Legend: I channels of a whole FFN, H hidden, G slices.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from upcycle.architectures.layouts import FfnMove, Region
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """Which channels go together."""
+
+    granularity: int = 1
+    """G; 1 leaves FFNs whole."""
+    channels: str = "contiguous"
+    """`contiguous` runs, `strided` (every G-th), or at `random`."""
+    seed: int = 0
+
+    def members(self, channels: int) -> list[Int[Tensor, " C"]]:
+        """The channels of each slice, in order, out of `channels`, which G divides."""
+        order = torch.arange(channels)
+        if self.channels == "strided":
+            order = order.view(-1, self.granularity).T.flatten()
+        elif self.channels == "random":
+            order = torch.randperm(channels, generator=torch.Generator().manual_seed(self.seed))
+        return [part.sort().values for part in order.view(self.granularity, -1)]
+
+    def place(self, move: FfnMove, expert: int, element: int, values: Tensor) -> Iterator[tuple[Region, int, Tensor]]:
+        """Where a piece of an expert's weight goes: (region, first element in it, values) for each slice.
+
+        Args:
+            element: where the flat piece `values` begins; with G > 1 it is a number of whole rows.
+        """
+        regions = move.experts[expert]
+        if self.granularity == 1:
+            yield regions[0], element, values
+            return
+        rows, width = move.dense.shape
+        first, block = element // width, values.view(-1, width)
+        for region, own in zip(regions, self.members(width if move.down else rows), strict=True):
+            if move.down:
+                yield region, first * len(own), block[:, own] * self.granularity
+            else:
+                begin, end = torch.searchsorted(own, torch.tensor([first, first + len(block)])).tolist()
+                yield region, begin * width, block[own[begin:end] - first]
+
+    def whole(self, move: FfnMove, expert: int, read: Callable[[Region], Tensor]) -> Tensor:
+        """An expert's weight from its slices: what `place` has put there, in the dense tensor's shape."""
+        regions = move.experts[expert]
+        if self.granularity == 1:
+            return read(regions[0])
+        rows, width = move.dense.shape
+        found = torch.empty(rows, width)
+        for region, own in zip(regions, self.members(width if move.down else rows), strict=True):
+            if move.down:
+                found[:, own] = read(region).float() / self.granularity
+            else:
+                found[own] = read(region).float()
+        return found
+
+
+WHOLE = Slicing()
+"""FFNs as they are."""
