@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import load_model
@@ -34,6 +35,34 @@ def test_each_method_runs_and_learns(name: str, tiny_recipe: dict[str, Any], tmp
         torch.testing.assert_close(logits(run.folder / "assemble"), logits(run.base.folder), rtol=0, atol=1e-5)
     if name == "btx":
         assert [e.name for e in run.plan.experts] == ["domain-copy", "domain-reverse"]
+
+
+def test_fine_grained_experts_cost_what_the_dense_model_costs(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Whole experts in plan, seed data, scores and shares; slices in the model, its router and its load."""
+    fine = {"num_experts_per_tok": 1, "granularity": 2}
+    recipe = shrunk("upit", tiny_recipe, expand={"num_experts": 4}, assemble=fine, posttrain={"learning_rate": 3e-3})
+    run = Run(recipe, tmp_path / "run")
+    run_stages(run)
+    start = load_file(run.folder / "route" / "router.safetensors")
+    for vectors in start.values():
+        assert vectors.shape == (8, 32)
+        assert torch.equal(vectors[::2], vectors[1::2])
+    end = load_model(run.folder / "posttrain", torch.float32)
+    trained = end.model.layers[0].mlp.gate.weight
+    assert not torch.equal(trained[::2], trained[1::2])
+    assert (end.config.num_local_experts, end.config.num_experts_per_tok, end.config.intermediate_size) == (8, 2, 24)
+    active = run.kind.active(run.base, recipe)
+    assert active.moe == active.dense + 2 * 8 * 32  # the routers of two layers
+    report = json.loads((run.folder / "route" / "report.json").read_text())
+    assert {sample["expert"] for sample in report["samples"]} == {0, 1, 2, 3}
+    scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
+    assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
+    assert len(scores["MoE"]["expert_share"]["all"][0]) == 4
+    log = json.loads((run.folder / "posttrain" / "log.json").read_text())["log"]
+    assert len(log[0]["load"][0]) == 8
+    said = run.kind.describe(run.folder / "posttrain").what
+    assert "4 experts of 2 slices each, top-1 (8 experts, top-2, on disk)" in said
+    assert f"{active.moe / active.dense:.2f} times the dense FLOPs" in said
 
 
 def experts_of(run: Run, weight: str) -> list[torch.Tensor]:

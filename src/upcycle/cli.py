@@ -114,16 +114,19 @@ def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.")],
     num_experts: Annotated[int, typer.Option(min=2, max=MOST_EXPERTS, help="Experts per layer.")] = 8,
     num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts active for a token.")] = 2,
+    granularity: Annotated[int, typer.Option(help="Slices that every expert is cut into: 1, 2, 4 or 8.")] = 1,
     dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
 ) -> None:
-    """Say what a dense model would become: architecture, parameters, disk and memory; or why it cannot."""
+    """Say what a dense model would become, and what other choices cost: parameters, FLOPs, memory; or why it cannot."""
     _check_dtype(dtype)
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
+    if granularity not in (1, 2, 4, 8):
+        raise UpcycleError(f"--granularity is {granularity}, expected 1, 2, 4 or 8")
     _quiet_libraries()
     from upcycle.architectures.check import check
 
-    check(model, num_experts, num_experts_per_tok, dtype)
+    check(model, num_experts, num_experts_per_tok, dtype, granularity)
 
 
 @app.command()

@@ -224,9 +224,9 @@ class RouteSettings(Settings):
     equal_steps: bool = False
     """Repeat the samples of small buckets, so that every expert counts the same in what is trained or averaged."""
     equal_norms: bool = False
-    """Give the vectors of a layer one norm (starts mean_hidden, kmeans and ridge)."""
+    """Give the vectors of a layer one norm."""
     logit_std: float | None = Field(1.0, gt=0)
-    """Standard deviation over experts of the logits that mean_hidden, kmeans and ridge start with; null: unscaled."""
+    """Standard deviation over experts of the logits that the router starts with; null: as the start makes them."""
     ridge: float = Field(0.01, gt=0)
     """Penalty of the start `ridge`, in units of the mean square of a router input's entries."""
     epochs: int = Field(4, ge=1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from upcycle.architectures.check import check
+from upcycle.architectures.mapping import map_model
 from upcycle.console import console
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import KINDS, kind_in, load_model
@@ -93,6 +94,18 @@ def test_check_counts_what_assembly_makes(base: Path, moe: Path, capsys: Any) ->
     assert mapping.num_parameters() == model.num_parameters()
     ffn = 3 * 32 * 48 * 2
     assert mapping.num_parameters(2) == mapping.num_parameters() - 4 * ffn
+
+
+def test_check_shows_what_other_choices_cost(base: Path, capsys: Any) -> None:
+    check(str(base), 6, 2, "source")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    chosen = {tuple(row[:3]): row for row in rows if len(row) == 8}
+    assert {("6", "2", "1"), ("6", "1", "2"), ("3", "1", "2")} <= chosen.keys()
+    assert ("6", "1", "4") not in chosen  # 48 channels into 4 slices are 12 each, no multiple of 8
+    dense = map_model(base, ModelReader(base), 1)
+    whole, ffn, router = dense.num_dense, 3 * 32 * 48 * 2, 2 * 32
+    assert float(chosen["6", "2", "1"][5]) == pytest.approx((whole + ffn + 6 * router) / whole, abs=6e-3)
+    assert float(chosen["6", "1", "2"][5]) == pytest.approx((whole + 12 * router) / whole, abs=6e-3)
 
 
 def test_check_refuses_what_assembly_refuses(base: Path, tmp_path: Path) -> None:

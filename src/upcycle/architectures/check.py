@@ -1,22 +1,24 @@
 """What a dense model would become, before anything is spent on it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import served_by
-from upcycle.architectures.families import moe_config
 from upcycle.architectures.identity import check_identity
-from upcycle.architectures.mapping import Mapping, map_model, read_region
+from upcycle.architectures.mapping import SLICE_MULTIPLE, Mapping, map_model, read_region
+from upcycle.architectures.slices import Slicing
 from upcycle.console import say, table
 from upcycle.weights.folders import find_model
 from upcycle.weights.safetensors_io import DTYPE_NAMES, ModelReader
 
+CHOICE = ("experts", "k", "G", "M parameters", "active", "FLOPs / dense", "GB in bf16", "GB to post-train")
 TRAINING_BYTES = 16
 """Per parameter in fp32 with AdamW: weight, gradient, two moments; activations come on top."""
 
 
-def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str) -> Mapping:
+def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, granularity: int = 1) -> Mapping:
     """Say what MoE a model would become and what that needs, once its logits with equal experts are the dense ones.
 
     Raises:
@@ -24,17 +26,32 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str) -> 
     """
     folder = find_model(name)
     reader = ModelReader(folder)
-    mapping = map_model(folder, reader, num_experts)
+    mapping = map_model(folder, reader, num_experts, Slicing(granularity))
     difference = check_source(mapping, reader)
     source = reader.spec(mapping.ffn[0].dense.tensor).dtype
     stored = source if dtype == "source" else DTYPE_NAMES[dtype]
-    title = f"{folder.name}: {mapping.family}, {num_experts} experts, top-{num_experts_per_tok}, {stored}"
+    sliced = f" of {granularity} slices" if granularity > 1 else ""
+    title = f"{folder.name}: {mapping.family}, {num_experts} experts{sliced}, top-{num_experts_per_tok}, {stored}"
     table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored.itemsize))
-    config = moe_config(mapping.family, mapping.config, num_experts, num_experts_per_tok, str(stored))
+    table("choices (expand.num_experts, assemble.num_experts_per_tok, assemble.granularity)", CHOICE, _choices(mapping))
+    config = mapping.moe_config(num_experts_per_tok, str(stored))
     table("read by", ("", ""), [("transformers", "yes"), *served_by(config)])
     say("read: every tensor is what transformers reads from the folder")
     say(f"exact: logits with equal experts are the dense model's (difference {difference:.0e} of the largest)")
     return mapping
+
+
+def _choices(mapping: Mapping) -> Iterator[tuple[str, ...]]:
+    """What other settings would cost, from the number of experts that was asked for down to two."""
+    channels, m = mapping.config["intermediate_size"], mapping.num_experts
+    fine = [g for g in (2, 4, 8) if mapping.family.moe.size_field and channels % (g * SLICE_MULTIPLE) == 0]
+    for count in dict.fromkeys((m, max(2, m // 2))):
+        for k, granularity in ((2, 1), *((1, g) for g in fine)):
+            made = replace(mapping, num_experts=count, slicing=Slicing(granularity))
+            total = made.num_parameters()
+            sizes = f"{total / 1e6:,.1f}", f"{made.num_parameters(k) / 1e6:,.1f}", f"{made.flops_over_dense(k):.2f}"
+            memory = f"{total * 2 / 1e9:,.2f}", f"{total * TRAINING_BYTES / 1e9:,.2f}"
+            yield str(count), str(k), str(granularity), *sizes, *memory
 
 
 def check_source(mapping: Mapping, reader: ModelReader) -> float:
@@ -48,6 +65,7 @@ def _rows(mapping: Mapping, active: int, itemsize: int) -> Iterator[tuple[str, s
     yield "parameters, dense", f"{mapping.num_dense / 1e6:,.1f} M"
     yield "parameters, total", f"{total / 1e6:,.1f} M"
     yield "parameters, active per token", f"{mapping.num_parameters(active) / 1e6:,.1f} M"
+    yield "FLOPs per token, over the dense model's", f"{mapping.flops_over_dense(active):.2f}"
     yield "disk for the assembled MoE", f"{total * itemsize / 1e9:,.2f} GB"
     yield "memory for its weights, to serve it", f"{total * itemsize / 1e9:,.2f} GB"
     yield "memory to route it on a CPU (fp32)", f"{total * 4 / 1e9:,.2f} GB"

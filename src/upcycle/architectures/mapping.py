@@ -87,6 +87,15 @@ class Mapping:
             self.family, self.config, self.num_experts * self.granularity, per_tok, dtype, self.granularity
         )
 
+    @property
+    def lookup(self) -> int:
+        """Entries of embeddings that are looked up and not multiplied, as a tied model's are by the head."""
+        return looked_up(self.config)
+
+    def flops_over_dense(self, num_experts_per_tok: int) -> float:
+        """FLOPs of a token over the dense model's, scores of attention left out in both."""
+        return (self.num_parameters(num_experts_per_tok) - self.lookup) / (self.num_dense - self.lookup)
+
     def num_parameters(self, active_experts: int | None = None) -> int:
         """Of the MoE: in all, or used for a token that goes to `active_experts`; embeddings included."""
         idle = 0 if active_experts is None else self.num_experts - active_experts
@@ -123,6 +132,11 @@ def check_granularity(family: Family, config: Config, granularity: int, where: P
             f"{config['intermediate_size']} channels (intermediate_size) into a multiple of {SLICE_MULTIPLE} each, as "
             "grouped products need; take a smaller one"
         )
+
+
+def looked_up(config: Config) -> int:
+    """Entries of an untied model's embeddings."""
+    return 0 if config.get("tie_word_embeddings") else int(config["vocab_size"] * config["hidden_size"])
 
 
 def with_own_head(reader: ModelReader, config: Config) -> Config:

@@ -27,8 +27,8 @@ class Active:
 def active_ffns(base: Base, recipe: Recipe) -> Active:
     """Where every expert is an FFN of its own."""
     mapping = _mapping(base, recipe)
-    lookup = _lookup(mapping)
-    return Active(mapping.num_dense - lookup, mapping.num_parameters(recipe.assemble.num_experts_per_tok) - lookup)
+    used = mapping.num_parameters(recipe.assemble.num_experts_per_tok)
+    return Active(mapping.num_dense - mapping.lookup, used - mapping.lookup)
 
 
 def active_additions(per_layer: Callable[[int, int, Recipe], int]) -> Callable[[Base, Recipe], Active]:
@@ -43,7 +43,7 @@ def active_additions(per_layer: Callable[[int, int, Recipe], int]) -> Callable[[
         layers, hidden, inner = (
             base.config[field] for field in ("num_hidden_layers", "hidden_size", "intermediate_size")
         )
-        dense, expert = mapping.num_dense - _lookup(mapping), layers * per_layer(hidden, inner, recipe)
+        dense, expert = mapping.num_dense - mapping.lookup, layers * per_layer(hidden, inner, recipe)
         routers = layers * hidden * recipe.expand.num_experts
         return Active(dense + expert, dense + recipe.assemble.num_experts_per_tok * expert + routers)
 
@@ -53,9 +53,3 @@ def active_additions(per_layer: Callable[[int, int, Recipe], int]) -> Callable[[
 def _mapping(base: Base, recipe: Recipe) -> Mapping:
     slicing = Slicing(recipe.assemble.granularity)
     return map_model(base.folder, ModelReader(base.folder), recipe.expand.num_experts, slicing)
-
-
-def _lookup(mapping: Mapping) -> int:
-    """Entries of embeddings that are looked up and not multiplied, as a tied model's are by the head."""
-    config = mapping.config
-    return 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import CLIENTS, limits
 from upcycle.architectures.families import computed_fields, family_of, moe_of
 from upcycle.architectures.layouts import Region, ffn_tensors, router_tensors
-from upcycle.architectures.mapping import Mapping, map_model, needed_tensors, read_region, with_own_head
+from upcycle.architectures.mapping import Mapping, looked_up, map_model, needed_tensors, read_region, with_own_head
 from upcycle.architectures.slices import Slicing
 from upcycle.console import warn
 from upcycle.errors import UpcycleError
@@ -34,7 +35,7 @@ from upcycle.records.description import Description
 from upcycle.records.files import LINEAGE
 from upcycle.records.plan import ExpansionPlan, Expert, Gram
 from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
-from upcycle.types import Model
+from upcycle.types import Config, Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, load_dense, read_config, write_config
 from upcycle.weights.safetensors_io import ModelReader, pieces
@@ -269,8 +270,24 @@ def describe(folder: Path) -> Description:
     if not experts:
         return Description(f"A dense {config['model_type']} model", plain=True)
     warnings = (f"{CLIENTS[limit.client]} and this {limit.moe}: {limit.what}." for limit in limits(config))
-    what = f"A {config['model_type']} mixture of {experts} experts, top-{config['num_experts_per_tok']}"
-    return Description(what, plain=True, warnings=tuple(warnings))
+    lineage, k = LINEAGE.known(folder), config["num_experts_per_tok"]
+    slices = lineage.granularity if lineage else 1
+    cut = f" of {slices} slices each, top-{k // slices} ({experts} experts, top-{k}, on disk)" if slices > 1 else ""
+    what = f"A {config['model_type']} mixture of {experts // slices} experts{cut or f', top-{k}'}"
+    sizes = f": {_sizes(folder, config, experts, slices)}" if lineage else ""  # what is made elsewhere may have more
+    return Description(what + sizes, plain=True, warnings=tuple(warnings))
+
+
+def _sizes(folder: Path, config: Config, experts: int, slices: int) -> str:
+    """Parameters in all and for a token, and FLOPs over the dense model's (scores of attention left out)."""
+    reader, layers, hidden = ModelReader(folder), config["num_hidden_layers"], config["hidden_size"]
+    size_field = moe_of(config).size_field or "intermediate_size"
+    expert = layers * 3 * hidden * config[size_field]
+    total = sum(prod(reader.spec(name).shape) for name in reader.names())
+    active = total - (experts - config["num_experts_per_tok"]) * expert
+    dense = total - (experts - slices) * expert - layers * experts * hidden
+    ratio = (active - looked_up(config)) / (dense - looked_up(config))
+    return f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M for a token, {ratio:.2f} times the dense FLOPs"
 
 
 FFN = Kind(

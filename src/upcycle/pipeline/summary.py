@@ -19,6 +19,7 @@ def show_summary(run: Run) -> None:
     made = kind_in(result).describe(result)
     how = "a plain Hugging Face folder" if made.plain else f"compact: needs {run.recipe.base} and upcycle"
     say(f"mixture of experts: {result}  ({how})")
+    say(f"                    {made.what}")
     if made.folds:
         say(f"as a plain MoE:     upcycle export {run.folder} --fold --to FOLDER")
     say(f"scores:             {SCORES.of(run.folder)}")

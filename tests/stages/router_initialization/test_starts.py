@@ -109,10 +109,10 @@ def test_contrastive_learns_to_tell_experts_apart_without_the_model(seed: Seed) 
     assert start.backward_tokens == 0
 
 
-@pytest.mark.parametrize("name", ["mean_hidden", "kmeans", "ridge"])
+@pytest.mark.parametrize("name", ["random", "mean_hidden", "kmeans", "ridge", "contrastive"])
 def test_logits_have_the_deviation_asked_for_and_norms_may_be_equal(name: str, seed: Seed) -> None:
-    settings = seed.settings.model_copy(update={"logit_std": 2.0, "equal_norms": True})
-    start = STARTS[name](Seed(**{**vars(seed), "settings": settings}))
+    settings = seed.settings.model_copy(update={"start": name, "logit_std": 2.0, "equal_norms": True})
+    start = starts.start(Seed(**{**vars(seed), "settings": settings}))
     tokens = everything()
     for hidden, vectors in zip(tokens.hidden, start.vectors, strict=True):
         assert (hidden @ vectors.T).std(dim=1).mean().item() == pytest.approx(2.0, rel=1e-3)
@@ -163,11 +163,12 @@ def test_a_token_sample_is_bounded_and_seeded() -> None:
     assert draw(0).hidden.shape != draw(1).hidden.shape or not torch.equal(draw(0).hidden, draw(1).hidden)
 
 
+@pytest.mark.parametrize("logit_std", [None, 1.0])
 @pytest.mark.parametrize("name", STARTS)
 def test_every_start_runs_and_says_what_it_cost(
-    name: str, base: Path, moe: Path, samples: list[Sample], tmp_path: Path
+    name: str, logit_std: float | None, base: Path, moe: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
-    settings = RouteSettings(start=name, epochs=2, tokens_per_batch=256, equal_steps=True)
+    settings = RouteSettings(start=name, epochs=2, tokens_per_batch=256, equal_steps=True, logit_std=logit_std)
     names = ["c1", "c2", "c3"]
     seed_data = SeedData(samples[:9], samples[9:])
     report = route(as_base(base), moe, seed_data, names, settings, 0, tmp_path)
@@ -175,7 +176,7 @@ def test_every_start_runs_and_says_what_it_cost(
     assert report == again
     tokens = sum(len(s.input_ids) for s in samples)
     assert report.cost.scoring == 3 * tokens
-    assert (report.cost.forward > 0) == (name != "random")
+    assert (report.cost.forward > 0) == (name != "random" or logit_std is not None)
     assert (report.cost.backward > 0) == (name == "upit")
     assert len(report.condition) == 2
     assert report.difference.interval[0] <= report.difference.gain <= report.difference.interval[1]

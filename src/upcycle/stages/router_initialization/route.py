@@ -31,7 +31,8 @@ from upcycle.stages.router_initialization.assignment import (
     fill_empty,
 )
 from upcycle.stages.router_initialization.scoring import expert_losses
-from upcycle.stages.router_initialization.starts import STARTS, Seed, Start
+from upcycle.stages.router_initialization.starts import Seed, Start
+from upcycle.stages.router_initialization.starts import start as make_start
 from upcycle.weights.base import Base
 
 DEGENERATE = 1e4
@@ -90,7 +91,7 @@ def _start(seed: Seed, test: Sequence[Sample], names: Sequence[str], out_dir: Pa
     _show_buckets(buckets, difference)
     pairs = _pairs(experts, losses, names)
     seed = replace(seed, pairs=equal_steps(pairs) if settings.equal_steps else pairs)
-    start = STARTS[settings.start](seed)
+    start = make_start(seed)
     cost = _cost(start, scored, len(names), settings.start)
     condition = condition_numbers(start.vectors)
     vectors = sliced(start.vectors, granularity(seed.model), settings.slice_noise, seed.seed)

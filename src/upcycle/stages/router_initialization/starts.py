@@ -7,7 +7,7 @@ are means of hidden states: what is left tells experts apart, and can be scaled.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +53,9 @@ class Seed:
 class Start:
     """The routing vectors of every layer, and what they cost."""
 
-    vectors: list[Float[Tensor, "E H"]]
+    vectors: Sequence[Float[Tensor, "E H"]]
+    inputs: Tokens | None = None
+    """A sample of what the routers read, if the start has read it."""
     forward_tokens: int = 0
     backward_tokens: int = 0
     log: list[dict[str, float]] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Start:
 
 def random(seed: Seed) -> Start:
     """Gaussian, std `init_std`: the start of vanilla upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055)."""
-    return Start(list(seed.random))
+    return Start(seed.random)
 
 
 def mean_hidden(seed: Seed) -> Start:
@@ -74,14 +76,14 @@ def mean_hidden(seed: Seed) -> Start:
         counts += own.sum(dim=0).cpu()
         kept.add(tokens)
     means = sums / counts[:, None].clamp(min=1)
-    return Start(_scaled(_centred(means), kept.take(), seed.settings), seed.num_tokens)
+    return Start(list(_centred(means)), kept.take(), seed.num_tokens)
 
 
 def kmeans(seed: Seed) -> Start:
     """Centroids of the router inputs, given to the experts whose tokens they hold most of (linear assignment)."""
     sample = _sample(seed)
     centroids = torch.stack([_matched_centroids(layer, sample, seed) for layer in sample.hidden])
-    return Start(_scaled(_centred(centroids), sample, seed.settings), seed.num_tokens)
+    return Start(list(_centred(centroids)), sample, seed.num_tokens)
 
 
 def ridge(seed: Seed) -> Start:
@@ -102,7 +104,7 @@ def ridge(seed: Seed) -> Start:
         kept.add(tokens)
     penalty = seed.settings.ridge * gram.diagonal(dim1=1, dim2=2).mean(dim=1)
     vectors = torch.linalg.solve(gram + torch.diag_embed(penalty[:, None].expand(-1, hidden)), cross).mT.float().cpu()
-    return Start(_scaled(vectors, kept.take(), seed.settings), seed.num_tokens)
+    return Start(list(vectors), kept.take(), seed.num_tokens)
 
 
 def upit(seed: Seed) -> Start:
@@ -111,7 +113,7 @@ def upit(seed: Seed) -> Start:
         seed.model, seed.samples, seed.pairs, seed.random, seed.settings, seed.pad_token_id, seed.seed
     )
     passes = seed.settings.epochs * seed.num_tokens
-    return Start(vectors, passes, passes, log)
+    return Start(vectors, None, passes, passes, log)
 
 
 def contrastive(seed: Seed) -> Start:
@@ -138,7 +140,7 @@ def contrastive(seed: Seed) -> Start:
             optimizer.zero_grad()
             losses.append(loss.item())
         log.append({"contrastive_loss": sum(losses) / len(losses)})
-    return Start(list(vectors.detach()), seed.num_tokens, 0, log)
+    return Start(list(vectors.detach()), sample, seed.num_tokens, 0, log)
 
 
 CONTRASTIVE_BATCH = 256
@@ -152,6 +154,16 @@ STARTS: dict[str, Callable[[Seed], Start]] = {
     "upit": upit,
     "contrastive": contrastive,
 }
+
+
+def start(seed: Seed) -> Start:
+    """The start that the settings name; with equal norms, if asked for; its logits as far apart as `logit_std` says."""
+    made, settings = STARTS[seed.settings.start](seed), seed.settings
+    if settings.logit_std is None and not settings.equal_norms:
+        return made
+    read = made.forward_tokens + (seed.num_tokens if made.inputs is None else 0)
+    inputs = _sample(seed) if made.inputs is None else made.inputs
+    return replace(made, vectors=_scaled(torch.stack(list(made.vectors)), inputs, settings), forward_tokens=read)
 
 
 def _stream(seed: Seed) -> Iterator[Tokens]:
