@@ -40,7 +40,7 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("expand.num_experts=many", r"expand\.num_experts: .*valid integer.* \(found 'many'\)"),
         ("expand.num_checkpoints=9", r"expand.num_checkpoints is 9, but there are 8 checkpoints .* room for 8 experts"),
         ("route.start=ridge route.expert_learning_rate=1e-4", r"start=ridge trains no experts"),
-        ("assemble.num_experts_per_tok=1", r"gives the router no gradient; take 2 or more, or keep"),
+        ("assemble.num_experts_per_tok=1", r"gives the router no gradient; take 2 or more, cut experts into slices"),
         ("prepare.checkpoint_every=2", r"1 checkpoint of 1 \(prepare.checkpoints, .* expected 2 or more"),
         ("expand.num_experts=0", r"expand\.num_experts: .*greater than or equal to 1 \(found 0\)"),
         ("expand.drop_rate=0.99", r"expand\.drop_rate: .*less than or equal to 0\.95 \(found 0\.99\)"),

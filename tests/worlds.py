@@ -1,5 +1,6 @@
 """Assembled worlds that several tests share."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,13 @@ def assemble(
 ) -> Path:
     """What the stage writes, with a random router of seed 0."""
     out.mkdir(exist_ok=True)
+    chosen = AssembleSettings(**settings)
     dense = as_base(base)
-    layers, hidden = dense.config["num_hidden_layers"], dense.config["hidden_size"]
-    routers = random_routers(layers, len(plan.experts), hidden, router_std, 0)
-    KINDS[kind].assemble(dense, folders, plan, AssembleSettings(**settings), LoraSettings(rank=rank), routers, out)
+    if chosen.layers != "all":
+        dense = replace(dense, layers=chosen.chosen_layers(dense.config["num_hidden_layers"]))
+    hidden = dense.config["hidden_size"]
+    routers = random_routers(dense.num_moe_layers, len(plan.experts), hidden, router_std, 0)
+    KINDS[kind].assemble(dense, folders, plan, chosen, LoraSettings(rank=rank), routers, out)
     return out
 
 

@@ -70,9 +70,12 @@ class Recipe(Settings):
         return self.posttrain.optimizer_state == "carry"
 
     @property
-    def kind_settings(self) -> dict[str, dict[str, Any]]:
-        """What decides the kind of the experts besides `prepare`: nothing for whole FFNs."""
-        return {"lora": {**self.lora.model_dump(), "kind": self.prepare.train}} if self.prepare.shares_base else {}
+    def kind_settings(self) -> dict[str, Any]:
+        """What decides the kind of the experts besides `prepare`: nothing for whole FFNs of all layers."""
+        lora = {"lora": {**self.lora.model_dump(), "kind": self.prepare.train}} if self.prepare.shares_base else {}
+        if self.assemble.layers == "all":
+            return lora
+        return lora | {"layers": self.assemble.model_dump()["layers"]}
 
     @model_validator(mode="after")
     def _enough_checkpoints(self) -> "Recipe":
@@ -159,8 +162,13 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _whole_ffns_alone_are_sliced(self) -> "Recipe":
+    def _whole_ffns_alone_are_sliced_or_left_out(self) -> "Recipe":
         granularity, m = self.assemble.granularity, self.expand.num_experts
+        if self.assemble.layers != "all" and self.prepare.shares_base:
+            raise ValueError(
+                "assemble.layers leaves layers without experts, but adapters are experts of all layers; leave it out, "
+                "or set prepare.train=ffn or full"
+            )
         if granularity == 1:
             return self
         if self.prepare.shares_base:

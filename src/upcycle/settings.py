@@ -186,6 +186,13 @@ class ExpandSettings(Settings):
         return chosen
 
 
+class EveryLayer(Settings):
+    """Every N-th layer, from the N-th on: transformers' `decoder_sparse_step`."""
+
+    every: int = Field(ge=1)
+    """N."""
+
+
 class AssembleSettings(Settings):
     """The MoE before any training of its own."""
 
@@ -194,6 +201,9 @@ class AssembleSettings(Settings):
     granularity: Literal[1, 2, 4, 8] = 1
     """Cut every expert's FFN into G smaller experts, of which a token gets k G. With k = 1 and G > 1 the MoE has the
     dense model's FLOPs, and its router still learns; whole FFNs only."""
+    layers: Literal["all"] | EveryLayer | list[int] = "all"
+    """Which layers get experts: all, `{every: N}`, or a list of places from 0. The others keep one FFN, that of
+    `shared`, which preparation leaves as it is. Only where the MoE's architecture has such layers, and whole FFNs."""
     channels: Literal["contiguous", "strided", "random"] = "contiguous"
     """Which channels of an FFN go into one slice."""
     shared: Literal["last", "mean", "base"] = "last"
@@ -201,6 +211,23 @@ class AssembleSettings(Settings):
     With `last` tokenizer, template, special tokens and generation settings come from it too, if it has them."""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Storage dtype of the assembled MoE; `source` keeps the checkpoints'."""
+
+    def chosen_layers(self, count: int) -> tuple[int, ...] | None:
+        """The layers with experts out of `count`; None: all.
+
+        Raises:
+            ValueError: one is out of range or there twice, or none is left.
+        """
+        if isinstance(self.layers, EveryLayer):
+            found = tuple(range(self.layers.every - 1, count, self.layers.every))
+        else:
+            found = tuple(range(count)) if self.layers == "all" else tuple(self.layers)
+        if len(set(found)) < len(found) or not set(found) <= set(range(count)) or not found:
+            raise ValueError(
+                f"assemble.layers is {self.model_dump()['layers']}, but the model has the layers 0 to {count - 1}; "
+                "name one or more of them, each once"
+            )
+        return None if len(found) == count else tuple(sorted(found))
 
 
 class RouteSettings(Settings):

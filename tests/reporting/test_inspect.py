@@ -98,10 +98,13 @@ def test_check_counts_what_assembly_makes(base: Path, moe: Path, capsys: Any) ->
 
 def test_check_shows_what_other_choices_cost(base: Path, capsys: Any) -> None:
     check(str(base), 6, 2, "source")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    chosen = {tuple(row[:3]): row for row in rows if len(row) == 8}
+    rows = [line.replace("every: ", "every:").split() for line in capsys.readouterr().out.splitlines()]
+    chosen = {(row[0], *row[2:4]): row[1:] for row in rows if len(row) == 9 and row[1] == "all"}
     assert {("6", "2", "1"), ("6", "1", "2"), ("3", "1", "2")} <= chosen.keys()
     assert ("6", "1", "4") not in chosen  # 48 channels into 4 slices are 12 each, no multiple of 8
+    (half,) = [row for row in rows if row[:4] == ["6", "every:2", "2", "1"]]
+    mapping = map_model(base, ModelReader(base), 6, layers=(1,))
+    assert float(half[6]) == pytest.approx(mapping.flops_over_dense(2), abs=6e-3)  # with 256 channels of zeros
     dense = map_model(base, ModelReader(base), 1)
     whole, ffn, router = dense.num_dense, 3 * 32 * 48 * 2, 2 * 32
     assert float(chosen["6", "2", "1"][5]) == pytest.approx((whole + ffn + 6 * router) / whole, abs=6e-3)

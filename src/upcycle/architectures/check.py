@@ -1,8 +1,10 @@
 """What a dense model would become, before anything is spent on it."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import served_by
@@ -10,10 +12,11 @@ from upcycle.architectures.identity import check_identity
 from upcycle.architectures.mapping import SLICE_MULTIPLE, Mapping, map_model, read_region
 from upcycle.architectures.slices import Slicing
 from upcycle.console import say, table
+from upcycle.errors import UpcycleError
 from upcycle.weights.folders import find_model
 from upcycle.weights.safetensors_io import DTYPE_NAMES, ModelReader
 
-CHOICE = ("experts", "k", "G", "M parameters", "active", "FLOPs / dense", "GB in bf16", "GB to post-train")
+CHOICE = ("experts", "layers", "k", "G", "M parameters", "active", "FLOPs / dense", "GB in bf16", "GB to post-train")
 TRAINING_BYTES = 16
 """Per parameter in fp32 with AdamW: weight, gradient, two moments; activations come on top."""
 
@@ -33,7 +36,8 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, gra
     sliced = f" of {granularity} slices" if granularity > 1 else ""
     title = f"{folder.name}: {mapping.family}, {num_experts} experts{sliced}, top-{num_experts_per_tok}, {stored}"
     table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored.itemsize))
-    table("choices (expand.num_experts, assemble.num_experts_per_tok, assemble.granularity)", CHOICE, _choices(mapping))
+    title = "choices (expand.num_experts, assemble.layers, assemble.num_experts_per_tok, assemble.granularity)"
+    table(title, CHOICE, _choices(mapping, reader))
     config = mapping.moe_config(num_experts_per_tok, str(stored))
     table("read by", ("", ""), [("transformers", "yes"), *served_by(config)])
     say("read: every tensor is what transformers reads from the folder")
@@ -41,17 +45,24 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, gra
     return mapping
 
 
-def _choices(mapping: Mapping) -> Iterator[tuple[str, ...]]:
-    """What other settings would cost, from the number of experts that was asked for down to two."""
+def _choices(mapping: Mapping, reader: ModelReader) -> Iterator[tuple[str, ...]]:
+    """What other settings would cost: as many experts as were asked for, and half; all layers, and every second one."""
     channels, m = mapping.config["intermediate_size"], mapping.num_experts
-    fine = [g for g in (2, 4, 8) if mapping.family.moe.size_field and channels % (g * SLICE_MULTIPLE) == 0]
-    for count in dict.fromkeys((m, max(2, m // 2))):
-        for k, granularity in ((2, 1), *((1, g) for g in fine)):
-            made = replace(mapping, num_experts=count, slicing=Slicing(granularity))
-            total = made.num_parameters()
-            sizes = f"{total / 1e6:,.1f}", f"{made.num_parameters(k) / 1e6:,.1f}", f"{made.flops_over_dense(k):.2f}"
+    fine = [g for g in (2, 4, 8) if channels % (g * SLICE_MULTIPLE) == 0]
+    for count, (layers, made) in product(dict.fromkeys((m, max(2, m // 2))), _by_layers(mapping, reader)):
+        for k, granularity in ((2, 1), *((1, g) for g in fine if made.family.moe.size_field)):
+            chosen = replace(made, num_experts=count, slicing=Slicing(granularity))
+            total = chosen.num_parameters()
+            sizes = f"{total / 1e6:,.1f}", f"{chosen.num_parameters(k) / 1e6:,.1f}", f"{chosen.flops_over_dense(k):.2f}"
             memory = f"{total * 2 / 1e9:,.2f}", f"{total * TRAINING_BYTES / 1e9:,.2f}"
-            yield str(count), str(k), str(granularity), *sizes, *memory
+            yield str(count), layers, str(k), str(granularity), *sizes, *memory
+
+
+def _by_layers(mapping: Mapping, reader: ModelReader) -> Iterator[tuple[str, Mapping]]:
+    yield "all", mapping
+    every_second = range(1, mapping.config["num_hidden_layers"], 2)
+    with suppress(UpcycleError):  # its MoEs have experts in all layers
+        yield "every: 2", map_model(mapping.where, reader, mapping.num_experts, layers=every_second)
 
 
 def check_source(mapping: Mapping, reader: ModelReader) -> float:

@@ -12,12 +12,14 @@ from upcycle.architectures.layouts import (
     FUSED,
     GRANITE_LAYOUT,
     MIXTRAL_LAYOUT,
+    MOE_LAYERS,
     QWEN_LAYOUT,
     SEPARATE,
     SHARED_EXPERT_SIZE,
     DenseLayout,
     MoeLayout,
     head_dim,
+    moe_layers,
 )
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
@@ -38,6 +40,8 @@ class Moe:
     """What its config.json calls the number of experts."""
     size_field: str | None = "moe_intermediate_size"
     """What it calls an expert's channels; None: they are the dense FFN's."""
+    partial: bool = False
+    """Whether some layers can keep one FFN."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,10 @@ class Family:
 
 
 MIXTRAL = Moe("mixtral", "MixtralForCausalLM", MIXTRAL_LAYOUT, "num_local_experts", "intermediate_size")
-QWEN2_MOE = Moe("qwen2_moe", "Qwen2MoeForCausalLM", replace(QWEN_LAYOUT, shared_expert="mlp.shared_expert"))
-QWEN3_MOE = Moe("qwen3_moe", "Qwen3MoeForCausalLM", QWEN_LAYOUT)
+QWEN2_MOE = Moe(
+    "qwen2_moe", "Qwen2MoeForCausalLM", replace(QWEN_LAYOUT, shared_expert="mlp.shared_expert"), partial=True
+)
+QWEN3_MOE = Moe("qwen3_moe", "Qwen3MoeForCausalLM", QWEN_LAYOUT, partial=True)
 FLEX_OLMO = Moe("flex_olmo", "FlexOlmoForCausalLM", QWEN_LAYOUT, size_field="intermediate_size")
 GRANITE_MOE = Moe("granitemoe", "GraniteMoeForCausalLM", GRANITE_LAYOUT, "num_local_experts", "intermediate_size")
 
@@ -142,7 +148,7 @@ def _qwen_moe(dense: Config) -> Config:
         "moe_intermediate_size": dense["intermediate_size"],
         "norm_topk_prob": True,  # False is the default, and loses the equality
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": sorted(set(range(dense["num_hidden_layers"])) - set(moe_layers(dense))),
         "max_window_layers": dense.get("max_window_layers", dense["num_hidden_layers"]),  # mistral.rs insists on it
     }
 
@@ -152,6 +158,14 @@ def _qwen2_moe(dense: Config) -> Config:
     windows["use_sliding_window"] = "sliding_attention" in dense["layer_types"]
     bias = dense["model_type"] == "qwen2"
     return {**_qwen_moe(dense), **windows, "qkv_bias": bias, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
+
+
+def _qwen2_moe_of_llama(dense: Config) -> Config:
+    window = _window(dense)
+    kind = "full_attention" if window is None else "sliding_attention"
+    windows = {"sliding_window": window, "layer_types": [kind] * dense["num_hidden_layers"]}
+    shared = {"qkv_bias": False, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
+    return {**_qwen_moe(dense), **windows, "use_sliding_window": window is not None, **shared}
 
 
 def _qwen3_moe(dense: Config) -> Config:
@@ -189,7 +203,9 @@ _SMOLLM3 = (*NO_BIAS, _plain_rope, _rope_in_every_layer, _one_kind_of_layer)
 FAMILIES = (
     Family("llama", MIXTRAL, _mixtral, (*NO_BIAS, *_LLAMA)),
     Family("llama", GRANITE_MOE, _granite_moe_of_llama, _LLAMA),
+    Family("llama", QWEN2_MOE, _qwen2_moe_of_llama, (*NO_BIAS, *_LLAMA)),
     Family("mistral", MIXTRAL, _mixtral, (_plain_rope,)),
+    Family("mistral", QWEN2_MOE, _qwen2_moe_of_llama, (_plain_rope,)),
     Family("ministral3", MIXTRAL, _mixtral, (_plain_rope,)),
     Family("ministral", MIXTRAL, _mixtral, (_plain_rope, _one_kind_of_layer)),
     Family("ministral", QWEN2_MOE, _qwen2_moe, (_plain_rope,)),
@@ -222,6 +238,8 @@ WRONG = {
 def family_of(dense_config: Config, where: str) -> Family:
     """The row for a (resolved) dense configuration; the first that is exact, where there are several.
 
+    Where some layers only are to be sparse (`layouts.MOE_LAYERS`), rows whose MoE allows that alone count.
+
     Raises:
         UpcycleError: no row, or a field with which the mapping would not be exact.
     """
@@ -229,6 +247,12 @@ def family_of(dense_config: Config, where: str) -> Family:
     rows = [family for family in FAMILIES if family.dense == model_type]
     if not rows:
         raise UpcycleError(_no_row(dense_config, where))
+    if MOE_LAYERS in dense_config and not (rows := [family for family in rows if family.moe.partial]):
+        able = ", ".join(sorted({family.dense for family in FAMILIES if family.moe.partial}))
+        raise UpcycleError(
+            f"{where}: assemble.layers: no mixture that a {model_type} model becomes can have layers without experts "
+            f"(those of {able} can); set assemble.layers=all"
+        )
     problems = {family: _problem(family, dense_config) for family in rows}
     exact = [family for family, problem in problems.items() if problem is None]
     if not exact:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.architectures.layouts import Region, layer_of, router_tensors
+from upcycle.architectures.layouts import MOE_LAYERS, Region, layer_of, router_tensors
 from upcycle.architectures.mapping import Mapping
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
@@ -88,6 +88,8 @@ def cut_down(config: Config) -> Config:
         "eos_token_id": None,
         **{name: config[name][:layers] for name in ("layer_types", "no_rope_layers") if config.get(name)},
     }
+    if MOE_LAYERS in config:
+        small[MOE_LAYERS] = [layer for layer in config[MOE_LAYERS] if layer < layers]
     if config.get("sliding_window"):
         small["sliding_window"] = min(WINDOW, config["sliding_window"])
     return _shorten_positions(small)
@@ -107,7 +109,10 @@ def _shorten_positions(config: Config) -> Config:
 
 
 def _layers_of_every_kind(config: Config) -> int:
-    kinds = list(zip(*(config[name] for name in ("layer_types", "no_rope_layers") if config.get(name)), strict=True))
+    fields = [config[name] for name in ("layer_types", "no_rope_layers") if config.get(name)]
+    if MOE_LAYERS in config:
+        fields.append([layer in config[MOE_LAYERS] for layer in range(config["num_hidden_layers"])])
+    kinds = list(zip(*fields, strict=True))
     firsts = [kinds.index(kind) + 1 for kind in set(kinds)]
     return int(min(config["num_hidden_layers"], max([2, *firsts])))
 

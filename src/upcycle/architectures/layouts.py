@@ -10,6 +10,8 @@ from math import prod
 
 from upcycle.types import Config
 
+MOE_LAYERS = "upcycle_moe_layers"
+"""Field of a dense configuration in memory: the layers that become sparse, in order; without it all do."""
 SHARED_EXPERT_SIZE = 256
 """Channels of a shared expert of zeros: size 0 would do for transformers, but vLLM refuses it; 256 suits quantizers."""
 
@@ -131,20 +133,19 @@ def ffn_moves(dense: DenseLayout, moe: MoeLayout, config: Config, num_experts: i
 
     return [
         move(layer, *weight)
-        for layer in range(config["num_hidden_layers"])
+        for layer in moe_layers(config)
         for weight in zip(_ffn(dense), _ffn(moe), _ffn_shapes(config), sliced, strict=True)
     ]
 
 
 def ffn_regions(dense: DenseLayout, config: Config) -> list[Region]:
-    """Every FFN weight of a dense model, layer by layer."""
-    layers = range(config["num_hidden_layers"])
+    """Every FFN weight of a dense model that becomes an expert's, layer by layer."""
     pairs = list(zip(_ffn(dense), _ffn_shapes(config), strict=True))
-    return [_region(place, _prefix(layer), shape) for layer in layers for place, shape in pairs]
+    return [_region(place, _prefix(layer), shape) for layer in moe_layers(config) for place, shape in pairs]
 
 
 def ffn_tensors(dense: DenseLayout, config: Config) -> list[str]:
-    """The names of the tensors that hold the FFN weights of a dense model, layer by layer."""
+    """The names of the tensors that hold these weights, layer by layer."""
     return list(dict.fromkeys(region.tensor for region in ffn_regions(dense, config)))
 
 
@@ -167,8 +168,8 @@ def _shared(dense: DenseLayout, config: Config, name: str, shape: tuple[int, ...
 
 
 def router_tensors(moe: MoeLayout, config: Config) -> list[str]:
-    """The router's weight of every layer."""
-    return [_prefix(layer) + moe.router for layer in range(config["num_hidden_layers"])]
+    """The router's weight of every sparse layer."""
+    return [_prefix(layer) + moe.router for layer in moe_layers(config)]
 
 
 def zero_tensors(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
@@ -184,9 +185,15 @@ def zero_tensors(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
     }
     return {
         f"{_prefix(layer)}{moe.shared_expert}{part}.weight": shape
-        for layer in range(config["num_hidden_layers"])
+        for layer in moe_layers(config)
         for part, shape in shapes.items()
     }
+
+
+def moe_layers(config: Config) -> list[int]:
+    """The layers with experts: of a dense model those that will have them, of a MoE those that do."""
+    dense = set(config.get("mlp_only_layers") or ())
+    return list(config.get(MOE_LAYERS) or (n for n in range(config["num_hidden_layers"]) if n not in dense))
 
 
 def head_dim(config: Config) -> int:

@@ -1,5 +1,6 @@
 """A dense model and its MoE, tensor by tensor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from upcycle.architectures.families import Family, family_of, moe_config
 from upcycle.architectures.layouts import (
+    MOE_LAYERS,
     FfnMove,
     Region,
     SharedMove,
@@ -17,6 +19,7 @@ from upcycle.architectures.layouts import (
     ffn_regions,
     ffn_tensors,
     layer_of,
+    moe_layers,
     router_tensors,
     shared_moves,
     zero_tensors,
@@ -103,17 +106,27 @@ class Mapping:
         return sum(map(prod, self.moe_shapes.values())) - idle * per_expert
 
 
-def map_model(base: Path, reader: ModelReader, num_experts: int, slicing: Slicing = WHOLE) -> Mapping:
+def map_model(
+    base: Path, reader: ModelReader, num_experts: int, slicing: Slicing = WHOLE, layers: Sequence[int] | None = None
+) -> Mapping:
     """The mapping of a dense model.
+
+    Args:
+        layers: those that become sparse; None: all.
 
     Raises:
         UpcycleError: no exact MoE, a tensor that has no place in it, or FFNs that cannot be sliced so.
     """
-    config = with_own_head(reader, read_config(base))
+    config = with_own_head(reader, with_layers(read_config(base), layers))
     family = family_of(config, str(base))
     check_shapes(reader, family, config)
     check_granularity(family, config, slicing.granularity, base)
     return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts, slicing)
+
+
+def with_layers(config: Config, layers: Sequence[int] | None) -> Config:
+    """A dense configuration that says which layers become sparse."""
+    return config if layers is None else {**config, MOE_LAYERS: list(layers)}
 
 
 def check_granularity(family: Family, config: Config, granularity: int, where: Path) -> None:
@@ -183,7 +196,8 @@ def shared_shapes(reader: ModelReader, family: Family, config: Config) -> Shapes
         UpcycleError: a tensor of an FFN has no place in a MoE.
     """
     shared = needed_tensors(reader, config) - set(ffn_tensors(family.layout, config))
-    strange = sorted(name for name in shared if ".mlp." in name)
+    sparse = moe_layers(config)
+    strange = sorted(name for name in shared if ".mlp." in name and layer_of(name) in sparse)
     if strange:
         raise UpcycleError(f"{reader.folder}: {strange[0]} has no place in the mixture of experts")
     return {name: reader.spec(name).shape for name in sorted(shared)}

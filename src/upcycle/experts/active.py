@@ -52,4 +52,4 @@ def active_additions(per_layer: Callable[[int, int, Recipe], int]) -> Callable[[
 
 def _mapping(base: Base, recipe: Recipe) -> Mapping:
     slicing = Slicing(recipe.assemble.granularity)
-    return map_model(base.folder, ModelReader(base.folder), recipe.expand.num_experts, slicing)
+    return map_model(base.folder, ModelReader(base.folder), recipe.expand.num_experts, slicing, base.layers)

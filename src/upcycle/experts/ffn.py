@@ -17,8 +17,16 @@ from torch import Tensor
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import CLIENTS, limits
 from upcycle.architectures.families import computed_fields, family_of, moe_of
-from upcycle.architectures.layouts import Region, ffn_tensors, router_tensors
-from upcycle.architectures.mapping import Mapping, looked_up, map_model, needed_tensors, read_region, with_own_head
+from upcycle.architectures.layouts import Region, ffn_tensors, moe_layers, router_tensors
+from upcycle.architectures.mapping import (
+    Mapping,
+    looked_up,
+    map_model,
+    needed_tensors,
+    read_region,
+    with_layers,
+    with_own_head,
+)
 from upcycle.architectures.slices import Slicing
 from upcycle.console import warn
 from upcycle.errors import UpcycleError
@@ -94,13 +102,19 @@ def check_precision(base: Base, first: Path, checkpoint: Path) -> None:
 
 
 def ffn_names(base: Base) -> list[str]:
-    """The names of the tensors that hold the base's FFN weights."""
-    return ffn_tensors(family_of(base.config, str(base.folder)).layout, base.config)
+    """The names of the tensors that hold the base's FFN weights, of the layers that become sparse."""
+    config = with_layers(base.config, base.layers)
+    return ffn_tensors(family_of(config, str(base.folder)).layout, config)
 
 
 def whole_model(base: Base, _lora: LoraSettings, _seed: int) -> Model:
-    """All of the model trains."""
-    return load_dense(base.folder, torch.float32).train()
+    """All of the model trains but the FFNs of layers that stay dense: a forced expert is its checkpoint then too."""
+    model = load_dense(base.folder, torch.float32).train()
+    if base.layers is not None:
+        every, sparse = ffn_names(replace(base, layers=None)), ffn_names(base)
+        for name in set(every) - set(sparse):
+            model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 def ffn_alone(base: Base, _lora: LoraSettings, _seed: int) -> Model:
@@ -159,7 +173,7 @@ def assemble(
     """
     sources = _open(base, folders, plan)
     slicing = Slicing(settings.granularity, settings.channels, plan.seed)
-    mapping = map_model(base.folder, sources.base, len(plan.experts), slicing)
+    mapping = map_model(base.folder, sources.base, len(plan.experts), slicing, base.layers)
     mapping = replace(mapping, config={**mapping.config, **base.special_ids})
     _check_tensors(sources, mapping)
     layout_down = mapping.family.layout.down.tensor
@@ -280,7 +294,7 @@ def describe(folder: Path) -> Description:
 
 def _sizes(folder: Path, config: Config, experts: int, slices: int) -> str:
     """Parameters in all and for a token, and FLOPs over the dense model's (scores of attention left out)."""
-    reader, layers, hidden = ModelReader(folder), config["num_hidden_layers"], config["hidden_size"]
+    reader, layers, hidden = ModelReader(folder), len(moe_layers(config)), config["hidden_size"]
     size_field = moe_of(config).size_field or "intermediate_size"
     expert = layers * 3 * hidden * config[size_field]
     total = sum(prod(reader.spec(name).shape) for name in reader.names())

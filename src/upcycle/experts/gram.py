@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upcycle.architectures.families import family_of
 from upcycle.architectures.layouts import Region, ffn_regions
+from upcycle.architectures.mapping import with_layers
 from upcycle.errors import UpcycleError
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise
@@ -44,9 +45,10 @@ def task_vector_gram(
     Raises:
         UpcycleError: a tensor is missing, has another shape than the base's, or holds NaN or Inf.
     """
-    family = family_of(base.config, str(base.folder))
+    config = with_layers(base.config, base.layers)
+    family = family_of(config, str(base.folder))
     readers = [ModelReader(folder) for folder in (base.folder, *sources)]
-    regions = ffn_regions(family.layout, base.config)
+    regions = ffn_regions(family.layout, config)
     for reader in readers:
         check_shapes(reader, regions)
 

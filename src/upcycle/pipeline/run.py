@@ -1,6 +1,7 @@
 """A run: a recipe and its folder, what it reads, and the hashes of what decides each stage."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,15 +75,20 @@ class Run:
     def base(self) -> "upcycle.weights.base.Base":
         """The base, refused here and now if nothing can be made of it."""
         from upcycle.architectures.families import family_of
+        from upcycle.architectures.mapping import with_layers
         from upcycle.weights.base import Base, template_text
         from upcycle.weights.folders import base_name, find_model
         from upcycle.weights.safetensors_io import ModelReader
 
         folder, template = find_model(self.recipe.base), self.recipe.data.chat_template
-        base = Base(
-            folder, base_name(self.recipe.base), template_text(template) if template else None, self._last_checkpoint
-        )
-        family_of(base.config, str(folder))
+        text = template_text(template) if template else None
+        base = Base(folder, base_name(self.recipe.base), text, self._last_checkpoint)
+        try:
+            layers = self.recipe.assemble.chosen_layers(base.config["num_hidden_layers"])
+        except ValueError as error:
+            raise UpcycleError(str(error)) from None
+        base = replace(base, layers=layers)
+        family_of(with_layers(base.config, layers), str(folder))
         ModelReader(folder)
         self.kind.check_base(base)
         return base

@@ -35,18 +35,26 @@ if TYPE_CHECKING:  # what imports torch
 def _prepare(run: Run, out: Path) -> None:
     from upcycle.architectures.check import check_source
     from upcycle.architectures.mapping import map_model
+    from upcycle.architectures.slices import Slicing
     from upcycle.stages.expert_preparation.checkpoints import adopt
     from upcycle.stages.expert_preparation.prepare import tune
     from upcycle.weights.safetensors_io import ModelReader
 
     base, recipe = run.base, run.recipe
     reader = ModelReader(base.folder)
-    check_source(map_model(base.folder, reader, recipe.expand.num_experts), reader)  # before hours of training
+    slicing = Slicing(recipe.assemble.granularity)
+    mapping = map_model(base.folder, reader, recipe.expand.num_experts, slicing, base.layers)
+    check_source(mapping, reader)  # before hours of training
     if not recipe.prepares:
         say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
         CHECKPOINTS.write(out, [])
     elif recipe.prepare.checkpoints:
         adopt(run.kind, base, run.given_checkpoints, out)
+        if base.layers is not None:
+            warn(
+                f"prepare: {base.config['num_hidden_layers'] - base.num_moe_layers} layers keep one FFN, that of "
+                f"assemble.shared={recipe.assemble.shared}: an expert alone is not its checkpoint then"
+            )
     else:
         tune(run.kind, base, run.splits.train, recipe, out)
 

@@ -30,11 +30,17 @@ class Base:
     last: Path | None = None
     """The checkpoint whose tokenizer, template, special tokens and generation settings the MoE gets, as far as it has
     them (`assemble.shared=last`); None: the base's."""
+    layers: tuple[int, ...] | None = None
+    """The layers that become sparse (`assemble.layers`); None: all."""
 
     @cached_property
     def config(self) -> Config:
         """Every field written out, see `read_config`."""
         return read_config(self.folder)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return int(self.config["num_hidden_layers"]) if self.layers is None else len(self.layers)
 
     @property
     def words(self) -> Path:

@@ -21,6 +21,6 @@ def assemble(
     Raises:
         UpcycleError: see the kind's `assemble`.
     """
-    layers, hidden = base.config["num_hidden_layers"], base.config["hidden_size"]
-    routers = random_routers(layers, len(plan.experts), hidden, recipe.route.init_std, recipe.seed)
+    hidden = base.config["hidden_size"]
+    routers = random_routers(base.num_moe_layers, len(plan.experts), hidden, recipe.route.init_std, recipe.seed)
     kind.assemble(base, folders, plan, recipe.assemble, recipe.lora, routers, out_dir)

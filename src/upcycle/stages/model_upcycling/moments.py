@@ -55,7 +55,7 @@ def _assembled(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     shape = len(plan.experts), base.config["hidden_size"]
-    routers = [torch.zeros(shape) for _ in range(base.config["num_hidden_layers"])]
+    routers = [torch.zeros(shape) for _ in range(base.num_moe_layers)]
     settings = recipe.assemble.model_copy(update={"shared": "last", "dtype": "float32"})
     kind.assemble(base, [dense], _copies(plan), settings, recipe.lora, routers, scratch, moments=True)
     found = {name: p.data for name, p in load_model(scratch, torch.float32, base=base.folder).named_parameters()}

@@ -19,7 +19,7 @@ from upcycle.experts.kinds import load_model, load_routers, router_keys, save_mo
 from upcycle.records.files import MOVED, ROUTE_REPORT, ROUTER
 from upcycle.records.route import Bucket, Difference, HeldOut, RouteCost, RouteReport, SeedSample
 from upcycle.routing.ranking import ranking
-from upcycle.routing.routers import granularity, random_routers
+from upcycle.routing.routers import granularity, random_routers, router_modules
 from upcycle.settings import RouteSettings
 from upcycle.stages.router_initialization.assignment import (
     Experts,
@@ -64,7 +64,7 @@ def route(
         )
     device = pick_device()
     model = load_model(moe, compute_dtype(device), device, base.folder)
-    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    layers, hidden = len(router_modules(model)), model.config.hidden_size
     random = random_routers(layers, len(names), hidden, settings.init_std, seed)
     if len(names) == 1:
         say("route: one expert: there is nothing to route")
