@@ -145,7 +145,7 @@ PARTS = {
         "router start on random buckets": "route.assignment=random",
     }.items()
 }
-SPREAD = {f"upit, spread {scale}": replace(UPIT, more=f"{FULL} expand.spread={scale}") for scale in (0.5, 0.25, -0.25)}
+SPREAD = {f"upit, spread {scale}": replace(UPIT, more=f"{FULL} expand.spread={scale}") for scale in (1, 0.5, -0.5)}
 RATES = {
     f"{name}, {what}": replace(row, more=f"{row.more} {changed}")
     for name, row in (("upit", UPIT), ("vanilla-sft", COPIES), ("vanilla", FROM_BASE))
@@ -155,6 +155,14 @@ RATES = {
         "Adam's state carried": "posttrain.optimizer_state=carry",
     }.items()
     if row.share or "carry" not in changed
+}
+UNSCALED = {
+    f"{name}, start unscaled": replace(row, more=f"{row.more} route.logit_std=null")
+    for name, row in (
+        ("vanilla", FROM_BASE),
+        ("vanilla-sft", COPIES),
+        ("upit, spread 1", SPREAD["upit, spread 1"]),
+    )
 }
 STARTS = {
     **{
@@ -175,12 +183,18 @@ SIZES = {
     f"upit, {m} experts, top-{k}": replace(UPIT, experts=m, more=f"{FULL} assemble.num_experts_per_tok={k}")
     for m, k in ((4, 2), (16, 2), (8, 4), (16, 4))
 }
-VARIANTS: dict[str, Row] = METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | ROWS | SIZES
+FINE = {
+    "vanilla, 4 slices, top-1": replace(FROM_BASE, more="assemble.granularity=4 assemble.num_experts_per_tok=1"),
+    "upit, 4 slices, top-1": replace(UPIT, more=f"{FULL} assemble.granularity=4 assemble.num_experts_per_tok=1"),
+}
+VARIANTS: dict[str, Row] = METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | UNSCALED | ROWS | SIZES | FINE
 TABLES = {
     "core": ("sft", "vanilla", "vanilla-sft", "upit"),
     "methods": tuple(METHODS),
     "when": ("sft", "vanilla", "upit", "vanilla-sft", *WHEN),
     "flops": ("sft", "vanilla", "vanilla-sft", "upit", *FLOPS),
+    "scale": ("vanilla", "vanilla-sft", "upit, spread 1", *UNSCALED),
+    "fine": ("sft", "vanilla", "upit", *FINE),
     "spread": ("vanilla-sft", "upit", *SPREAD),
     "rates": ("sft", "vanilla", "vanilla-sft", "upit", *RATES),
     "parts": ("upit", *PARTS, "router start random"),

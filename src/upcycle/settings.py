@@ -252,7 +252,7 @@ class RouteSettings(Settings):
     """Repeat the samples of small buckets, so that every expert counts the same in what is trained or averaged."""
     equal_norms: bool = False
     """Give the vectors of a layer one norm."""
-    logit_std: float | None = Field(1.0, gt=0)
+    logit_std: float | None = Field(2.0, gt=0)
     """Standard deviation over experts of the logits that the router starts with; null: as the start makes them."""
     ridge: float = Field(0.01, gt=0)
     """Penalty of the start `ridge`, in units of the mean square of a router input's entries."""
