@@ -184,8 +184,8 @@ SIZES = {
     for m, k in ((4, 2), (16, 2), (8, 4), (16, 4))
 }
 FINE = {
-    "vanilla, 4 slices, top-1": replace(FROM_BASE, more="assemble.granularity=4 assemble.num_experts_per_tok=1"),
-    "upit, 4 slices, top-1": replace(UPIT, more=f"{FULL} assemble.granularity=4 assemble.num_experts_per_tok=1"),
+    "vanilla, 2 slices, top-1": replace(FROM_BASE, more="assemble.granularity=2 assemble.num_experts_per_tok=1"),
+    "upit, 2 slices, top-1": replace(UPIT, more=f"{FULL} assemble.granularity=2 assemble.num_experts_per_tok=1"),
 }
 VARIANTS: dict[str, Row] = METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | UNSCALED | ROWS | SIZES | FINE
 TABLES = {
