@@ -20,6 +20,7 @@ from upcycle.stages.expert_preparation.prepare import tune
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint, strip_resume_files
 from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.training.packing import can_pack
 from upcycle.weights.base import load_tokenizer
 from worlds import as_base, assembled, make_adapter, mixture
 
@@ -238,6 +239,13 @@ def test_rows_side_by_side_give_the_padded_batches_losses(
         if mixed:
             assert one.balance_loss == pytest.approx(other.balance_loss, rel=1e-3)
             assert one.load == [pytest.approx(layer, abs=0.02) for layer in other.load]
+
+
+def test_rows_lie_side_by_side_only_where_attention_has_a_mask(base: Path) -> None:
+    model = load_model(base, torch.float32)
+    assert can_pack(model)
+    model.config._attn_implementation_internal = "flash_attention_2"  # as it is where the package is installed
+    assert not can_pack(model)
 
 
 def test_each_part_has_its_own_rate(base: Path, moe: Path, samples: list[Sample], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Legend: I channels of a whole FFN, H hidden, G slices.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Int
@@ -26,15 +27,6 @@ class Slicing:
     """`contiguous` runs, `strided` (every G-th), or at `random`."""
     seed: int = 0
 
-    def members(self, channels: int) -> list[Int[Tensor, " C"]]:
-        """The channels of each slice, in order, out of `channels`, which G divides."""
-        order = torch.arange(channels)
-        if self.channels == "strided":
-            order = order.view(-1, self.granularity).T.flatten()
-        elif self.channels == "random":
-            order = torch.randperm(channels, generator=torch.Generator().manual_seed(self.seed))
-        return [part.sort().values for part in order.view(self.granularity, -1)]
-
     def place(self, move: FfnMove, expert: int, element: int, values: Tensor) -> Iterator[tuple[Region, int, Tensor]]:
         """Where a piece of an expert's weight goes: (region, first element in it, values) for each slice.
 
@@ -47,7 +39,7 @@ class Slicing:
             return
         rows, width = move.dense.shape
         first, block = element // width, values.view(-1, width)
-        for region, own in zip(regions, self.members(width if move.down else rows), strict=True):
+        for region, own in zip(regions, members(self, width if move.down else rows), strict=True):
             if move.down:
                 yield region, first * len(own), block[:, own] * self.granularity
             else:
@@ -61,12 +53,23 @@ class Slicing:
             return read(regions[0])
         rows, width = move.dense.shape
         found = torch.empty(rows, width)
-        for region, own in zip(regions, self.members(width if move.down else rows), strict=True):
+        for region, own in zip(regions, members(self, width if move.down else rows), strict=True):
             if move.down:
                 found[:, own] = read(region).float() / self.granularity
             else:
                 found[own] = read(region).float()
         return found
+
+
+@cache
+def members(slicing: Slicing, channels: int) -> list[Int[Tensor, " C"]]:
+    """The channels of each slice, in order, out of `channels`, which G divides."""
+    order = torch.arange(channels)
+    if slicing.channels == "strided":
+        order = order.view(-1, slicing.granularity).T.flatten()
+    elif slicing.channels == "random":
+        order = torch.randperm(channels, generator=torch.Generator().manual_seed(slicing.seed))
+    return [part.sort().values for part in order.view(slicing.granularity, -1)]
 
 
 WHOLE = Slicing()

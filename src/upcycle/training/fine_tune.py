@@ -30,7 +30,7 @@ from upcycle.training.callbacks import CheckpointSchedule, LoadMonitor, ShowProg
 from upcycle.training.checkpoints import last_checkpoint, leave_newest
 from upcycle.training.loss_free import LossFreeBias
 from upcycle.training.moments import Moments, put_moments, save_moments
-from upcycle.training.packing import TOKEN_MASK, SideBySide
+from upcycle.training.packing import TOKEN_MASK, SideBySide, can_pack
 from upcycle.types import Model, Tokenizer
 
 NEVER = 10**9
@@ -205,7 +205,7 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
             {"input_ids": [s.input_ids for s in samples], "labels": [s.labels for s in samples]}
         ),
         processing_class=tokenizer,
-        data_collator=SideBySide(tokenizer.pad_token_id) if settings.pack_rows else None,
+        data_collator=SideBySide(tokenizer.pad_token_id) if settings.pack_rows and can_pack(model) else None,
         callbacks=[schedule, bar, StripOlder(training.newest_alone)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from upcycle.types import Model
+
 TOKEN_MASK = "token_mask"
 """1 for a token of a row, 0 for padding; no model takes it, unlike `attention_mask`."""
 
@@ -39,6 +41,11 @@ class SideBySide:
             found["position_ids"].append([place for length in (*lengths, rest) for place in range(length)])
             found[TOKEN_MASK].append([1] * len(ids) + [0] * rest)
         return {name: torch.tensor(values) for name, values in found.items()}
+
+
+def can_pack(model: Model) -> bool:
+    """Whether its attention has a mask, which tells rows apart in several lines; flash attention would mix them."""
+    return model.config._attn_implementation in ("sdpa", "eager")
 
 
 def fill_lines(lengths: Sequence[int]) -> list[list[int]]:
