@@ -39,7 +39,7 @@ def cells_of(testbed: str, name: str) -> list[Cell]:
 
 
 def models(testbed: str, name: str) -> str:
-    """Held-out loss of the models on the way, by domain, over seeds; how often a dense one is the best of them.
+    """Held-out loss of the models on the way, by domain, over seeds; how often a dense one is the best.
 
     Figure 2 of the paper, in which no checkpoint is the best in every domain.
     """
