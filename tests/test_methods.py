@@ -14,6 +14,7 @@ from upcycle.merging.perturb import add_noise, perturbed, redraw
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import parse_recipe
+from upcycle.records.files import LINEAGE
 from upcycle.weights.safetensors_io import ModelReader
 from worlds import logits, shrunk
 
@@ -60,6 +61,9 @@ def test_fine_grained_experts_cost_what_the_dense_model_costs(tiny_recipe: dict[
     assert len(scores["MoE"]["expert_share"]["all"][0]) == 4
     log = json.loads((run.folder / "posttrain" / "log.json").read_text())["log"]
     assert len(log[0]["load"][0]) == 8
+    lines = LINEAGE.read(run.folder / "posttrain").lines
+    assert lines[0].endswith("(slices: experts 0 to 1)")
+    assert lines[3].endswith("(slices: experts 6 to 7)")
     said = run.kind.describe(run.folder / "posttrain").what
     assert "4 experts of 2 slices each, top-1 (8 experts, top-2, on disk)" in said
     assert f"{active.moe / active.dense:.2f} times the dense FLOPs" in said

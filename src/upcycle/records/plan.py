@@ -96,11 +96,21 @@ class ExpansionPlan(Record):
 
     @property
     def lines(self) -> list[str]:
-        """`E5 child-5 = 0.26 E0 + 0.74 E1 (their similarity 0.65)` and so on: where each expert comes from."""
+        """`E5 child-5 = 0.26 E0 + 0.74 E1 (their similarity 0.65)` and so on: where each expert comes from.
+
+        Of slices, which of the model's experts they are too.
+        """
+        slices = [f" (slices: experts {e} to {e + self.granularity - 1})" for e in self._firsts]
         return [
-            f"{label} = {expert.merged_from} (their similarity {expert.similarity:.3f})" if expert.parents else label
-            for label, expert in zip(self.labels, self.experts, strict=True)
+            (f"{label} = {expert.merged_from} (their similarity {expert.similarity:.3f})" if expert.parents else label)
+            + (where if self.granularity > 1 else "")
+            for label, expert, where in zip(self.labels, self.experts, slices, strict=True)
         ]
+
+    @property
+    def _firsts(self) -> range:
+        """The first slice of each expert."""
+        return range(0, len(self.experts) * self.granularity, self.granularity)
 
     @property
     def children(self) -> tuple[Expert, ...]:
