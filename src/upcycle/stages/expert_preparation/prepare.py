@@ -38,7 +38,7 @@ def tune(kind: Kind, base: Base, train: Sequence[Sample], recipe: Recipe, out_di
         folder.mkdir(exist_ok=True)
         if not is_whole(folder, _is_rewritten):  # else only the checkpoints are left to be finished
             model = kind.trainable(base, recipe.lora, recipe.seed)
-            _require_space(kind, model, settings, out_dir)
+            _require_space(kind, model, recipe, out_dir)
             title, span = f"prepare: instruction tuning {name}".strip(), (0.0, recipe.dense_share)
             moments = out_dir / MOMENTS.name if recipe.carries else None
             training = Training(settings, recipe.seed, title, folder, settings.by_domain, span=span, moments_to=moments)
@@ -76,9 +76,9 @@ def _trainings(train: Sequence[Sample], settings: PrepareSettings) -> list[tuple
     return [(name, [s for s in train if s.domain == d]) for name, d in zip(unique, domains, strict=True)]
 
 
-def _require_space(kind: Kind, model: Model, settings: PrepareSettings, out_dir: Path) -> None:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved = kind.num_saved(model) * (settings.num_checkpoints or 1)
+def _require_space(kind: Kind, model: Model, recipe: Recipe, out_dir: Path) -> None:
+    settings, trained = recipe.prepare, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = kind.num_saved(model) * ((settings.num_checkpoints or 1) + 2 * recipe.carries)  # with the moments kept
     needed = 4 * (saved + 2 * trained)  # fp32, and Adam's two moments once
     hint = "raise prepare.checkpoint_every"
     require_space(out_dir, needed, f"preparation ({settings.num_checkpoints or 'its'} checkpoints)", hint)
