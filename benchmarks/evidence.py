@@ -193,7 +193,7 @@ TABLES = {
     "methods": tuple(METHODS),
     "when": ("sft", "vanilla", "upit", "vanilla-sft", *WHEN),
     "flops": ("sft", "vanilla", "vanilla-sft", "upit", *FLOPS),
-    "scale": ("vanilla", "vanilla-sft", "upit, spread 1", *UNSCALED),
+    "scale": ("sft", "vanilla", "vanilla-sft", "upit, spread 1", *UNSCALED),
     "fine": ("sft", "vanilla", "upit", *FINE),
     "spread": ("vanilla-sft", "upit", *SPREAD),
     "rates": ("sft", "vanilla", "vanilla-sft", "upit", *RATES),

@@ -38,7 +38,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
     ),
     "llama with biases -> granitemoe": ("llama", {"attention_bias": True}),
+    "llama in slices -> mixtral": ("llama", {}),
+    "qwen3 in slices -> qwen3_moe": ("qwen3", {"head_dim": 32}),
+    "granite in slices -> granitemoe": ("granite", {"attention_multiplier": 0.3}),
+    "llama in some layers -> qwen2_moe": ("llama", {"tie_word_embeddings": False}),
+    "qwen3 in some layers -> qwen3_moe": ("qwen3", {"head_dim": 32}),
 }
+CHOICES: dict[str, dict[str, Any]] = {
+    "slices": {"granularity": 4, "num_experts_per_tok": 1},
+    "some layers": {"layers": [1]},
+}
+"""Words of a family's name to settings of assembly."""
 TOLERANCE = {"mistralrs": 2e-2, "llamacpp": 5e-2, "vllm": 2e-3}
 """Of a log-probability, absolute."""
 
@@ -46,10 +56,11 @@ TOLERANCE = {"mistralrs": 2e-2, "llamacpp": 5e-2, "vllm": 2e-3}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of each family: the folder, the prompt's tokens, and what transformers goes on with."""
-    return {name: made(tmp_path_factory.mktemp("moe"), *case) for name, case in FAMILIES.items()}
+    chosen = {name: [how for words, how in CHOICES.items() if words in name] for name in FAMILIES}
+    return {name: made(tmp_path_factory.mktemp("moe"), *case, *chosen[name]) for name, case in FAMILIES.items()}
 
 
-def made(folder: Path, dense: str, changes: dict[str, Any]) -> dict[str, Any]:
+def made(folder: Path, dense: str, changes: dict[str, Any], how: dict[str, Any] | None = None) -> dict[str, Any]:
     make_bpe_tokenizer(folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     shape = {
@@ -65,7 +76,7 @@ def made(folder: Path, dense: str, changes: dict[str, Any]) -> dict[str, Any]:
     base = make_dense(folder / "base", model_type=dense, **{**shape, **changes})
     copy_companions(folder / "tokenizer", base)
     checkpoints = [perturbed(base, folder / f"c{i}", i) for i in range(4)]
-    moe = assembled(base, checkpoints, folder / "moe", router_std=0.5)
+    moe = assembled(base, checkpoints, folder / "moe", router_std=0.5, **(how or {}))
     messages = [{"role": "user", "content": TEXT}]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     return {"folder": str(moe), "text": TEXT, "ids": chat, "new_tokens": NEW_TOKENS, **greedy(moe, chat, tokenizer)}
