@@ -28,7 +28,12 @@ from worlds import assemble, forced_logits, logits, plan_of, shrunk
 def test_equal_experts_give_the_dense_logits(
     dense: str, moe: str, changes: dict[str, Any], tied: bool, tmp_path: Path
 ) -> None:
-    source = make_dense(tmp_path / "dense", model_type=dense, tie_word_embeddings=tied, num_hidden_layers=4, **changes)
+    shape = {
+        "num_hidden_layers": 4,
+        "intermediate_size": 96,
+        "tie_word_embeddings": tied,
+    }  # more than the check's copy has
+    source = make_dense(tmp_path / "dense", model_type=dense, **shape, **changes)
     made = assemble("ffn", source, [source] * 3, plan_of(3), tmp_path / "moe", layers=[0, 2])
     config = json.loads((made / "config.json").read_text())
     assert (config["model_type"], config["mlp_only_layers"]) == (moe, [1, 3])
@@ -72,7 +77,7 @@ def test_a_run_leaves_the_other_layers_ffns_as_they_are(
         assert torch.equal(before.tensor(name), dense.tensor(name)) == (layer != 1)
     assert [vectors.shape for vectors in load_file(run.folder / "route" / "router.safetensors").values()] == [(16, 32)]
     active = run.kind.active(run.base, recipe)
-    zeros = 3 * 256 * 32 + 32  # the shared expert that Qwen2-MoE insists on
+    zeros = 3 * 256 * 32 + 32 + 3 * (32 + 2 * 16)  # the shared expert and the biases that Qwen2-MoE insists on
     assert active.moe == active.dense + 16 * 32 + zeros
     scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
     assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]

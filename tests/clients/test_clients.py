@@ -38,6 +38,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
     ),
     "llama with biases -> granitemoe": ("llama", {"attention_bias": True}),
+    "ministral, mixed windows -> qwen2_moe": (
+        "ministral",
+        {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32},
+    ),
     "llama in slices -> mixtral": ("llama", {}),
     "qwen3 in slices -> qwen3_moe": ("qwen3", {"head_dim": 32}),
     "granite in slices -> granitemoe": ("granite", {"attention_multiplier": 0.3}),
@@ -45,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 in some layers -> qwen3_moe": ("qwen3", {"head_dim": 32}),
 }
 CHOICES: dict[str, dict[str, Any]] = {
-    "slices": {"granularity": 4, "num_experts_per_tok": 1},
+    "slices": {"granularity": 4, "num_experts_per_tok": 2},  # top-1 flips at the rounding of a client in fp16
     "some layers": {"layers": [1]},
 }
 """Words of a family's name to settings of assembly."""

@@ -28,6 +28,7 @@ class Limit:
 
 LIMITS = (
     Limit("vllm", "granitemoe", "drops the attention biases", lambda c: bool(c["attention_bias"]), silent=True),
+    Limit("vllm", "qwen2_moe", "ignores the sliding windows", lambda c: bool(c["use_sliding_window"]), silent=True),
     Limit("llamacpp", "mixtral", "ignores the sliding window", lambda c: c["sliding_window"] is not None, silent=True),
     Limit("llamacpp", "qwen2_moe", "does not renormalise the router's weights (nor load it tied)", silent=True),
     Limit("llamacpp", "flex_olmo", "does not know the architecture"),

@@ -62,7 +62,10 @@ class Family:
 
 MIXTRAL = Moe("mixtral", "MixtralForCausalLM", MIXTRAL_LAYOUT, "num_local_experts", "intermediate_size")
 QWEN2_MOE = Moe(
-    "qwen2_moe", "Qwen2MoeForCausalLM", replace(QWEN_LAYOUT, shared_expert="mlp.shared_expert"), partial=True
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    replace(QWEN_LAYOUT, shared_expert="mlp.shared_expert", qkv_bias=True),
+    partial=True,
 )
 QWEN3_MOE = Moe("qwen3_moe", "Qwen3MoeForCausalLM", QWEN_LAYOUT, partial=True)
 FLEX_OLMO = Moe("flex_olmo", "FlexOlmoForCausalLM", QWEN_LAYOUT, size_field="intermediate_size")
@@ -156,15 +159,14 @@ def _qwen_moe(dense: Config) -> Config:
 def _qwen2_moe(dense: Config) -> Config:
     windows = {name: dense[name] for name in ("sliding_window", "layer_types")}
     windows["use_sliding_window"] = "sliding_attention" in dense["layer_types"]
-    bias = dense["model_type"] == "qwen2"
-    return {**_qwen_moe(dense), **windows, "qkv_bias": bias, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
+    return {**_qwen_moe(dense), **windows, "qkv_bias": True, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
 
 
 def _qwen2_moe_of_llama(dense: Config) -> Config:
     window = _window(dense)
     kind = "full_attention" if window is None else "sliding_attention"
     windows = {"sliding_window": window, "layer_types": [kind] * dense["num_hidden_layers"]}
-    shared = {"qkv_bias": False, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
+    shared = {"qkv_bias": True, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
     return {**_qwen_moe(dense), **windows, "use_sliding_window": window is not None, **shared}
 
 

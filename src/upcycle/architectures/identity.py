@@ -135,7 +135,12 @@ def _finite(values: Tensor, region: Region, where: Path) -> Tensor:
 
 
 def _cut_shape(name: str, shape: tuple[int, ...], small: Config) -> tuple[int, ...]:
-    return (small["vocab_size"], *shape[1:]) if name in (EMBEDDINGS, HEAD) else shape
+    if name in (EMBEDDINGS, HEAD):
+        return (small["vocab_size"], *shape[1:])
+    if ".mlp." not in name:
+        return shape
+    channels = small["intermediate_size"]  # of a layer that keeps one FFN
+    return (shape[0], channels) if name.endswith("down_proj.weight") else (channels, *shape[1:])
 
 
 def _corner(values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -50,6 +50,8 @@ class MoeLayout:
     """Whether one tensor holds all experts, (E, rows, columns)."""
     shared_expert: str | None = None
     """A shared expert that the architecture insists on; all zeros, it adds nothing and gets no gradient."""
+    qkv_bias: bool = False
+    """Whether readers (vLLM) take biases of q, k and v for granted; of a dense model without, they are zeros."""
 
 
 SEPARATE = DenseLayout(Place("mlp.gate_proj.weight"), Place("mlp.up_proj.weight"), Place("mlp.down_proj.weight"))
@@ -170,6 +172,19 @@ def _shared(dense: DenseLayout, config: Config, name: str, shape: tuple[int, ...
 def router_tensors(moe: MoeLayout, config: Config) -> list[str]:
     """The router's weight of every sparse layer."""
     return [_prefix(layer) + moe.router for layer in moe_layers(config)]
+
+
+def zero_biases(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
+    """Biases that a reader insists on, of a dense model that has none."""
+    if not moe.qkv_bias:
+        return {}
+    width = head_dim(config)
+    sizes = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
+    return {
+        f"{_prefix(layer)}self_attn.{part}_proj.bias": (heads * width,)
+        for layer in range(config["num_hidden_layers"])
+        for part, heads in sizes.items()
+    }
 
 
 def zero_tensors(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from upcycle.architectures.layouts import (
     moe_layers,
     router_tensors,
     shared_moves,
+    zero_biases,
     zero_tensors,
 )
 from upcycle.architectures.slices import WHOLE, Slicing
@@ -64,7 +65,9 @@ class Mapping:
 
     @property
     def zeros(self) -> Shapes:
-        return zero_tensors(self.family.moe.layout, self.config)
+        layout = self.family.moe.layout
+        biases = zero_biases(layout, self.config)
+        return zero_tensors(layout, self.config) | {n: shape for n, shape in biases.items() if n not in self.shapes}
 
     @property
     def moe_shapes(self) -> Shapes:
