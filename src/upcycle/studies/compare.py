@@ -110,6 +110,7 @@ def show(found: Comparison) -> None:
             spent = (f"{row.tokens:,}", flops)
             lines.append((row.label, pattern.format(value.mean), pattern.format(value.std), gap, *ps, *spent))
         heads = ("variant", "mean", "std", f"against {found.reference}", "p (paired)", "p (Holm)", "tokens", "FLOPs")
-        table(f"{metric.replace('_', ' ')} of the MoE, {found.seeds} seeds", heads, lines)
+        seeds = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
+        table(f"{metric.replace('_', ' ')} of the MoE, {seeds}", heads, lines)
     for problem in found.not_comparable:
         say(f"NOT COMPARABLE: {problem}")
