@@ -2,7 +2,7 @@
 
     python benchmarks/testbeds.py capacity --data DATA_FOLDER --out runs/testbeds
     python benchmarks/evidence.py capacity core --search      # learning rates, on a seed and rows that no table uses
-    python benchmarks/evidence.py capacity core --seeds 5     # goes on where it, or another machine, stopped
+    python benchmarks/evidence.py capacity core when --seeds 5     # goes on where it, or another machine, stopped
 
 Every cell (a variant with a seed) leaves its measures in `benchmarks/results/TESTBED/`; a table takes what is there and
 runs the rest. Tables share cells: a variant has one name on a testbed. One thread is enough (OMP_NUM_THREADS=1).
@@ -251,18 +251,19 @@ def search(testbed: str, table: str, work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("testbed", choices=BEDS)
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("tables", nargs="+", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--search", action="store_true", help="only look for the learning rates that the table needs")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these variants of the table alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these variants of the tables alone")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder for the runs")
     arguments = parser.parse_args()
-    testbed, table, work = arguments.testbed, arguments.table, arguments.work / arguments.testbed
-    search(testbed, table, work)
-    if not arguments.search:
-        texts = [text(testbed, name) for name in arguments.only or TABLES[table]]
-        seeds, results = range(arguments.seeds), RESULTS / testbed
-        compare(Study(texts, seeds, work / table, keep_models=False, results=results), force=True)
+    testbed, work = arguments.testbed, arguments.work / arguments.testbed
+    for table in arguments.tables:
+        search(testbed, table, work)
+        if not arguments.search:
+            texts = [text(testbed, name) for name in arguments.only or TABLES[table]]
+            seeds, results = range(arguments.seeds), RESULTS / testbed
+            compare(Study(texts, seeds, work / table, keep_models=False, results=results), force=True)
 
 
 if __name__ == "__main__":
