@@ -1,9 +1,9 @@
 """The sections of a recipe, in stage order: every setting with its default and meaning."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_EXPERTS = 4096
 """Per layer."""
@@ -211,6 +211,20 @@ class AssembleSettings(Settings):
     With `last` tokenizer, template, special tokens and generation settings come from it too, if it has them."""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Storage dtype of the assembled MoE; `source` keeps the checkpoints'."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_of_three_forms(cls, value: Any) -> Any:
+        every = value.get("every") if isinstance(value, dict) and set(value) == {"every"} else None
+        places = value if isinstance(value, list) else []
+        if (
+            value == "all"
+            or isinstance(value, EveryLayer)
+            or (type(every) is int and every > 0)
+            or (places and all(type(place) is int for place in places))
+        ):
+            return value
+        raise ValueError("expected all, {every: N} with a whole number N, or a list of layers such as [1, 3]")
 
     def chosen_layers(self, count: int) -> tuple[int, ...] | None:
         """The layers with experts out of `count`; None: all.

@@ -91,7 +91,15 @@ def test_layers_are_chosen(layers: Any, expected: tuple[int, ...] | None) -> Non
     assert AssembleSettings(layers=layers).chosen_layers(4) == expected
 
 
-@pytest.mark.parametrize("layers", [[4], [-1], [0, 0], [], {"every": 5}])
+@pytest.mark.parametrize(
+    "layers", [[[1]], {"every": "x"}, {"every": 0}, {"evry": 2}, "some", [1.5], True, None, [True], [], {}]
+)
+def test_other_forms_are_refused_in_a_line(layers: Any, tiny_recipe: dict[str, Any]) -> None:
+    with pytest.raises(UpcycleError, match=r"\n  assemble\.layers: expected all, \{every: N\} .* such as \[1, 3\]$"):
+        parse_recipe({**tiny_recipe, "assemble": {"layers": layers}}, "test")
+
+
+@pytest.mark.parametrize("layers", [[4], [-1], [0, 0], {"every": 5}])
 def test_layers_out_of_range_are_refused(layers: Any, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe = parse_recipe({**tiny_recipe, "assemble": {"layers": layers}}, "test")
     with pytest.raises(UpcycleError, match=r"assemble\.layers is .*, but the model has the layers 0 to 1"):
