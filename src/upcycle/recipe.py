@@ -4,6 +4,7 @@ A recipe is a YAML file (or the name of a shipped one) plus `section.field=value
 before torch is imported, so a misspelt field costs no waiting.
 """
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -235,7 +236,8 @@ def _describe_section(prefix: str, section: type[Settings]) -> str:
         if field.description:
             default = "required" if field.is_required() else f"default {field.default}"
             kind = str(field.annotation).removeprefix("<class '").removesuffix("'>").replace("typing.", "")
-            lines += [f"{prefix}{name}: {kind}, {default}", f"    {field.description}"]
+            lines.append(f"{prefix}{name}: {kind.replace('upcycle.settings.', '')}, {default}")
+            lines += textwrap.wrap(field.description, 116, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines) + "\n"
 
 
