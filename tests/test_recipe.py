@@ -1,5 +1,6 @@
 """Recipes: shipped ones, overrides, and errors that name the field."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def test_every_setting_has_a_meaning() -> None:
         assert f"\n{name}: " in text
     recipe = load_recipe("upit").model_dump()
     documented = sum(len(section) if isinstance(section, dict) else 1 for section in recipe.values())
-    assert text.count("\n    ") == documented
+    assert len(re.findall(r"^[\w.]+: .*\n    \S", text, re.MULTILINE)) == documented
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_a_folder_named_like_a_shipped_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
