@@ -183,9 +183,14 @@ SIZES = {
     f"upit, {m} experts, top-{k}": replace(UPIT, experts=m, more=f"{FULL} assemble.num_experts_per_tok={k}")
     for m, k in ((4, 2), (16, 2), (8, 4), (16, 4))
 }
+SLICED = "assemble.granularity=2 assemble.num_experts_per_tok=1"
 FINE = {
-    "vanilla, 2 slices, top-1": replace(FROM_BASE, more="assemble.granularity=2 assemble.num_experts_per_tok=1"),
-    "upit, 2 slices, top-1": replace(UPIT, more=f"{FULL} assemble.granularity=2 assemble.num_experts_per_tok=1"),
+    "upit, 2 slices, top-1, balanced over experts": replace(
+        UPIT, more=f"{FULL} {SLICED} posttrain.balance_over=experts"
+    ),
+    "upit, 2 slices, top-1, router's rate a tenth": replace(UPIT, more=f"{FULL} {SLICED} posttrain.router_rate=0.1"),
+    "vanilla, 2 slices, top-1": replace(FROM_BASE, more=SLICED),
+    "upit, 2 slices, top-1": replace(UPIT, more=f"{FULL} {SLICED}"),
 }
 VARIANTS: dict[str, Row] = METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | UNSCALED | ROWS | SIZES | FINE
 TABLES = {

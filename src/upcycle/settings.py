@@ -308,6 +308,8 @@ class PosttrainSettings(TrainingSettings):
     """Of the routing vectors."""
     router_aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the per-layer load-balancing loss; 0: none."""
+    balance_over: Literal["slices", "experts"] = "slices"
+    """What the load-balancing loss makes even where experts are cut into slices (assemble.granularity)."""
     router_z_loss_coef: float = Field(0.0, ge=0)
     """Weight of the router z-loss, which keeps logits small (ST-MoE: 0.001)."""
     balance_bias_rate: float = Field(0.0, ge=0)

@@ -32,6 +32,17 @@ def test_equals_the_definition_and_ignores_padding() -> None:
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_over_groups_it_is_that_of_whole_experts() -> None:
+    """With equal logits in a group, choosing whole groups; and one slice of each expert is even over experts."""
+    whole = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([1] * 8 + [0])
+    slices = whole.repeat_interleave(4, dim=1)
+    expected = load_balancing_loss([whole], [routing(whole, 1)], mask)
+    torch.testing.assert_close(load_balancing_loss([slices], [routing(slices, 4)], mask, group=4), expected)
+    first = torch.tensor([[0, 4, 8]]).expand(9, 3)
+    assert load_balancing_loss([slices * 0], [first], mask, group=4).item() == pytest.approx(1.0)
+
+
 def test_a_model_whose_layers_each_collapse_is_not_balanced() -> None:
     """Layer l sends everything to expert l: pooled over layers this looks perfectly balanced."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func

@@ -16,6 +16,7 @@ def load_balancing_loss(
     logits: Sequence[Float[Tensor, "T E"]],
     indices: Sequence[Int[Tensor, "T k"]],
     mask: Int[Tensor, " T"],
+    group: int = 1,
 ) -> Float[Tensor, ""]:
     """Mean over layers of E * sum_i f_i P_i; 1 when balanced, at most E.
 
@@ -23,12 +24,15 @@ def load_balancing_loss(
     the tokens of one layer that are not padding (Switch Transformer, Fedus et al. 2022, eq. 4 to 6, for top-k).
     transformers pools f and P over all layers before it multiplies them, so layers that each collapse onto another
     expert look balanced there.
+
+    Args:
+        group: so many successive experts count as one: the slices of an expert.
     """
     losses = []
     for layer_logits, layer_indices in zip(logits, indices, strict=True):
-        num_experts = layer_logits.shape[-1]
-        share = expert_share(layer_indices, mask, num_experts)
-        probability = masked_mean(torch.softmax(layer_logits.float(), dim=-1), mask)
+        num_experts = layer_logits.shape[-1] // group
+        share = expert_share(layer_indices // group, mask, num_experts)
+        probability = masked_mean(torch.softmax(layer_logits.float(), dim=-1), mask).view(num_experts, group).sum(dim=1)
         losses.append(num_experts * (share * probability).sum())
     return torch.stack(losses).mean()
 

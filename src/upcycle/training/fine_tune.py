@@ -89,7 +89,8 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         self.load_monitor.add(indices, mask, logits[0].shape[-1])
         if self.bias:
             self.bias.add(indices, mask)
-        balance, z_loss = load_balancing_loss(logits, indices, mask), router_z_loss(logits, mask)
+        group = self.recorder.granularity if self.balance.balance_over == "experts" else 1
+        balance, z_loss = load_balancing_loss(logits, indices, mask, group), router_z_loss(logits, mask)
         self._metrics["train"]["balance_loss"].append(balance.item())
         self._metrics["train"]["router_z_loss"].append(z_loss.item())
         return self.balance.router_aux_loss_coef * balance + self.balance.router_z_loss_coef * z_loss
