@@ -87,9 +87,11 @@ class Row:
     family: str
     recipe: str
     share: float | None = None
-    """Of the budget, for preparation, which leaves four checkpoints; None: it is all in one stage."""
+    """Of the budget, for preparation; None: it is all in one stage."""
     more: str = ""
     experts: int = 8
+    checkpoints: int = 4
+    """That preparation leaves."""
     rows: float = 1.0
     """Share of the testbed's rows."""
     flops_of: str | None = None
@@ -99,15 +101,19 @@ class Row:
         prepared = (self.share or 0) * bed.epochs
         stages = f"posttrain.epochs={bed.epochs - prepared:g} expand.num_experts={self.experts}"
         if self.share:
-            stages += f" prepare.epochs={prepared:g} prepare.checkpoint_every={prepared / 4:g}"
+            stages += f" prepare.epochs={prepared:g} prepare.checkpoint_every={prepared / self.checkpoints:g}"
         held_out = f"route.min_samples_per_expert={SEED_ROWS // self.experts}"
         return f"{self.recipe} {stages} {held_out} data.fraction={self.rows * bed.fraction:g} {self.more}"
 
+    def but(self, changed: str) -> "Row":
+        """With more settings."""
+        return replace(self, more=f"{self.more} {changed}")
+
 
 FULL = "prepare.train=full"
-EIGHTHS = "prepare.checkpoint_every={} expand.num_checkpoints=4"
 UPIT = Row("upcycled", "upit", 0.5, FULL)
 COPIES = Row("upcycled", "vanilla-sft", 0.5, FULL)
+EIGHT = replace(UPIT, checkpoints=8)
 DENSE, FROM_BASE = Row("dense", "sft", experts=1), Row("base", "vanilla")
 
 METHODS = {
@@ -136,18 +142,15 @@ FLOPS = {
     "sft, FLOPs of vanilla": replace(DENSE, flops_of="vanilla"),
 }
 PARTS = {
-    name: replace(UPIT, more=f"{FULL} {changed}")
-    for name, changed in {
-        "eight checkpoints, no expansion": "prepare.checkpoint_every=0.25",
-        "random parents": "expand.parents=random",
-        "first half of eight checkpoints": f"{EIGHTHS.format(0.25)} expand.select=first",
-        "last half of eight checkpoints": f"{EIGHTHS.format(0.25)} expand.select=last",
-        "router start on random buckets": "route.assignment=random",
-    }.items()
+    "random parents": UPIT.but("expand.parents=random"),
+    "eight checkpoints, no expansion": EIGHT,
+    "first half of eight checkpoints": EIGHT.but("expand.num_checkpoints=4 expand.select=first"),
+    "last half of eight checkpoints": EIGHT.but("expand.num_checkpoints=4 expand.select=last"),
+    "router start on random buckets": UPIT.but("route.assignment=random"),
 }
-SPREAD = {f"upit, spread {scale}": replace(UPIT, more=f"{FULL} expand.spread={scale}") for scale in (1, 0.5, -0.5)}
+SPREAD = {f"upit, spread {scale}": UPIT.but(f"expand.spread={scale}") for scale in (1, 0.5, -0.5)}
 RATES = {
-    f"{name}, {what}": replace(row, more=f"{row.more} {changed}")
+    f"{name}, {what}": row.but(changed)
     for name, row in (("upit", UPIT), ("vanilla-sft", COPIES), ("vanilla", FROM_BASE))
     for what, changed in {
         "experts' rate 2": "posttrain.experts_rate=2",
@@ -157,7 +160,7 @@ RATES = {
     if row.share or "carry" not in changed
 }
 UNSCALED = {
-    f"{name}, start unscaled": replace(row, more=f"{row.more} route.logit_std=null")
+    f"{name}, start unscaled": row.but("route.logit_std=null")
     for name, row in (
         ("vanilla", FROM_BASE),
         ("vanilla-sft", COPIES),
@@ -166,11 +169,11 @@ UNSCALED = {
 }
 STARTS = {
     **{
-        f"router start {start}": replace(UPIT, more=f"{FULL} route.start={start}")
+        f"router start {start}": UPIT.but(f"route.start={start}")
         for start in ("random", "mean_hidden", "kmeans", "ridge", "upit")
     },
     **{
-        f"copies, router start {start}": replace(COPIES, more=f"{FULL} route.start={start}")
+        f"copies, router start {start}": COPIES.but(f"route.start={start}")
         for start in ("mean_hidden", "kmeans", "ridge", "upit", "contrastive")
     },
 }
@@ -180,17 +183,15 @@ ROWS = {
     for name, row in (("sft", DENSE), ("vanilla-sft", COPIES), ("upit", UPIT))
 }
 SIZES = {
-    f"upit, {m} experts, top-{k}": replace(UPIT, experts=m, more=f"{FULL} assemble.num_experts_per_tok={k}")
+    f"upit, {m} experts, top-{k}": replace(UPIT, experts=m).but(f"assemble.num_experts_per_tok={k}")
     for m, k in ((4, 2), (16, 2), (8, 4), (16, 4))
 }
 SLICED = "assemble.granularity=2 assemble.num_experts_per_tok=1"
 FINE = {
-    "upit, 2 slices, top-1, balanced over experts": replace(
-        UPIT, more=f"{FULL} {SLICED} posttrain.balance_over=experts"
-    ),
-    "upit, 2 slices, top-1, router's rate a tenth": replace(UPIT, more=f"{FULL} {SLICED} posttrain.router_rate=0.1"),
-    "vanilla, 2 slices, top-1": replace(FROM_BASE, more=SLICED),
-    "upit, 2 slices, top-1": replace(UPIT, more=f"{FULL} {SLICED}"),
+    "upit, 2 slices, top-1, balanced over experts": UPIT.but(f"{SLICED} posttrain.balance_over=experts"),
+    "upit, 2 slices, top-1, router's rate a tenth": UPIT.but(f"{SLICED} posttrain.router_rate=0.1"),
+    "vanilla, 2 slices, top-1": FROM_BASE.but(SLICED),
+    "upit, 2 slices, top-1": UPIT.but(SLICED),
 }
 VARIANTS: dict[str, Row] = METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | UNSCALED | ROWS | SIZES | FINE
 TABLES = {

@@ -50,7 +50,7 @@ def _choices(mapping: Mapping, reader: ModelReader) -> Iterator[tuple[str, ...]]
     channels, m = mapping.config["intermediate_size"], mapping.num_experts
     fine = [g for g in (2, 4, 8) if channels % (g * SLICE_MULTIPLE) == 0]
     for count, (layers, made) in product(dict.fromkeys((m, max(2, m // 2))), _by_layers(mapping, reader)):
-        for k, granularity in ((2, 1), *((1, g) for g in fine if made.family.moe.size_field)):
+        for k, granularity in ((2, 1), *((1, g) for g in fine)):
             chosen = replace(made, num_experts=count, slicing=Slicing(granularity))
             total = chosen.num_parameters()
             sizes = f"{total / 1e6:,.1f}", f"{chosen.num_parameters(k) / 1e6:,.1f}", f"{chosen.flops_over_dense(k):.2f}"

@@ -38,8 +38,8 @@ class Moe:
     layout: MoeLayout
     experts_field: str = "num_experts"
     """What its config.json calls the number of experts."""
-    size_field: str | None = "moe_intermediate_size"
-    """What it calls an expert's channels; None: they are the dense FFN's."""
+    size_field: str = "moe_intermediate_size"
+    """What it calls an expert's channels."""
     partial: bool = False
     """Whether some layers can keep one FFN."""
 
@@ -148,7 +148,6 @@ def _mixtral(dense: Config) -> Config:
 
 def _qwen_moe(dense: Config) -> Config:
     return {
-        "moe_intermediate_size": dense["intermediate_size"],
         "norm_topk_prob": True,  # False is the default, and loses the equality
         "decoder_sparse_step": 1,
         "mlp_only_layers": sorted(set(range(dense["num_hidden_layers"])) - set(moe_layers(dense))),
@@ -157,17 +156,17 @@ def _qwen_moe(dense: Config) -> Config:
 
 
 def _qwen2_moe(dense: Config) -> Config:
-    windows = {name: dense[name] for name in ("sliding_window", "layer_types")}
-    windows["use_sliding_window"] = "sliding_attention" in dense["layer_types"]
-    return {**_qwen_moe(dense), **windows, "qkv_bias": True, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
-
-
-def _qwen2_moe_of_llama(dense: Config) -> Config:
-    window = _window(dense)
-    kind = "full_attention" if window is None else "sliding_attention"
-    windows = {"sliding_window": window, "layer_types": [kind] * dense["num_hidden_layers"]}
-    shared = {"qkv_bias": True, "shared_expert_intermediate_size": SHARED_EXPERT_SIZE}
-    return {**_qwen_moe(dense), **windows, "use_sliding_window": window is not None, **shared}
+    window = dense.get("sliding_window")
+    of_all = "full_attention" if window is None else "sliding_attention"
+    kinds = dense.get("layer_types") or [of_all] * dense["num_hidden_layers"]
+    return {
+        **_qwen_moe(dense),
+        "sliding_window": window,
+        "layer_types": kinds,
+        "use_sliding_window": "sliding_attention" in kinds,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": SHARED_EXPERT_SIZE,
+    }
 
 
 def _qwen3_moe(dense: Config) -> Config:
@@ -205,9 +204,9 @@ _SMOLLM3 = (*NO_BIAS, _plain_rope, _rope_in_every_layer, _one_kind_of_layer)
 FAMILIES = (
     Family("llama", MIXTRAL, _mixtral, (*NO_BIAS, *_LLAMA)),
     Family("llama", GRANITE_MOE, _granite_moe_of_llama, _LLAMA),
-    Family("llama", QWEN2_MOE, _qwen2_moe_of_llama, (*NO_BIAS, *_LLAMA)),
+    Family("llama", QWEN2_MOE, _qwen2_moe, (*NO_BIAS, *_LLAMA)),
     Family("mistral", MIXTRAL, _mixtral, (_plain_rope,)),
-    Family("mistral", QWEN2_MOE, _qwen2_moe_of_llama, (_plain_rope,)),
+    Family("mistral", QWEN2_MOE, _qwen2_moe, (_plain_rope,)),
     Family("ministral3", MIXTRAL, _mixtral, (_plain_rope,)),
     Family("ministral", MIXTRAL, _mixtral, (_plain_rope, _one_kind_of_layer)),
     Family("ministral", QWEN2_MOE, _qwen2_moe, (_plain_rope,)),
@@ -297,8 +296,7 @@ def moe_config(
         copied["head_dim"] = head_dim(dense_config)  # not all can do without
     copied["rope_parameters"] = _without(copied["rope_parameters"], "llama_4_scaling_beta", "partial_rotary_factor")
     fields = {**copied, **family.config(dense_config)}
-    if family.moe.size_field is not None:
-        fields[family.moe.size_field] = dense_config["intermediate_size"] // granularity
+    fields[family.moe.size_field] = dense_config["intermediate_size"] // granularity
     return {
         "architectures": [family.moe.architecture],
         "model_type": family.moe.model_type,

@@ -123,7 +123,7 @@ def map_model(
     config = with_own_head(reader, with_layers(read_config(base), layers))
     family = family_of(config, str(base))
     check_shapes(reader, family, config)
-    check_granularity(family, config, slicing.granularity, base)
+    check_granularity(config, slicing.granularity, base)
     return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts, slicing)
 
 
@@ -132,16 +132,11 @@ def with_layers(config: Config, layers: Sequence[int] | None) -> Config:
     return config if layers is None else {**config, MOE_LAYERS: list(layers)}
 
 
-def check_granularity(family: Family, config: Config, granularity: int, where: Path) -> None:
+def check_granularity(config: Config, granularity: int, where: Path) -> None:
     """
     Raises:
-        UpcycleError: the MoE's experts have no size of their own, or G does not divide the FFN's channels.
+        UpcycleError: G does not divide the FFN's channels.
     """
-    if granularity > 1 and family.moe.size_field is None:
-        raise UpcycleError(
-            f"{where}: assemble.granularity is {granularity}, but experts of {family.moe.model_type} cannot be "
-            "smaller than the dense FFN; set assemble.granularity=1"
-        )
     if granularity > 1 and config["intermediate_size"] % (granularity * SLICE_MULTIPLE):
         raise UpcycleError(
             f"{where}: assemble.granularity is {granularity}, which does not divide the FFN's "

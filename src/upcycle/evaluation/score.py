@@ -80,8 +80,7 @@ def _slots(recorder: RouterRecorder, mask: Tensor) -> Float[Tensor, "B L E"]:
     """Routed slots of each sample per layer and whole expert, padding left out."""
     num_experts = recorder.logits[0].shape[-1] // recorder.granularity
     layers = []
-    for slices in recorder.indices:
-        indices = slices // recorder.granularity
+    for indices in recorder.experts:
         slots = torch.nn.functional.one_hot(indices, num_experts).sum(dim=1).view(*mask.shape, num_experts)
         layers.append((slots * mask[:, :, None]).sum(dim=1))
     return torch.stack(layers, dim=1).float().cpu()

@@ -19,13 +19,7 @@ def routed_tokens(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample])
             recorder.clear()
             model(torch.tensor([sample.input_ids], device=model.device), use_cache=False)
             tokens = [str(tokenizer.decode([token])) for token in sample.input_ids]
-            found.append(
-                RoutedText(
-                    sample.domain,
-                    tokens,
-                    [(layer[:, 0] // recorder.granularity).tolist() for layer in recorder.indices],
-                )
-            )
+            found.append(RoutedText(sample.domain, tokens, [layer[:, 0].tolist() for layer in recorder.experts]))
     return found
 
 

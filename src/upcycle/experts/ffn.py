@@ -295,8 +295,7 @@ def describe(folder: Path) -> Description:
 def _sizes(folder: Path, config: Config, experts: int, slices: int) -> str:
     """Parameters in all and for a token, and FLOPs over the dense model's (scores of attention left out)."""
     reader, layers, hidden = ModelReader(folder), len(moe_layers(config)), config["hidden_size"]
-    size_field = moe_of(config).size_field or "intermediate_size"
-    expert = layers * 3 * hidden * config[size_field]
+    expert = layers * 3 * hidden * config[moe_of(config).size_field]
     total = sum(prod(reader.spec(name).shape) for name in reader.names())
     active = total - (experts - config["num_experts_per_tok"]) * expert
     dense = total - (experts - slices) * expert - layers * experts * hidden

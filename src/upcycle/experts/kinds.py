@@ -14,7 +14,7 @@ from upcycle.experts.kind import Kind, Load
 from upcycle.experts.lora import ADAPTER, LORA
 from upcycle.experts.mixture import mixture_of
 from upcycle.records.files import LINEAGE
-from upcycle.routing.routers import freeze, router_modules
+from upcycle.routing.routers import freeze, num_slices, router_modules
 from upcycle.types import Model
 
 KINDS: dict[str, Kind] = {"ffn": FFN, "full": FULL, "lora": LORA, "bottleneck": BOTTLENECK}
@@ -61,11 +61,10 @@ def load_model(
     model = kind_in(folder).load(Load(folder, dtype, torch.device(device), base, four_bit))
     lineage = LINEAGE.known(folder)
     model.granularity = lineage.granularity if lineage else 1
-    slots = sum(len(router.get_parameter("weight")) for router in router_modules(model)[:1])
-    if slots % model.granularity:
+    if num_slices(model) % model.granularity:
         raise UpcycleError(
-            f"{folder / LINEAGE.name}: granularity is {model.granularity}, which does not divide the model's {slots} "
-            "experts; restore the file, or remove it"
+            f"{folder / LINEAGE.name}: granularity is {model.granularity}, which does not divide the model's "
+            f"{num_slices(model)} experts; restore the file, or remove it"
         )
     return model
 

@@ -147,6 +147,11 @@ class Found(Record):
         return len(next(iter(self.variants.values())))
 
     @property
+    def over(self) -> str:
+        """`1 seed`, `5 seeds`."""
+        return f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+
+    @property
     def reference(self) -> str:
         """Label of the variant that the others are compared with."""
         return next(row.label for row in self.summary if row.metric("loss").difference is None)

@@ -100,17 +100,13 @@ class ExpansionPlan(Record):
 
         Of slices, which of the model's experts they are too.
         """
-        slices = [f" (slices: experts {e} to {e + self.granularity - 1})" for e in self._firsts]
-        return [
-            (f"{label} = {expert.merged_from} (their similarity {expert.similarity:.3f})" if expert.parents else label)
-            + (where if self.granularity > 1 else "")
-            for label, expert, where in zip(self.labels, self.experts, slices, strict=True)
-        ]
-
-    @property
-    def _firsts(self) -> range:
-        """The first slice of each expert."""
-        return range(0, len(self.experts) * self.granularity, self.granularity)
+        lines = []
+        for number, (label, expert) in enumerate(zip(self.labels, self.experts, strict=True)):
+            merged = f" = {expert.merged_from} (their similarity {expert.similarity:.3f})" if expert.parents else ""
+            first = number * self.granularity
+            cut = f" (slices: experts {first} to {first + self.granularity - 1})" if self.granularity > 1 else ""
+            lines.append(label + merged + cut)
+        return lines
 
     @property
     def children(self) -> tuple[Expert, ...]:

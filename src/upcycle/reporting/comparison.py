@@ -35,7 +35,7 @@ def write_comparison_report(found: Comparison | Sweep, folder: Path, out: Path) 
     """
     page = render(
         "comparison.html.j2",
-        title=f"{folder.resolve().name}: {len(found.summary)} variants, {_seeds(found)}",
+        title=f"{folder.resolve().name}: {len(found.summary)} variants, {found.over}",
         sections=SECTIONS,
         tables=[_against_reference(found, metric) for metric in found.metrics],
         details=_details(found),
@@ -71,12 +71,8 @@ def summarise(found: Comparison | Sweep) -> InShort:
         lead=_lead(found),
         problems=problems,
         charts=[chart for metric in found.metrics for chart in _charts(found, metric)],
-        note=f"Of the MoE; mean ± standard deviation over {_seeds(found)}.",
+        note=f"Of the MoE; mean ± standard deviation over {found.over}.",
     )
-
-
-def _seeds(found: Found) -> str:
-    return f"{found.seeds} seed{'s' * (found.seeds > 1)}"
 
 
 def _lead(found: Comparison | Sweep) -> str:
@@ -98,7 +94,7 @@ def _lead(found: Comparison | Sweep) -> str:
     verdict = "more than noise" if loss.p_corrected < 0.05 else "not more than noise"
     return (
         f"{text}: {loss.difference:+.4f} against {found.reference} (p {p_text(loss.p)}, paired by seed; p "
-        f"{p_text(loss.p_corrected)} after Holm for {len(rows) - 1} such tests: {verdict}), {_seeds(found)}."
+        f"{p_text(loss.p_corrected)} after Holm for {len(rows) - 1} such tests: {verdict}), {found.over}."
     )
 
 
@@ -180,7 +176,7 @@ def _against_reference(found: Found, metric: str) -> Table:
         ps = (p_text(value.p), p_text(value.p_corrected))
         lines.append([row.label, pattern.format(value.mean), error, gap, interval(pattern, value), *ps])
     against = f"against {found.reference}"
-    heads = ["variant", "mean", f"std ({_seeds(found)})", against, "95% interval", "p (paired t-test)", "p (Holm)"]
+    heads = ["variant", "mean", f"std ({found.over})", against, "95% interval", "p (paired t-test)", "p (Holm)"]
     return Table(TITLES[metric], heads, lines, [_best(rows, metric)])
 
 

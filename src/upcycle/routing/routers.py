@@ -44,7 +44,12 @@ def granularity(model: Model) -> int:
 
 def num_experts(model: Model) -> int:
     """Whole experts per layer; 0 for a dense model."""
-    return next((len(router.get_parameter("weight")) for router in router_modules(model)), 0) // granularity(model)
+    return num_slices(model) // granularity(model)
+
+
+def num_slices(model: Model) -> int:
+    """What the router of a layer chooses among: the model's own experts, slices where they are cut."""
+    return next((len(router.get_parameter("weight")) for router in router_modules(model)), 0)
 
 
 def parts(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
@@ -149,6 +154,11 @@ class RouterRecorder:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    @property
+    def experts(self) -> list[Int[Tensor, "T k"]]:
+        """`indices`, of whole experts."""
+        return [indices // self.granularity for indices in self.indices]
 
     def clear(self) -> None:
         """Forget the last forward."""

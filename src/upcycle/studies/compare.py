@@ -110,7 +110,6 @@ def show(found: Comparison) -> None:
             spent = (f"{row.tokens:,}", flops)
             lines.append((row.label, pattern.format(value.mean), pattern.format(value.std), gap, *ps, *spent))
         heads = ("variant", "mean", "std", f"against {found.reference}", "p (paired)", "p (Holm)", "tokens", "FLOPs")
-        seeds = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
-        table(f"{metric.replace('_', ' ')} of the MoE, {seeds}", heads, lines)
+        table(f"{metric.replace('_', ' ')} of the MoE, {found.over}", heads, lines)
     for problem in found.not_comparable:
         say(f"NOT COMPARABLE: {problem}")

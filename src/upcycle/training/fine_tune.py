@@ -5,7 +5,7 @@ The only place that imports TRL.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that resumes a MoE with its experts, balances its routers per layer and stops at NaN."""
 
     def __init__(self, model: Model, training: "Training", **arguments: Any):
-        self.training, self.balance, self.span = training, training.balance, training.span
-        balance = training.balance
+        self.training = training
+        self.balance = balance = training.balance
         self.recorder = RouterRecorder(model) if balance else None
         self.load_monitor = LoadMonitor() if balance else None
         rate = balance.balance_bias_rate if balance else 0.0
@@ -52,7 +52,7 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The part of the schedule that this training takes."""
-        begin, end = self.span
+        begin, end = self.training.span
         steps = round(num_training_steps / (end - begin))
         scheduler: LambdaLR = super().create_scheduler(steps, optimizer)
         if skipped := round(begin * steps):
@@ -62,11 +62,11 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         return scheduler
 
     def create_optimizer(self, model: Model | None = None) -> Optimizer:
-        """With a learning rate for each part, and the moments to begin with; a resume puts its own in their place."""
+        """With a learning rate for each part of a MoE, and the moments to begin with."""
         optimizer: Optimizer = super().create_optimizer(model)
         if self.balance:
             optimizer.param_groups[:] = list(_by_part(self.model, optimizer.param_groups, self.balance.rates))
-        if self.training.moments and last_checkpoint(self.training.out_dir) is None:
+        if self.training.moments:
             put_moments(self.model, optimizer, self.training.moments())
         return optimizer
 
@@ -197,6 +197,10 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
         UpcycleError: the loss or a weight is not finite, or the checkpoints would be less than a step apart.
     """
     settings, bar = training.settings, ShowProgress(training.title)
+    resume = last_checkpoint(training.out_dir)
+    if resume:
+        say(f"{training.title}: resuming from {resume.name}")
+        training = replace(training, moments=None)  # the checkpoint has its own
     schedule = CheckpointSchedule(settings.epochs, settings.checkpoint_every)
     trainer = UpcyclingTrainer(
         model=model,
@@ -212,9 +216,6 @@ def fine_tune(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], tra
     trainer.remove_callback(PrinterCallback)
     if trainer.bias:
         trainer.add_callback(StepBias(trainer.bias))
-    resume = last_checkpoint(training.out_dir)
-    if resume:
-        say(f"{training.title}: resuming from {resume.name}")
     with trainer.watching(), closing(bar):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if training.newest_alone:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from upcycle.records.files import ROUTER_BIAS
 from upcycle.routing.load import expert_share
-from upcycle.routing.routers import granularity, num_experts, router_modules
+from upcycle.routing.routers import num_slices, router_modules
 from upcycle.types import Model
 
 DECAY_FROM = 0.75
@@ -34,9 +34,7 @@ class LossFreeBias:
         self._gates = router_modules(model)
         self._rate = rate
         self._handles: list[RemovableHandle] = []
-        self.bias: Float[Tensor, "L E"] = torch.zeros(
-            len(self._gates), num_experts(model) * granularity(model), device=model.device
-        )
+        self.bias: Float[Tensor, "L E"] = torch.zeros(len(self._gates), num_slices(model), device=model.device)
         self.strength = 1.0
         self._load = torch.zeros_like(self.bias)
 
