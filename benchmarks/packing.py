@@ -15,7 +15,8 @@ from statistics import median
 from upcycle.console import say, table
 from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe
-from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.training.fine_tune import fine_tune
+from upcycle.training.training import Training
 
 
 def seconds(run: Run, rows: int, packed: bool) -> float:

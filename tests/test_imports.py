@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "recipe": {"errors", "reading", "settings"},
     "records": {"records", "disk", "reading", "errors"},
     "merging": {"merging"},
-    "distributed": set(),
+    "distributed": {"distributed", "errors"},
     "weights": {"weights", *LEAVES},
     "routing": {"routing", *LEAVES},
     "architectures": {"architectures", "weights", *LEAVES},
@@ -37,8 +37,11 @@ MAY_IMPORT = {
         for stage in STAGES
     },
     "evaluation": {"evaluation", "experts", "routing", "data", "weights", "distributed", *LEAVES},
-    "pipeline": {"pipeline", "evaluation", "experts", "architectures", "weights", "data", *STAGES, *LEAVES},
-    "studies": {"studies", "pipeline", "evaluation", "weights", *LEAVES},
+    "pipeline": {
+        *("pipeline", "evaluation", "experts", "architectures", "weights", "data", "distributed"),
+        *("training.trainer_settings", *STAGES, *LEAVES),
+    },
+    "studies": {"studies", "pipeline", "evaluation", "weights", "distributed", *LEAVES},
     "reporting": {"reporting", "pipeline", "studies.statistics", "architectures.clients", *LEAVES},
     "assets": {"data"},
     "cli": {
@@ -53,7 +56,7 @@ MAY_IMPORT = {
         "__init__",
         *LEAVES,
     },
-    "__main__": {"cli", "stopping"},
+    "__main__": {"cli", "stopping", "distributed"},
     "__init__": {"pipeline", *LEAVES},
 }
 WITHOUT_TORCH = sorted(

@@ -90,7 +90,7 @@ def test_every_setting_has_a_meaning() -> None:
         assert f"\n{name}: " in text
     recipe = load_recipe("upit").model_dump()
     documented = sum(len(section) if isinstance(section, dict) else 1 for section in recipe.values())
-    assert len(re.findall(r"^[\w.]+: .*\n    \S", text, re.MULTILINE)) == documented
+    assert len(re.findall(r"^[\w.]+: .*\n(?:  \S.*\n)*    \S", text, re.MULTILINE)) == documented
     assert max(map(len, text.splitlines())) <= 120
 
 

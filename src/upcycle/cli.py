@@ -15,8 +15,10 @@ import typer
 from pydantic import ValidationError
 
 from upcycle import __version__
+from upcycle.console import say
 from upcycle.disk import check_new, check_writable
-from upcycle.errors import UpcycleError
+from upcycle.distributed import world
+from upcycle.errors import RelayedError, UpcycleError
 from upcycle.pipeline.benchmarks import own_folder
 from upcycle.pipeline.manifest import verified
 from upcycle.pipeline.resume import run_stages, status
@@ -57,7 +59,10 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace the recipe's."),
 ]
-RunOption = Annotated[Path, typer.Option("--run", help="The run folder: made if missing, resumed if there.")]
+RunOption = Annotated[
+    Path,
+    typer.Option("--run", "--out", help="The run folder: made if missing, resumed if there. torchrun needs --out."),
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; do nothing.")
 ]
@@ -93,6 +98,7 @@ for _stage in STAGES:
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML.")] = None) -> None:
     """List the shipped recipes, or print one."""
+    _alone()
     shipped = shipped_recipes()
     if name is None:
         for key, text in sorted(shipped.items()):
@@ -106,6 +112,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's
 @app.command()
 def settings() -> None:
     """List every setting of a recipe with its default and meaning."""
+    _alone()
     print(describe_settings(), end="")
 
 
@@ -118,6 +125,7 @@ def check(
     dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
 ) -> None:
     """Say what a dense model would become, and what other choices cost: parameters, FLOPs, memory; or why it cannot."""
+    _alone()
     _check_dtype(dtype)
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
@@ -160,10 +168,12 @@ def compare(
     from upcycle.studies.cells import Study
     from upcycle.studies.compare import compare
 
+    world.start()
     study = Study(variants, range(seeds), out, keep_models=keep_models, results=results)
     with _writing(out):
-        comparison_figure(compare(study, force, against, match), COMPARISON_PICTURE.of(out))
-    print(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
+        found = compare(study, force, against, match)
+        world.on_main(lambda: comparison_figure(found, COMPARISON_PICTURE.of(out)))
+    say(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
 
 
 @app.command()
@@ -182,9 +192,11 @@ def sweep(
     from upcycle.reporting.figures import sweep_figure
     from upcycle.studies.sweep import sweep
 
+    world.start()
     with _writing(out):
-        sweep_figure(sweep(recipe, axes, seeds, out, keep_models), SWEEP_PICTURE.of(out))
-    print(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
+        found = sweep(recipe, axes, seeds, out, keep_models)
+        world.on_main(lambda: sweep_figure(found, SWEEP_PICTURE.of(out)))
+    say(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
 
 
 @app.command()
@@ -193,6 +205,7 @@ def inspect(
     figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),
 ) -> None:
     """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
+    _alone()
     check_writable(figure)
     if figure.suffix.lower() not in PICTURES:
         raise UpcycleError(f"--figure is {figure}, expected a name that ends in {', '.join(PICTURES)}")
@@ -232,9 +245,11 @@ def benchmark(
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     chosen = choose_tasks(names, task_folder, allow_code)
+    world.start()
     with _writing(out):
-        draw_benchmarks(run_benchmark(models, chosen, experts, out, limit, chat_template), out)
-    print(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
+        found = run_benchmark(models, chosen, experts, out, limit, chat_template)
+        world.on_main(lambda: draw_benchmarks(found, out))
+    say(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
 
 
 @app.command()
@@ -248,6 +263,7 @@ def report(
 
     The report of a run that is part of a comparison shows the comparison too.
     """
+    _alone()
     if out is not None:
         check_writable(out)
     out = out or REPORT.of(folder)
@@ -282,6 +298,7 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub, after asking.")] = None,
 ) -> None:
     """Write the finished model as a folder that stands alone, with its model card; upload it if wanted."""
+    _alone()
     _check_dtype(dtype)
     check_new(to, "--to")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
@@ -321,7 +338,8 @@ def _execute(
     dry_run: bool,
     update: bool,
 ) -> None:
-    run = Run(load_recipe(recipe, overrides or []), folder)
+    world.start()
+    run = Run(world.on_main(lambda: load_recipe(recipe, overrides or [])), folder)
     if dry_run:
         print(dump_recipe(run.recipe))
         for stage, todo in status(run):
@@ -333,7 +351,7 @@ def _execute(
     if EVALUATE in stages:
         from upcycle.pipeline.summary import show_summary
 
-        show_summary(run)
+        world.on_main(lambda: show_summary(run))
 
 
 def _check_dtype(dtype: str) -> None:
@@ -388,8 +406,15 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses an older name
 
 
+def _alone() -> None:
+    """Of several processes the first alone goes on."""
+    if not world.is_main():
+        raise SystemExit
+
+
 def _stop(code: int, message: str) -> None:
-    print(message, file=sys.stderr)
+    if world.may_speak():
+        print(message, file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -400,12 +425,19 @@ def main() -> None:
         for word in sys.argv[1:]:
             word.encode()
         app()
+        world.stop()
+    except RelayedError:
+        raise SystemExit(2) from None
     except UnicodeEncodeError as error:
         _stop(2, f"error: {brief(error.object)} is not UTF-8; rename the file or folder")
     except ValidationError as error:
         _stop(2, f"error: {error.title} cannot be recorded: {first_problem(error)}; is a weight or a loss not finite?")
     except UpcycleError as error:
         _stop(2, f"error: {error}")
+    except RuntimeError as error:
+        if not world.lost_another(error):
+            raise
+        _stop(2, "error: another of the processes has ended; go on with the same command")
     except OSError as error:
         if error.errno == errno.ENOSPC:
             line = f"error: no space left on the disk of {error.filename or 'a file'} ({error.strerror})"

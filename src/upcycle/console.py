@@ -27,9 +27,12 @@ SECONDS_BETWEEN_LINES = 10.0
 WIDTH = 140
 """Columns when the output is not a terminal."""
 
-console = Console(highlight=False)
+QUIET = os.environ.get("RANK", "0") != "0"
+"""Of several processes the first speaks."""
+
+console = Console(highlight=False, quiet=QUIET)
 if not console.is_terminal and "COLUMNS" not in os.environ:
-    console = Console(highlight=False, width=WIDTH)
+    console = Console(highlight=False, width=WIDTH, quiet=QUIET)
 
 
 def say(message: str) -> None:
@@ -64,7 +67,7 @@ class Progress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or QUIET,
         )
         self._description = description
         self._task = self._bar.add_task(description, total=total, completed=done)

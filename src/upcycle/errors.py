@@ -8,6 +8,10 @@ class UpcycleError(ValueError):
     """Bad input. The message names the file or field, what was found, what was expected and what to do."""
 
 
+class RelayedError(UpcycleError):
+    """An error that another process has said already."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest known name, or nothing."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.5)

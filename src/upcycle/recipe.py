@@ -98,10 +98,22 @@ class Recipe(Settings):
                     f"posttrain.{field} is {after} and prepare.{field} {before}, but one schedule spans both stages; "
                     "set both alike, or posttrain.schedule=restart"
                 )
+        kwargs = [stage.trainer.get("lr_scheduler_kwargs") for stage in (self.prepare, self.posttrain)]
+        if self.dense_share < 1 and kwargs[0] != kwargs[1]:
+            raise ValueError(
+                f"posttrain.trainer.lr_scheduler_kwargs is {kwargs[1]} and prepare's {kwargs[0]}, but one schedule "
+                "spans both stages; set both alike, or posttrain.schedule=restart"
+            )
         return self
 
     @model_validator(mode="after")
     def _there_is_a_state_to_carry(self) -> "Recipe":
+        if self.carries and not str(self.posttrain.trainer.get("optim", "adamw_torch")).startswith("adamw_torch"):
+            raise ValueError(
+                "posttrain.optimizer_state is carry, but posttrain.trainer.optim is "
+                f"{self.posttrain.trainer['optim']}, which has no moments of torch's AdamW; set "
+                "posttrain.optimizer_state=fresh"
+            )
         nothing = not self.tunes or self.prepare.by_domain or self.expand.copies_of == "base"
         if self.carries and nothing:
             raise ValueError(
@@ -236,7 +248,8 @@ def _describe_section(prefix: str, section: type[Settings]) -> str:
         if field.description:
             default = "required" if field.is_required() else f"default {field.default}"
             kind = str(field.annotation).removeprefix("<class '").removesuffix("'>").replace("typing.", "")
-            lines.append(f"{prefix}{name}: {kind.replace('upcycle.settings.', '')}, {default}")
+            heading = f"{prefix}{name}: {kind.replace('upcycle.settings.', '')}, {default}"
+            lines += textwrap.wrap(heading, 120, subsequent_indent="  ", break_long_words=False)
             lines += textwrap.wrap(field.description, 116, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,39 @@ class DataSettings(Settings):
     """A Jinja file that replaces the tokenizer's chat template, or `chatml` for the plain one shipped here."""
 
 
+_INSTEAD = {
+    "set epochs": "num_train_epochs max_steps",
+    "set learning_rate": "learning_rate",
+    "set micro_batch_size, and batch_size for the rows of a step on all devices": "per_device_train_batch_size",
+    "it is batch_size over micro_batch_size and the number of processes": "gradient_accumulation_steps",
+    "set lr_scheduler": "lr_scheduler_type",
+    "set warmup_fraction": "warmup_steps",
+    "set weight_decay": "weight_decay",
+    "set gradient_checkpointing": "activation_checkpointing gradient_checkpointing",
+    "set the recipe's seed": "seed data_seed",
+    "set pack_rows": "packing packing_strategy eval_packing padding_free",
+    "set data.max_length": "max_length truncation_mode",
+    "set posttrain.report_to": "report_to",
+    "set posttrain.router_aux_loss_coef": "router_aux_loss_coef",
+    "set checkpoint_every; what a resume needs is always saved": "save_strategy save_steps save_total_limit "
+    "save_only_model save_on_each_node",
+    "every step is logged": "logging_strategy logging_steps logging_first_step",
+    "training computes in bf16 on an accelerator and in fp32 on a CPU": "bf16 fp16",
+    "every row counts once": "train_sampling_strategy shuffle_dataset dataloader_drop_last",
+    "rows and their answers are read by the section `data`": "completion_only_loss assistant_only_loss "
+    "dataset_text_field dataset_kwargs chat_template_path",
+    "they are the base's": "eos_token pad_token",
+    "start several processes instead": "fsdp fsdp_config deepspeed parallelism_config",
+    "use `upcycle export --push`": "push_to_hub",
+    "remote code never runs": "trust_remote_code",
+    "upcycle decides it; leave it out": "output_dir resume_from_checkpoint load_best_model_at_end auto_find_batch_size "
+    "ignore_data_skip remove_unused_columns average_tokens_across_devices use_cpu do_train do_eval do_predict "
+    "restore_callback_states_from_checkpoint accelerator_config disable_tqdm logging_nan_inf_filter",
+}
+OWNED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
+"""Fields of SFTConfig that settings of ours, or what a run promises, decide; and what to do instead."""
+
+
 class TrainingSettings(Settings):
     """What both training stages share; the Trainer's own meanings."""
 
@@ -47,8 +80,9 @@ class TrainingSettings(Settings):
     """Rows per optimizer step."""
     micro_batch_size: int = Field(4, ge=1)
     """Rows per forward pass and device; must divide batch_size."""
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning-rate schedule; over which stages it goes, posttrain.schedule says."""
+    lr_scheduler: Literal["cosine", "linear", "constant", "cosine_with_min_lr", "warmup_stable_decay"] = "cosine"
+    """Shape of the learning-rate schedule; over which stages it goes, posttrain.schedule says. The last two take
+    trainer.lr_scheduler_kwargs, such as {min_lr_rate: 0.1}."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     """Share of the schedule's steps with a linearly rising learning rate."""
     weight_decay: float = Field(0.0, ge=0)
@@ -57,6 +91,16 @@ class TrainingSettings(Settings):
     """Rows of a micro-batch side by side in lines as long as its longest row: the same loss with less padding."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    trainer: dict[str, Any] = Field({})
+    """Anything else that TRL's SFTConfig takes, by its own names: {optim: adamw_8bit, max_grad_norm: 0.5, ...}."""
+
+    @field_validator("trainer")
+    @classmethod
+    def _not_what_a_setting_says(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name in values:
+            if name in OWNED:
+                raise ValueError(f"{name} is not for SFTConfig here; {OWNED[name]}")
+        return values
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "TrainingSettings":
@@ -310,6 +354,9 @@ class PosttrainSettings(TrainingSettings):
     """Weight of the per-layer load-balancing loss; 0: none."""
     balance_over: Literal["slices", "experts"] = "slices"
     """What the load-balancing loss makes even where experts are cut into slices (assemble.granularity)."""
+    balance_scope: Literal["step", "micro_batch"] = "step"
+    """What the loss counts an expert's share over: a step's rows so far, of all micro-batches and processes, which lets
+    experts specialise (arXiv 2501.11873); or each micro-batch for itself."""
     router_z_loss_coef: float = Field(0.0, ge=0)
     """Weight of the router z-loss, which keeps logits small (ST-MoE: 0.001)."""
     balance_bias_rate: float = Field(0.0, ge=0)

@@ -42,9 +42,16 @@ def _stop(number: int, _: FrameType | None) -> None:
     with suppress(Exception):  # it may have been writing just now
         sys.stdout.write(SHOW_CURSOR if sys.stdout.isatty() else "")
         sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, ("\n" * os.isatty(2) + _farewell(number)).encode(errors="replace"))
+    os._exit(128 + number)
+
+
+def _farewell(number: int) -> str:
+    """Of several processes the first says it; a launcher that ends them all has its reason, which is said elsewhere."""
     import shlex  # not before: a signal should find this installed as early as can be
 
-    line = f"stopped; go on with: {shlex.join(['upcycle', *sys.argv[1:]])}\n"
-    with suppress(OSError):
-        os.write(2, ("\n" * os.isatty(2) + line).encode(errors="replace"))
-    os._exit(128 + number)
+    if "RANK" not in os.environ:
+        return f"stopped; go on with: {shlex.join(['upcycle', *sys.argv[1:]])}\n"
+    speaks = os.environ["RANK"] == "0" and number == signal.SIGINT
+    return "stopped; go on with the same command\n" if speaks else ""

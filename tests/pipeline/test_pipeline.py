@@ -164,7 +164,7 @@ def test_work_left_with_other_inputs_is_set_aside_not_deleted(
     import upcycle.stages.expert_preparation.prepare as prepare
 
     def left_something(*arguments: Any) -> None:
-        (arguments[-1] / "work").write_text("hours")
+        (arguments[-2] / "work").write_text("hours")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

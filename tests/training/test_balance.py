@@ -6,14 +6,24 @@ import pytest
 import torch
 
 from upcycle.experts.kinds import load_model
+from upcycle.routing.load import shares, slot_counts
 from upcycle.routing.routers import RouterRecorder, freeze, routers
 from upcycle.training.balance import load_balancing_loss, router_z_loss
 from upcycle.training.loss_free import LossFreeBias
+from upcycle.training.step_load import StepLoad, count
 from worlds import assembled
 
 
 def routing(logits: torch.Tensor, k: int) -> torch.Tensor:
     return torch.softmax(logits, dim=-1).topk(k, dim=-1).indices
+
+
+def balance(
+    layers: list[torch.Tensor], indices: list[torch.Tensor], mask: torch.Tensor, group: int = 1
+) -> torch.Tensor:
+    """With the shares of the same tokens."""
+    share = shares(slot_counts(indices, mask, layers[0].shape[1]))
+    return load_balancing_loss(layers, share, mask, group)
 
 
 def test_equals_the_definition_and_ignores_padding() -> None:
@@ -28,7 +38,7 @@ def test_equals_the_definition_and_ignores_padding() -> None:
             f = sum(int(expert in chosen[t].tolist()) for t in kept) / (2 * len(kept))
             p = sum(torch.softmax(logits[t], dim=0)[expert].item() for t in kept) / len(kept)
             expected += 4 * f * p / 3
-    found = load_balancing_loss(layers, [routing(x, 2) for x in layers], mask)
+    found = balance(layers, [routing(x, 2) for x in layers], mask)
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -37,10 +47,26 @@ def test_over_groups_it_is_that_of_whole_experts() -> None:
     whole = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([1] * 8 + [0])
     slices = whole.repeat_interleave(4, dim=1)
-    expected = load_balancing_loss([whole], [routing(whole, 1)], mask)
-    torch.testing.assert_close(load_balancing_loss([slices], [routing(slices, 4)], mask, group=4), expected)
+    expected = balance([whole], [routing(whole, 1)], mask)
+    torch.testing.assert_close(balance([slices], [routing(slices, 4)], mask, group=4), expected)
     first = torch.tensor([[0, 4, 8]]).expand(9, 3)
-    assert load_balancing_loss([slices * 0], [first], mask, group=4).item() == pytest.approx(1.0)
+    assert balance([slices * 0], [first], mask, group=4).item() == pytest.approx(1.0)
+
+
+def test_over_a_step_experts_of_one_domain_each_are_balanced() -> None:
+    """Micro-batches of one domain, each with an expert of its own: uneven by themselves, even over the step."""
+    mask = torch.ones(5, dtype=torch.long)
+    micro_batches = [10.0 * torch.nn.functional.one_hot(torch.full((5,), expert), 4).float() for expert in range(4)]
+    counts = [count([routing(logits, 1)], mask, 4) for logits in micro_batches]
+    alone = [load_balancing_loss([x], shares(c.own), mask).item() for x, c in zip(micro_batches, counts, strict=True)]
+    step, seen = StepLoad(), []
+    for number, routed in enumerate(counts):
+        seen.append(step.add(routed, last=number == 3))
+    assert alone == pytest.approx([4.0] * 4, rel=1e-3)
+    torch.testing.assert_close(seen[1], torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+    torch.testing.assert_close(seen[-1], torch.full((1, 4), 0.25))
+    assert load_balancing_loss([micro_batches[3]], seen[-1], mask).item() == pytest.approx(1.0)
+    torch.testing.assert_close(step.add(counts[2], last=True), torch.tensor([[0.0, 0.0, 1.0, 0.0]]))  # a new step
 
 
 def test_a_model_whose_layers_each_collapse_is_not_balanced() -> None:
@@ -48,7 +74,7 @@ def test_a_model_whose_layers_each_collapse_is_not_balanced() -> None:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     layers = [20.0 * torch.nn.functional.one_hot(torch.full((10,), expert), 4).float() for expert in range(4)]
-    ours = load_balancing_loss(layers, [routing(x, 1) for x in layers], torch.ones(10, dtype=torch.long))
+    ours = balance(layers, [routing(x, 1) for x in layers], torch.ones(10, dtype=torch.long))
     pooled = load_balancing_loss_func(tuple(layers), 4, 1)
     assert ours.item() == pytest.approx(4.0, rel=1e-3)  # the worst there is
     assert pooled.item() == pytest.approx(1.0, rel=1e-3)  # as if balanced
@@ -56,7 +82,7 @@ def test_a_model_whose_layers_each_collapse_is_not_balanced() -> None:
 
 def test_gradient_moves_probability_to_the_idle_expert() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]] * 6, requires_grad=True)
-    load_balancing_loss([logits], [routing(logits, 1)], torch.ones(6, dtype=torch.long)).backward()
+    balance([logits], [routing(logits, 1)], torch.ones(6, dtype=torch.long)).backward()
     assert (logits.grad[:, 0] > 0).all()
     assert (logits.grad[:, 2] < 0).all()
 
@@ -97,7 +123,7 @@ def test_the_bias_chooses_but_does_not_weigh(moe: Path) -> None:
 
 def test_the_bias_follows_the_load_and_fades_out(moe: Path) -> None:
     bias = LossFreeBias(load_model(moe, torch.float32), 0.1)
-    bias.add([torch.tensor([[0, 1], [0, 1], [0, 2]])] * 2, torch.tensor([1, 1, 1]))
+    bias.add(slot_counts([torch.tensor([[0, 1], [0, 1], [0, 2]])] * 2, torch.tensor([1, 1, 1]), 3))
     bias.step(0.1)
     torch.testing.assert_close(bias.bias, torch.tensor([[-0.1, 0.0, 0.1]] * 2), atol=1e-6, rtol=0)
     assert bias.strength == 1.0
@@ -118,7 +144,7 @@ def test_the_bias_balances_what_is_uneven(moe: Path) -> None:
     with LossFreeBias(model, 0.003) as bias:
         for _ in range(300):
             indices = [gate(hidden)[2] for gate in gates]
-            bias.add(indices, torch.ones(2000, dtype=torch.long))
+            bias.add(slot_counts(indices, torch.ones(2000, dtype=torch.long), 3))
             loads.append((torch.bincount(indices[0].flatten(), minlength=3) / 4000 * 3).max().item())
             bias.step(0.1)
     assert loads[0] > 1.2

@@ -14,13 +14,15 @@ from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.recipe import Recipe
 from upcycle.records.files import note_sizes
+from upcycle.routing.load import slot_counts
 from upcycle.routing.routers import freeze
 from upcycle.settings import LoraSettings, PosttrainSettings, PrepareSettings, TrainingSettings
 from upcycle.stages.expert_preparation.prepare import tune
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint, strip_resume_files
-from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.training.fine_tune import fine_tune
 from upcycle.training.packing import can_pack
+from upcycle.training.training import Training
 from upcycle.weights.base import load_tokenizer
 from worlds import as_base, assembled, make_adapter, mixture
 
@@ -281,7 +283,7 @@ def test_dead_and_overloaded_experts_are_reported(capsys: pytest.CaptureFixture[
     monitor = LoadMonitor()
     mask = torch.tensor([1, 1, 1, 0])
     for _ in range(20):
-        monitor.add([torch.tensor([[0], [0], [0], [3]]), torch.tensor([[0], [1], [2], [3]])], mask, 4)
+        monitor.add(slot_counts([torch.tensor([[0], [0], [0], [3]]), torch.tensor([[0], [1], [2], [3]])], mask, 4))
         figures = monitor.take()
     assert figures == {
         "max_load": 4.0,

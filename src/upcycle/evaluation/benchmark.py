@@ -20,6 +20,7 @@ import torch
 from upcycle.console import console, say, table
 from upcycle.disk import digest
 from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.distributed.world import is_main, rank, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.score import routed_share
 from upcycle.experts.kinds import load_model
@@ -69,6 +70,8 @@ def benchmark(
 ) -> BenchmarkScores:
     """Score every model on every task; write `benchmark.json` and print a table with standard errors.
 
+    Several processes share the models.
+
     Args:
         tasks: name to a configuration of ours, or to a name that lm-eval knows.
         limit: only so many rows of each task.
@@ -86,30 +89,32 @@ def benchmark(
     }
     contents = {name: _content(task) for name, task in tasks.items()}
     hashes = {folder: hash_model(folder) for folder in {contender.folder for contender in contenders}}
-    found: BenchmarkScores = {}
+    places: dict[str, dict[str, Path]] = {}
     for contender in contenders:
-        scores = found[contender.name] = {}
         model = digest([hashes[contender.folder], contender.expert])
-        missing = {}
-        for name, content in contents.items():
-            place = cached_score(out_dir, digest([model, name, content, how]))
-            if place.exists():
-                scores[name] = read_record(place, TaskScores)
-            else:
-                missing[name] = place
+        places[contender.name] = {
+            name: cached_score(out_dir, digest([model, name, content, how])) for name, content in contents.items()
+        }
+    for contender in contenders[rank() :: world_size()]:
+        missing = {name: place for name, place in places[contender.name].items() if not place.exists()}
         if missing:
             with _loaded(contender) as (network, tokenizer):
                 _check_template(contender, tokenizer, chat_template)
                 routed = contender.expert is None and num_experts(network) > 1
                 for name, place in missing.items():
                     say(f"benchmark: {contender.name} on {name} ...")
-                    scores[name] = _score(network, tokenizer, tasks[name], limit, chat_template, routed)
+                    scores = _score(network, tokenizer, tasks[name], limit, chat_template, routed)
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    write_record(place, scores[name])
-    ordered = {model: {name: scores[name] for name in tasks} for model, scores in found.items()}
-    BENCHMARK_SCORES.write(out_dir, ordered)
-    show(ordered)
-    return ordered
+                    write_record(place, scores)
+    wait()
+    found = {
+        model: {name: read_record(place, TaskScores) for name, place in asked.items()}
+        for model, asked in places.items()
+    }
+    if is_main():
+        BENCHMARK_SCORES.write(out_dir, found)
+    show(found)
+    return found
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from upcycle.console import say, table
 from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
 from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.distributed.world import is_main, rank, wait, world_size
 from upcycle.evaluation.routing import regressions, routing_metrics, specialisation
 from upcycle.evaluation.score import score
 from upcycle.experts.kinds import load_model, load_routers
@@ -58,26 +59,27 @@ def evaluate(
     out_dir: Path,
     assigned: Assigned | None = None,
 ) -> Scores:
-    """Score every candidate; a model scored before an interruption is not scored again.
+    """Score every candidate; a model scored before an interruption is not scored again. Several processes share them.
 
     Writes `scores.json` (losses, exact match, share of tokens per expert) and `routing.json` (what the routers do with
     it, what the MoE lost against the best expert of each domain, and against the dense model that it came from).
     """
-    found: dict[str, Scored] = {}
-    for number, candidate in enumerate(candidates):
-        done = scored_model(out_dir, number)
-        if not done.exists():
-            done.parent.mkdir(exist_ok=True)
-            write_record(done, _score(base, candidate, samples, settings, assigned))
-        found[candidate.name] = read_record(done, Scored)
+    places = [scored_model(out_dir, number) for number in range(len(candidates))]
+    for candidate, place in [*zip(candidates, places, strict=True)][rank() :: world_size()]:
+        if not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            write_record(place, _score(base, candidate, samples, settings, assigned))
+    wait()
+    found = {candidate.name: read_record(place, Scored) for candidate, place in zip(candidates, places, strict=True)}
     scores: Scores = {
         name: ModelScores(**{field: getattr(entry, field) for field in ModelScores.model_fields})
         for name, entry in found.items()
     }
     routing: Routing = {name: entry.routing for name, entry in found.items() if entry.routing is not None}
     routing |= against_dense(scores)
-    SCORES.write(out_dir, scores)
-    ROUTING.write(out_dir, routing)
+    if is_main():
+        SCORES.write(out_dir, scores)
+        ROUTING.write(out_dir, routing)
     show_scores(scores)
     show_routing(routing)
     return scores

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import is_adapter, read_adapter_config
+from upcycle.experts.autocast import follow_autocast
 from upcycle.experts.bottleneck import BOTTLENECK
 from upcycle.experts.ffn import FFN, FULL
 from upcycle.experts.kind import Kind, Load
@@ -79,6 +80,7 @@ def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str) -> M
     dtype = compute_dtype(pick_device()) if kind.frozen else torch.float32
     model = load_model(folder, dtype, base=base, four_bit=four_bit).train()
     freeze(model, {fixed, *kind.frozen})
+    follow_autocast(model)
     return model
 
 

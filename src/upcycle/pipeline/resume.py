@@ -7,11 +7,14 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from upcycle.console import say
 from upcycle.disk import SCRATCH, write_text
+from upcycle.distributed.world import check_shared, is_main, on_main, wait
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import stages
 from upcycle.pipeline.costs import measured
@@ -35,11 +38,13 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
         UpcycleError: the folder belongs to another recipe, another process works in it, or an earlier stage is
             missing, outdated or damaged.
     """
-    with _lock(run.folder):
-        _claim(run, update)
+    check_shared(run.folder)
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(_lock(run.folder)))
+        on_main(lambda: _claim(run, update))
         for stage in stages.STAGES:
             if names is None or stage.name in names:
-                _adopt_stage(run, stage, donors)
+                on_main(partial(_adopt_stage, run, stage, donors))
                 _run_stage(run, stage, update)
 
 
@@ -64,19 +69,49 @@ def status(run: Run) -> list[tuple[str, str]]:
 
 
 def _run_stage(run: Run, stage: Stage, update: bool) -> None:
+    work = on_main(lambda: _begin(run, stage, update))
+    if work is None:
+        return
+
+    def make() -> None:
+        with measured(run.folder, stage.name, work.resumed) if is_main() else nullcontext():
+            stage.run(run, work.folder)
+            if stage.by_all:
+                wait()
+
+    if stage.by_all:
+        make()
+    else:
+        on_main(make)
+
+    def finish() -> None:
+        seal(work.folder, run.folder / stage.name, work.inputs, run.settings(stage), run.recipe.seed, run.format)
+        run.verified.add(stage.name)
+
+    on_main(finish)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A stage that is to be made."""
+
+    inputs: dict[str, str]
+    folder: Path
+    resumed: bool
+
+
+def _begin(run: Run, stage: Stage, update: bool) -> _Work | None:
+    """Open the working folder; None if the stage is there already."""
     inputs = _require_needs(run, stage)
     folder = run.folder / stage.name
     if _is_current(run, stage, inputs, update):
         clear_up(folder)
         say(f"{stage.name}: done already, {folder}")
-        return
-    partial = open_partial(folder, inputs, update)
-    resumed = any(path.name != INPUTS.name for path in partial.iterdir())
+        return None
+    working = open_partial(folder, inputs, update)
+    resumed = any(path.name != INPUTS.name for path in working.iterdir())
     say(f"{stage.name}: resuming ..." if resumed else f"{stage.name} ...")
-    with measured(run.folder, stage.name, resumed):
-        stage.run(run, partial)
-    seal(partial, folder, inputs, run.settings(stage), run.recipe.seed, run.format)
-    run.verified.add(stage.name)
+    return _Work(inputs, working, resumed)
 
 
 def _adopt_stage(run: Run, stage: Stage, donors: Sequence[Path]) -> None:

@@ -27,6 +27,8 @@ class Stage:
     """Makes the artifact in a folder."""
     settings: Callable[[Recipe], Sections]
     """The settings that decide it, but for those of the data."""
+    by_all: bool = False
+    """Whether all processes make it, if there are several, or the first alone."""
     reads_data: Callable[[Recipe], bool] = lambda _: False
     """Whether a change of the rows concerns it."""
     held_out: Callable[[Recipe], bool] = lambda _: False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upcycle.console import say, warn
+from upcycle.distributed.world import on_main
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Sections, Stage
 from upcycle.recipe import Recipe
@@ -38,25 +39,28 @@ def _prepare(run: Run, out: Path) -> None:
     from upcycle.architectures.slices import Slicing
     from upcycle.stages.expert_preparation.checkpoints import adopt
     from upcycle.stages.expert_preparation.prepare import tune
+    from upcycle.training.trainer_settings import check
     from upcycle.weights.safetensors_io import ModelReader
 
     base, recipe = run.base, run.recipe
+    check(PREPARE, recipe.prepare)
+    check(POSTTRAIN, recipe.posttrain)
     reader = ModelReader(base.folder)
     slicing = Slicing(recipe.assemble.granularity)
     mapping = map_model(base.folder, reader, recipe.expand.num_experts, slicing, base.layers)
     check_source(mapping, reader)  # before hours of training
     if not recipe.prepares:
         say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
-        CHECKPOINTS.write(out, [])
+        on_main(lambda: CHECKPOINTS.write(out, []))
     elif recipe.prepare.checkpoints:
-        adopt(run.kind, base, run.given_checkpoints, out)
+        on_main(lambda: adopt(run.kind, base, run.given_checkpoints, out) and None)
         if base.layers is not None:
             warn(
                 f"prepare: {base.config['num_hidden_layers'] - base.num_moe_layers} layers keep one FFN, that of "
                 f"assemble.shared={recipe.assemble.shared}: an expert alone is not its checkpoint then"
             )
     else:
-        tune(run.kind, base, run.splits.train, recipe, out)
+        tune(run.kind, base, run.splits.train, recipe, out, run.splits.validation)
 
 
 def _expand(run: Run, out: Path) -> None:
@@ -89,12 +93,15 @@ def _route(run: Run, out: Path) -> None:
 def _posttrain(run: Run, out: Path) -> None:
     from upcycle.stages.model_upcycling.moments import carried
     from upcycle.stages.model_upcycling.posttrain import posttrain
+    from upcycle.training.trainer_settings import check
 
+    check(POSTTRAIN, run.recipe.posttrain)
     base, recipe, moments = run.base, run.recipe, None
     if recipe.carries:
         last = run.checkpoint_folders[-1]
         moments = partial(carried, run.kind, base, MOMENTS.of(run.folder), last, run.plan, recipe)
-    posttrain(base, run.routed_moe, ROUTER.of(run.folder), run.splits.train, recipe, out, moments)
+    splits = run.splits
+    posttrain(base, run.routed_moe, ROUTER.of(run.folder), splits.train, recipe, out, moments, splits.validation)
 
 
 def _evaluate(run: Run, out: Path) -> None:
@@ -153,6 +160,7 @@ STAGES = (
         help="Stage 1, expert preparation: instruction-tune the base and keep checkpoints, or take existing ones.",
         needs=(),
         run=_prepare,
+        by_all=True,
         settings=_scheduled(PREPARE),
         reads_data=lambda recipe: recipe.tunes,
         held_out=lambda recipe: recipe.tunes and recipe.route.seed_from == "held_out",
@@ -180,6 +188,7 @@ STAGES = (
         help="Stage 3, router initialization: give seed data to experts and start the router from them.",
         needs=(ASSEMBLE,),
         run=_route,
+        by_all=True,
         settings=_section(ROUTE),
         reads_data=lambda _: True,
         held_out=lambda _: True,
@@ -191,6 +200,7 @@ STAGES = (
         help="Stage 4, model upcycling: train the MoE with top-k routing and a load-balancing loss.",
         needs=(ASSEMBLE, ROUTE),
         run=_posttrain,
+        by_all=True,
         settings=_scheduled(POSTTRAIN),
         reads_data=lambda _: True,
         held_out=lambda recipe: recipe.route.seed_from == "held_out",
@@ -202,6 +212,7 @@ STAGES = (
         help="Score base, checkpoints and MoE on held-out rows, by domain.",
         needs=(PREPARE, ASSEMBLE, ROUTE, POSTTRAIN),
         run=_evaluate,
+        by_all=True,
         settings=_section(EVALUATE),
         reads_data=lambda _: True,
         reads_validation=True,

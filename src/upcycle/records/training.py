@@ -33,6 +33,19 @@ class LogEntry(Record):
         return dict(sorted(handler(self).items()))
 
 
+class Evaluation(Record):
+    """Of the held-out rows while training."""
+
+    step: Count
+    epoch: float
+    loss: float
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> "Evaluation":
+        """From what the Trainer logs."""
+        return cls(step=entry["step"], epoch=entry["epoch"], loss=entry["eval_loss"])
+
+
 class TrainingRecord(Record):
     """What a training stage saw, and its log."""
 
@@ -42,12 +55,15 @@ class TrainingRecord(Record):
     answer_tokens: Count
     steps: Count
     log: list[LogEntry]
+    evaluations: list[Evaluation] | None = optional()
 
     @classmethod
     def of_all(cls, records: Sequence["TrainingRecord"]) -> "TrainingRecord":
         """Several trainings, one after the other."""
-        totals = {name: sum(getattr(r, name) for r in records) for name in cls.model_fields if name != "log"}
-        return cls(**totals, log=[entry for record in records for entry in record.log])
+        totals = {name: sum(getattr(r, name) for r in records) for name in ("rows", "tokens", "answer_tokens", "steps")}
+        evaluations = [entry for record in records for entry in record.evaluations or ()]
+        log = [entry for record in records for entry in record.log]
+        return cls(**totals, log=log, evaluations=evaluations or None)
 
 
 def log_entry(values: dict[str, Any]) -> LogEntry:

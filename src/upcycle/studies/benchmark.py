@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.benchmark import Contender, Task, benchmark, check_names
 from upcycle.evaluation.tasks import read_tasks
@@ -32,7 +33,7 @@ def run_benchmark(
         UpcycleError: two models of one name, or what `benchmark` refuses.
     """
     found = benchmark(contenders(paths, experts), tasks, out, limit, chat_template)
-    if len(paths) == 1 and out == BENCHMARK.of(Path(paths[0])):
+    if is_main() and len(paths) == 1 and out == BENCHMARK.of(Path(paths[0])):
         mark(Path(paths[0]))
     return found
 

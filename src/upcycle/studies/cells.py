@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from upcycle.console import say
+from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.resume import run_stages
@@ -124,8 +125,9 @@ def run_cells(study: Study, check: Callable[[Cells], None] = lambda _: None) -> 
         if not study.keep_models:
             donors = []
             for run in runs:
-                if run.folder.exists():
+                if is_main() and run.folder.exists():
                     _delete_weights(run.folder)
+            wait()
     return cells
 
 
@@ -133,31 +135,39 @@ def _cell(study: Study, run: Run, text: str, donors: list[Path]) -> Measures:
     """What is known of a cell, or what running it gives; it becomes a donor of the next ones."""
     say(f"{Variant(text).name or text}, seed {run.recipe.seed}: {run.folder}")
     kept = study.kept(text, run.recipe.seed)
-    if kept and kept.is_file():
-        return _of_this_run(read_record(kept, Cell), run, kept)
-    found = _known(run, study.keep_models)
-    if found is None:
-        run_stages(run, donors=donors)
-        donors.append(run.folder)
+    if found := on_main(lambda: _known(run, study.keep_models, kept)):
+        return found
+    run_stages(run, donors=donors)
+    donors.append(run.folder)
+
+    def measured() -> Cell:
         found = measure(run, study.benchmark(run) if study.benchmark else None)
         MEASURES.write(run.folder, found)
+        return _keep(found, kept)
+
+    return on_main(measured)
+
+
+def _keep(found: Cell, kept: Path | None) -> Cell:
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_record(kept, found)
     return found
 
 
-def _known(run: Run, keep_models: bool) -> Cell | None:
-    """What was measured of a run whose models were deleted since; None of any other.
+def _known(run: Run, keep_models: bool, kept: Path | None) -> Cell | None:
+    """What was measured and kept, or of a run whose models were deleted since; None of any other.
 
     Raises:
         UpcycleError: its models are to be kept; or it had another recipe or other data.
     """
+    if kept and kept.is_file():
+        return _of_this_run(read_record(kept, Cell), run, kept)
     if not DELETED.of(run.folder).exists():
         return None
     if keep_models:
         raise UpcycleError(f"the models of {run.folder} were deleted; go on with --no-keep-models, or elsewhere")
-    return _of_this_run(MEASURES.read(run.folder), run, run.folder)
+    return _keep(_of_this_run(MEASURES.read(run.folder), run, run.folder), kept)
 
 
 def _of_this_run(found: Cell, run: Run, where: Path) -> Cell:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from upcycle.console import say, table
+from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError, nearest
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe
@@ -48,8 +49,9 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
     cells = run_cells(study, (lambda _: None) if force else refuse)
     rows = summary(cells, names, against=names.index(against) if against else 0)
     found = Comparison(variants=cells, summary=rows, not_comparable=differences(cells, match))
-    study.out.mkdir(parents=True, exist_ok=True)  # all cells may have been taken from the results
-    COMPARISON.write(study.out, found)
+    if is_main():
+        study.out.mkdir(parents=True, exist_ok=True)  # all cells may have been taken from the results
+        COMPARISON.write(study.out, found)
     show(found)
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.console import table
+from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError
 from upcycle.records.comparison import METRICS, Sweep
 from upcycle.records.files import SWEEP
@@ -30,7 +31,8 @@ def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: 
     names = [axis.partition("=")[0] for axis in axes]
     rows = summary(cells, labels(texts), settings)
     found = Sweep(variants=cells, summary=rows, recipe=recipe, grid=list(axes), axes=names)
-    SWEEP.write(out, found)
+    if is_main():
+        SWEEP.write(out, found)
     show_sweep(found)
     return found
 

@@ -2,17 +2,16 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from upcycle.console import Progress, warn
 from upcycle.errors import UpcycleError
-from upcycle.routing.load import DEAD, OVERLOADED, expert_share
+from upcycle.routing.load import DEAD, OVERLOADED, shares
 from upcycle.training.checkpoints import remove, step_of, strip_resume_files
 from upcycle.training.loss_free import LossFreeBias
 
@@ -98,6 +97,8 @@ class StripOlder(TrainerCallback):  # type: ignore[misc]
         self._clear = remove if newest_alone else strip_resume_files
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if not state.is_world_process_zero:
+            return
         for folder in Path(args.output_dir).glob("checkpoint-*"):
             if step_of(folder) < state.global_step:
                 self._clear(folder)
@@ -116,15 +117,15 @@ class LoadMonitor:
         self._recent: deque[Float[Tensor, "L E"]] = deque(maxlen=WINDOW)
         self._warned: set[tuple[str, int, int]] = set()
 
-    def add(self, indices: Sequence[Int[Tensor, "T k"]], mask: Int[Tensor, " T"], num_experts: int) -> None:
-        """Count the routing of one forward pass (one T x k index tensor per layer)."""
-        self._step.append(torch.stack([expert_share(i, mask, num_experts) for i in indices]).cpu())
+    def add(self, counts: Float[Tensor, "L E"]) -> None:
+        """Add the slots that each expert got in one forward pass of all processes."""
+        self._step.append(counts)
 
     def take(self) -> dict[str, float]:
         """Figures since the last call; load is 1 for each expert when balanced."""
         if not self._step:
             return {}
-        load = torch.stack(self._step).mean(dim=0) * self._step[0].shape[1]
+        load = shares(torch.stack(self._step).sum(dim=0)).cpu() * self._step[0].shape[1]
         self._step.clear()
         self.load = [[round(value, 3) for value in layer] for layer in load.tolist()]
         self._recent.append(load)

@@ -1,19 +1,17 @@
 """Balance without a loss: a bias on the choice of experts that follows their load (Wang et al. 2024, arXiv 2408.15664).
 
-Legend: T tokens, E experts, k experts per token, L layers.
+Legend: E experts, L layers.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from upcycle.records.files import ROUTER_BIAS
-from upcycle.routing.load import expert_share
 from upcycle.routing.routers import num_slices, router_modules
 from upcycle.types import Model
 
@@ -49,9 +47,9 @@ class LossFreeBias:
         for handle in self._handles:
             handle.remove()
 
-    def add(self, indices: Sequence[Int[Tensor, "T k"]], mask: Int[Tensor, " T"]) -> None:
-        """Count the routing of one forward pass."""
-        self._load += torch.stack([expert_share(i, mask, self.bias.shape[1]) for i in indices])
+    def add(self, counts: Float[Tensor, "L E"]) -> None:
+        """Add the slots that each expert got in one forward pass of all processes."""
+        self._load += counts
 
     def step(self, progress: float) -> None:
         """After an optimizer step, `progress` being the share of the training that is done."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from upcycle.routing.batch import IGNORED
 from upcycle.types import Model
 
 TOKEN_MASK = "token_mask"
@@ -35,11 +36,13 @@ class SideBySide:
             rest = width - sum(lengths)
             ids = [token for part in parts for token in part["input_ids"]]
             # nothing before a row's first token predicts it
-            labels = [label for part in parts for label in (-100, *part["labels"][1:])]
+            labels = [label for part in parts for label in (IGNORED, *part["labels"][1:])]
             found["input_ids"].append(ids + [self.padding] * rest)
-            found["labels"].append(labels + [-100] * rest)
+            found["labels"].append(labels + [IGNORED] * rest)
             found["position_ids"].append([place for length in (*lengths, rest) for place in range(length)])
-            found[TOKEN_MASK].append([1] * len(ids) + [0] * rest)
+            counted = [int(any(label != IGNORED for label in part["labels"])) for part in parts]  # an empty row: 0
+            mask = [one for one, length in zip(counted, lengths, strict=True) for _ in range(length)]
+            found[TOKEN_MASK].append(mask + [0] * rest)
         return {name: torch.tensor(values) for name, values in found.items()}
 
 

@@ -13,9 +13,9 @@ from upcycle.pipeline.run import Run
 from upcycle.recipe import parse_recipe
 from upcycle.records.files import MOMENTS
 from upcycle.stages.model_upcycling.moments import carried
-from upcycle.training import fine_tune, moments
-from upcycle.training.fine_tune import UpcyclingTrainer
+from upcycle.training import moments, trainer
 from upcycle.training.moments import NAMES
+from upcycle.training.trainer import UpcyclingTrainer
 from worlds import shrunk
 
 BEFORE_POSTTRAIN = ("prepare", "expand", "assemble", "route")
@@ -34,7 +34,7 @@ def prepared(
                 states[parameter_name] = {k: v.clone() for k, v in optimizer.state[parameter].items()}
         save(model, optimizer, *rest)
 
-    monkeypatch.setattr(fine_tune, "save_moments", spied)
+    monkeypatch.setattr(trainer, "save_moments", spied)
     run = Run(shrunk(name, tiny, posttrain={"optimizer_state": "carry"}, prepare={"epochs": 1.0}), folder)
     run_stages(run, BEFORE_POSTTRAIN)
     return run, states

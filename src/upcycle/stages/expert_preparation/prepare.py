@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from upcycle.data.chat import Sample
+from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
 from upcycle.recipe import Recipe
@@ -13,52 +15,84 @@ from upcycle.records.plan import Checkpoint
 from upcycle.records.training import TrainingRecord
 from upcycle.settings import PrepareSettings
 from upcycle.training.checkpoints import finish, step_of
-from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.training.fine_tune import fine_tune
+from upcycle.training.training import Training
 from upcycle.types import Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, require_space
 
 
-def tune(kind: Kind, base: Base, train: Sequence[Sample], recipe: Recipe, out_dir: Path) -> list[Checkpoint]:
+def tune(
+    kind: Kind,
+    base: Base,
+    train: Sequence[Sample],
+    recipe: Recipe,
+    out_dir: Path,
+    validation: Sequence[Sample] = (),
+) -> list[Checkpoint]:
     """Instruction-tune the base and keep a checkpoint every `checkpoint_every` epochs (UpIT, section 3).
 
     With `by_domain` there is a training for each domain label, and the end of each is a checkpoint. Writes
     `checkpoint-<step>/` folders (models or adapters), `checkpoints.json` and `log.json`. Resumes from its own last
-    checkpoint.
+    checkpoint. All processes come.
 
     Args:
         kind: what the checkpoints will be experts of.
+        validation: rows for an evaluation while training, if one is asked for.
 
     Raises:
         UpcycleError: training diverges, the checkpoints would not fit on the disk, or there are no domains.
     """
-    checkpoints, records, settings = [], [], recipe.prepare
-    for name, samples in _trainings(train, settings):
+    trainings = _trainings(train, recipe.prepare)
+    for name, samples in trainings:
         folder = out_dir / name
         folder.mkdir(exist_ok=True)
-        if not is_whole(folder, _is_rewritten):  # else only the checkpoints are left to be finished
-            model = kind.trainable(base, recipe.lora, recipe.seed)
-            _require_space(kind, model, recipe, out_dir)
-            title, span = f"prepare: instruction tuning {name}".strip(), (0.0, recipe.dense_share)
-            moments = out_dir / MOMENTS.name if recipe.carries else None
-            training = Training(settings, recipe.seed, title, folder, settings.by_domain, span=span, moments_to=moments)
-            LOG.write(folder, fine_tune(model, base.tokenizer, samples, training))
-            note_sizes(folder)
-        records.append(LOG.read(folder))
-        saved = sorted(folder.glob("checkpoint-*"), key=step_of)
+        if not on_main(partial(is_whole, folder, _is_rewritten)):  # else only the checkpoints are left to be finished
+            _train(kind, base, samples, recipe, folder, name, validation)
+    if is_main():
+        _collect(kind, base, [name for name, _ in trainings], recipe.prepare, out_dir)
+    wait()
+    return CHECKPOINTS.read(out_dir)
+
+
+def _train(
+    kind: Kind,
+    base: Base,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    folder: Path,
+    name: str,
+    validation: Sequence[Sample],
+) -> None:
+    settings, out_dir = recipe.prepare, folder if not name else folder.parent
+    model = kind.trainable(base, recipe.lora, recipe.seed)
+    _require_space(kind, model, recipe, out_dir)
+    title, span = f"prepare: instruction tuning {name}".strip(), (0.0, recipe.dense_share)
+    moments = out_dir / MOMENTS.name if recipe.carries else None
+    training = Training(settings, recipe.seed, title, folder, settings.by_domain, span=span, moments_to=moments)
+    record = fine_tune(model, base.tokenizer, samples, training, validation)
+    if is_main():
+        LOG.write(folder, record)
+        note_sizes(folder)
+
+
+def _collect(kind: Kind, base: Base, names: Sequence[str], settings: PrepareSettings, out_dir: Path) -> None:
+    """Finish the checkpoints of every training, and list them."""
+    checkpoints = []
+    for name in names:
+        saved = sorted((out_dir / name).glob("checkpoint-*"), key=step_of)
         for checkpoint in reversed(saved):  # the newest first: without it, no training goes on with half of the others
             _finish(kind, checkpoint, base)
             kind.check_checkpoint(base, saved[-1], checkpoint)
-        for moments in out_dir.glob(f"{MOMENTS.name}/*"):
-            _finish(kind, moments, base)
         for checkpoint in saved:
             epoch = round(settings.epochs * step_of(checkpoint) / step_of(saved[-1]), 4)
             place = str(checkpoint.relative_to(out_dir))
             checkpoints.append(Checkpoint(name=name or checkpoint.name, path=place, epoch=epoch))
+    for moments in out_dir.glob(f"{MOMENTS.name}/*"):
+        _finish(kind, moments, base)
     if settings.by_domain:
-        LOG.write(out_dir, TrainingRecord.of_all(records))
+        LOG.write(out_dir, TrainingRecord.of_all([LOG.read(out_dir / name) for name in names]))
     CHECKPOINTS.write(out_dir, checkpoints)
-    return checkpoints
 
 
 def _trainings(train: Sequence[Sample], settings: PrepareSettings) -> list[tuple[str, list[Sample]]]:

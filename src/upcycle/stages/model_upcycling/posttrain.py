@@ -7,11 +7,13 @@ from pathlib import Path
 
 from upcycle.console import say
 from upcycle.data.chat import Sample
+from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.experts.kinds import load_for_training, load_routers, save_model, trained_parameters
 from upcycle.recipe import Recipe
 from upcycle.records.files import LOG, is_whole, note_sizes
-from upcycle.training.fine_tune import Training, fine_tune
+from upcycle.training.fine_tune import fine_tune
 from upcycle.training.moments import Moments
+from upcycle.training.training import Training
 from upcycle.types import Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import require_space
@@ -28,18 +30,20 @@ def posttrain(
     recipe: Recipe,
     out_dir: Path,
     moments: Callable[[Model, Path], Moments] | None = None,
+    validation: Sequence[Sample] = (),
 ) -> None:
     """Train the MoE in `initial` with the routing vectors in `router`; write it as a model folder.
 
-    Resumes from its own last checkpoint.
+    Resumes from its own last checkpoint. All processes come.
 
     Args:
         moments: (model, scratch folder): the optimizer state to begin with; None: a fresh one.
+        validation: rows for an evaluation while training, if one is asked for.
 
     Raises:
         UpcycleError: training diverges.
     """
-    if not is_whole(out_dir, _of_the_trainer):  # else only the Trainer's folder is left to be removed
+    if not on_main(lambda: is_whole(out_dir, _of_the_trainer)):  # else only the Trainer's folder is left to be removed
         settings = recipe.posttrain
         model = load_for_training(initial, base.folder, recipe.lora.four_bit, settings.freeze)
         load_routers(model, router)
@@ -53,11 +57,14 @@ def posttrain(
         trainer = out_dir / TRAINER
         begun = partial(moments, model, trainer / "moments") if moments else None
         training = Training(settings, recipe.seed, title, trainer, True, settings, span=(begin, 1.0), moments=begun)
-        record = fine_tune(model, base.tokenizer, train, training)
-        save_model(model, out_dir, initial)
-        LOG.write(out_dir, record)
-        note_sizes(out_dir)
-    shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
+        record = fine_tune(model, base.tokenizer, train, training, validation)
+        if is_main():
+            save_model(model, out_dir, initial)
+            LOG.write(out_dir, record)
+            note_sizes(out_dir)
+    wait()
+    if is_main():
+        shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
 
 
 def _of_the_trainer(name: str) -> bool:

@@ -14,6 +14,7 @@ from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
 from upcycle.data.splits import SeedData
 from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.distributed.world import is_main, wait
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import load_model, load_routers, router_keys, save_model
 from upcycle.records.files import MOVED, ROUTE_REPORT, ROUTER
@@ -33,6 +34,7 @@ from upcycle.stages.router_initialization.assignment import (
 from upcycle.stages.router_initialization.scoring import expert_losses
 from upcycle.stages.router_initialization.starts import Seed, Start
 from upcycle.stages.router_initialization.starts import start as make_start
+from upcycle.types import Model
 from upcycle.weights.base import Base
 
 DEGENERATE = 1e4
@@ -54,6 +56,8 @@ def route(
         seed_data: what the router is started from, and what it is measured on.
         names: the experts' names, in order.
 
+    Several processes share the scoring; the first does the rest.
+
     Raises:
         UpcycleError: fewer seed samples than experts, a loss or a routing vector that is not finite.
     """
@@ -64,26 +68,42 @@ def route(
         )
     device = pick_device()
     model = load_model(moe, compute_dtype(device), device, base.folder)
+    scored, limit = [*seed_data.fit, *seed_data.test], settings.tokens_per_batch
+    losses = expert_losses(model, scored, limit, base.pad_token_id).double().numpy() if len(names) > 1 else None
+    if is_main():
+        _route(base, model, moe, seed_data, losses, names, settings, seed, out_dir)
+    wait()
+    return ROUTE_REPORT.read(out_dir)
+
+
+def _route(
+    base: Base,
+    model: Model,
+    moe: Path,
+    seed_data: SeedData,
+    losses: Losses | None,
+    names: Sequence[str],
+    settings: RouteSettings,
+    seed: int,
+    out_dir: Path,
+) -> None:
     layers, hidden = len(router_modules(model)), model.config.hidden_size
     random = random_routers(layers, len(names), hidden, settings.init_std, seed)
-    if len(names) == 1:
+    if losses is None:
         say("route: one expert: there is nothing to route")
         report = RouteReport(start="random", assignment=settings.assignment, buckets=[], samples=[])
         _save(out_dir / ROUTER.name, sliced(random, granularity(model), 0.0, seed), router_keys(model))
     else:
         start_from = Seed(model, seed_data.fit, [], random, settings, base.pad_token_id, seed)
-        report = _start(start_from, seed_data.test, names, out_dir)
-    if settings.expert_learning_rate is not None and len(names) > 1:
-        save_model(model, out_dir / MOVED.name, moe)
+        report = _start(start_from, seed_data.test, losses, names, out_dir)
+        if settings.expert_learning_rate is not None:
+            save_model(model, out_dir / MOVED.name, moe)
     ROUTE_REPORT.write(out_dir, report)
-    return report
 
 
-def _start(seed: Seed, test: Sequence[Sample], names: Sequence[str], out_dir: Path) -> RouteReport:
-    """Score, assign, start the router, write it, measure it."""
+def _start(seed: Seed, test: Sequence[Sample], losses: Losses, names: Sequence[str], out_dir: Path) -> RouteReport:
+    """Assign, start the router, write it, measure it."""
     fit, settings, limit = seed.samples, seed.settings, seed.settings.tokens_per_batch
-    scored = [*fit, *test]
-    losses = expert_losses(seed.model, scored, limit, seed.pad_token_id).double().numpy()
     losses, test_losses = losses[: len(fit)], losses[len(fit) :]
     experts = assign(losses, fit, settings.assignment, seed.seed)
     buckets = bucket_table(experts, fit, losses, names)
@@ -92,7 +112,7 @@ def _start(seed: Seed, test: Sequence[Sample], names: Sequence[str], out_dir: Pa
     pairs = _pairs(experts, losses, names)
     seed = replace(seed, pairs=equal_steps(pairs) if settings.equal_steps else pairs)
     start = make_start(seed)
-    cost = _cost(start, scored, len(names), settings.start)
+    cost = _cost(start, [*fit, *test], len(names), settings.start)
     condition = condition_numbers(start.vectors)
     vectors = sliced(start.vectors, granularity(seed.model), settings.slice_noise, seed.seed)
     _save(out_dir / ROUTER.name, vectors, router_keys(seed.model))

@@ -1,0 +1,189 @@
+"""TRL's SFTTrainer for dense models and MoEs, for one process or several."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Int
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Sampler
+from trl import SFTTrainer
+
+from upcycle.distributed.world import gathered, wait, world_size
+from upcycle.errors import UpcycleError
+from upcycle.experts.kinds import kind_of
+from upcycle.records.files import note_sizes
+from upcycle.routing.batch import IGNORED
+from upcycle.routing.load import shares
+from upcycle.routing.routers import RouterRecorder, parts
+from upcycle.training.balance import load_balancing_loss, router_z_loss
+from upcycle.training.callbacks import LoadMonitor
+from upcycle.training.checkpoints import last_checkpoint
+from upcycle.training.loss_free import LossFreeBias
+from upcycle.training.moments import put_moments, save_moments
+from upcycle.training.packing import TOKEN_MASK
+from upcycle.training.rows import EvenRows
+from upcycle.training.step_load import StepLoad, count
+from upcycle.training.training import Training
+from upcycle.types import Model
+
+Inputs = dict[str, torch.Tensor]
+"""A batch, as the model takes it."""
+
+
+class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that resumes a MoE with its experts, balances its routers per layer and stops at NaN."""
+
+    def __init__(self, model: Model, training: Training, **arguments: Any):
+        self.training = training
+        self.balance = balance = training.balance
+        self.recorder = RouterRecorder(model) if balance else None
+        self.load_monitor = LoadMonitor() if balance else None
+        self.step_load = StepLoad()
+        rate = balance.balance_bias_rate if balance else 0.0
+        self.bias = LossFreeBias(model, rate) if rate else None
+        super().__init__(model=model, **arguments)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """The part of the schedule that this training takes."""
+        begin, end = self.training.span
+        steps = round(num_training_steps / (end - begin))
+        scheduler: LambdaLR = super().create_scheduler(steps, optimizer)
+        if skipped := round(begin * steps):
+            rate = scheduler.lr_lambdas[0]
+            scheduler = LambdaLR(scheduler.optimizer, lambda step: rate(step + skipped))
+        self.lr_scheduler = scheduler
+        return scheduler
+
+    def create_optimizer(self, model: Model | None = None) -> Optimizer:
+        """With a learning rate for each part of a MoE, and the moments to begin with."""
+        optimizer: Optimizer = super().create_optimizer(model)
+        if self.balance:
+            optimizer.param_groups[:] = list(_by_part(self.model, optimizer.param_groups, self.balance.rates))
+        if self.training.moments:
+            put_moments(self.model, optimizer, self.training.moments())
+        return optimizer
+
+    def compute_loss(self, model: Model, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> torch.Tensor:
+        """TRL's loss plus what keeps a MoE's routers balanced."""
+        mask = inputs.pop(TOKEN_MASK) if TOKEN_MASK in inputs else _token_mask(inputs)
+        if self.recorder is None or not self.model.training:
+            return self._finite(super().compute_loss(model, inputs, return_outputs, **kwargs))
+        self.recorder.clear()
+        loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        # the language-model loss is already divided by the tokens of the whole step: so is this, by its parts
+        return self._finite(loss + self._router_loss(mask.reshape(-1)) / self.current_gradient_accumulation_steps)
+
+    def _router_loss(self, mask: Int[torch.Tensor, " T"]) -> torch.Tensor:
+        """`router_aux_loss_coef` times the per-layer load-balancing loss, and the z-loss; counts the load."""
+        assert self.recorder is not None
+        assert self.balance is not None
+        assert self.load_monitor is not None
+        logits = self.recorder.logits
+        routed = count(self.recorder.indices, mask, logits[0].shape[-1])
+        self.load_monitor.add(routed.everywhere)
+        if self.bias:
+            self.bias.add(routed.everywhere)
+        group = self.recorder.granularity if self.balance.balance_over == "experts" else 1
+        if self.balance.balance_scope == "step":
+            share, num_tokens = self.step_load.add(routed, self.accelerator.sync_gradients), routed.num_tokens
+        else:
+            share, num_tokens = shares(routed.own), None
+        balance = load_balancing_loss(logits, share, mask, group, num_tokens)
+        z_loss = router_z_loss(logits, mask, num_tokens)
+        self._metrics["train"]["balance_loss"].append(balance.item())
+        self._metrics["train"]["router_z_loss"].append(z_loss.item())
+        return self.balance.router_aux_loss_coef * balance + self.balance.router_z_loss_coef * z_loss
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The routers' hooks, around the training: the bias first, so that what it chooses is what is recorded."""
+        with self.bias or nullcontext(), self.recorder or nullcontext():
+            yield
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the routers' load to what the Trainer logs; that of each layer to its history alone, being no scalar."""
+        if self.load_monitor is None or "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        for name in ("balance_loss", "router_z_loss"):
+            values = gathered(self._metrics["train"][name])
+            self._metrics["train"][name] = [fmean(each) for each in zip(*values, strict=True)]
+        super().log(logs | self.load_monitor.take(), start_time)
+        self.state.log_history[-1]["load"] = self.load_monitor.load
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        """Where processes would get unequal numbers of rows, some are given rows that count nothing."""
+        rows, at_once = self.training.rows, self.args.train_batch_size * world_size()
+        if rows % at_once == 0 or world_size() == 1:
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
+        return EvenRows(rows, at_once, self.args.data_seed)
+
+    def create_model_card(self, *_: object, **__: object) -> None:
+        """No card per checkpoint: the run's own says where a model comes from."""
+
+    def _finite(self, loss: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(loss):
+            self._stop_at("the loss is not finite")
+        return loss
+
+    def _save_checkpoint(self, model: Model, trial: object) -> None:
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            self._stop_at("a weight is not finite")
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and self.training.moments_to and self.state.global_step == self.state.max_steps:
+            save_moments(self.model, self.optimizer, self.training.moments_to, self._save)
+        if self.args.should_save and self.bias:
+            self.bias.save(folder)
+        super()._save_checkpoint(model, trial)
+        wait()  # every process has files of its own there
+        if self.args.should_save:
+            note_sizes(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: Inputs | None = None) -> None:
+        """As the kind of experts wants it."""
+        save = kind_of(self.model).save_checkpoint
+        if save is None:
+            super()._save(output_dir, state_dict)
+        else:
+            save(self.model, Path(output_dir or self.args.output_dir))
+
+    def _stop_at(self, problem: str) -> None:
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+        raise UpcycleError(
+            f"{problem} at step {self.state.global_step} of {self.state.max_steps}; {kept}. "
+            "Lower the learning rate, or look at the data around that step"
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model | None = None) -> None:
+        """The stock method (transformers 5.23) would go on from a MoE's initial experts."""
+        target = model if model is not None else self.model
+        if self.bias:
+            self.bias.load(Path(resume_from_checkpoint))
+        resume = kind_of(target).resume
+        if resume is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            resume(target, Path(resume_from_checkpoint))
+
+
+def _by_part(model: Model, groups: Sequence[dict[str, Any]], rates: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """The optimizer's groups, each divided by the rates of the MoE's parts."""
+    part_of = {id(parameter): part for part, parameter in parts(model)}
+    for group in groups:
+        for rate in dict.fromkeys(rates.values()):
+            chosen = [p for p in group["params"] if rates[part_of[id(p)]] == rate]
+            if chosen:
+                yield {**group, "params": chosen, "lr": rate * group["lr"]}
+
+
+def _token_mask(inputs: Inputs) -> torch.Tensor:
+    """1 for the tokens of a row that has an answer; a row that fills up a batch has none."""
+    return inputs["attention_mask"] * (inputs["labels"] != IGNORED).any(dim=1, keepdim=True)
