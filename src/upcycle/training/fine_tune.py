@@ -9,6 +9,7 @@ from transformers import PrinterCallback
 
 from upcycle.console import say
 from upcycle.data.chat import Sample
+from upcycle.distributed.device import idle_devices
 from upcycle.distributed.world import is_main, on_main, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.records.training import Evaluation, TrainingRecord, log_entry
@@ -45,6 +46,9 @@ def fine_tune(
     settings, bar = per_process(training.settings, world_size()), ShowProgress(training.title)
     training = replace(training, settings=settings, rows=len(samples))
     resume = on_main(lambda: last_checkpoint(training.out_dir))  # it removes what is half written
+    if idle := idle_devices():
+        command = f"torchrun --nproc-per-node {idle + 1} -m upcycle run RECIPE --out FOLDER"
+        say(f"{training.title}: one of {idle + 1} devices is used; to use all of them: {command}")
     if resume:
         say(f"{training.title}: resuming from {resume.name}")
         training = replace(training, moments=None)  # the checkpoint has its own

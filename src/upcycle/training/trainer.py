@@ -151,7 +151,7 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         save = kind_of(self.model).save_checkpoint
         if save is None:
             super()._save(output_dir, state_dict)
-        else:
+        elif self.args.should_save:
             save(self.model, Path(output_dir or self.args.output_dir))
 
     def _stop_at(self, problem: str) -> None:

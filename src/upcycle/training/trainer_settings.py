@@ -47,10 +47,19 @@ def config(settings: TrainingSettings, out_dir: str, seed: int, accumulation: in
         logging_nan_inf_filter=False,
         report_to=report_to,
         disable_tqdm=True,
-        **{"dataloader_pin_memory": accelerator, "prediction_loss_only": True, **_without_attention(settings.trainer)},
+        **_defaults(accelerator) | _without_attention(settings.trainer),
     )
     made._n_gpu = min(1, made.n_gpu)  # one process uses one; more would be DataParallel, with another batch
     return made
+
+
+def _defaults(accelerator: bool) -> dict[str, Any]:
+    """What a recipe's `trainer` may say otherwise."""
+    return {
+        "dataloader_pin_memory": accelerator,
+        "prediction_loss_only": True,
+        "ddp_find_unused_parameters": False,  # experts lie in one tensor, which always takes part
+    }
 
 
 def attention(settings: TrainingSettings) -> str | None:

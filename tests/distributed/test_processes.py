@@ -1,0 +1,187 @@
+"""Whole commands in two processes over gloo, beside the same command in one."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from conftest import make_dense, write_rows
+from upcycle.distributed.launch import first_host, slurm_variables
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+TRAINING = {"batch_size": 8, "learning_rate": 1e-3, "warmup_fraction": 0.0}
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return str(server.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 103 rows 75 are trained on: no number of steps, so the last step of an epoch is not full."""
+    folder = tmp_path_factory.mktemp("processes")
+    values = {
+        "base": str(make_dense(folder / "base")),
+        "data": {"train": str(write_rows(folder / "rows.jsonl", 103)), "max_length": 64, "validation_fraction": 0.1},
+        "prepare": {**TRAINING, "epochs": 1, "checkpoint_every": 0.5},
+        "lora": {"rank": 4},
+        "expand": {"num_experts": 3},
+        "route": {"min_samples_per_expert": 4, "epochs": 1},
+        "posttrain": {**TRAINING, "epochs": 4, "checkpoint_every": 0.25},
+        "evaluate": {"models": "ends"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+def begin(processes: int, *words: str) -> subprocess.Popen[str]:
+    """As typed; in one process with the micro-batch that two share."""
+    command = [sys.executable, "-m", "upcycle", *words]
+    if processes > 1:
+        ours = ["--nproc-per-node", str(processes), "--master-port", free_port()]
+        command = [str(TORCHRUN), *ours, "-m", "upcycle", *words]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def workers(launcher: subprocess.Popen[str]) -> dict[str, int]:
+    """Rank to process of what torchrun has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == str(launcher.pid):
+            found |= {v.decode()[5:]: int(folder.name) for v in variables if v.startswith(b"RANK=")}
+    return found
+
+
+def log(run: Path, stage: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run / stage / "log.json").read_text())["log"]
+    return found
+
+
+KINDS = {
+    "ffn": ["prepare.train=full", "posttrain.balance_bias_rate=0.001"],
+    "lora": ["prepare.train=lora", "assemble.shared=base"],
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_do_what_one_does_also_when_one_is_killed(kind: str, recipe: Path, tmp_path: Path) -> None:
+    words = ["run", str(recipe), *KINDS[kind], "--out"]
+    alone = begin(1, *words, str(tmp_path / "one"), "prepare.micro_batch_size=8", "posttrain.micro_batch_size=8")
+    said, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 0, said
+
+    halves = ["prepare.micro_batch_size=4", "posttrain.micro_batch_size=4"]
+    cut = begin(2, *words, str(tmp_path / "two"), *halves)
+    trainer = tmp_path / "two" / "posttrain.partial" / "trainer"
+    while not list(trainer.glob("checkpoint-*/sizes.json")):
+        assert cut.poll() is None, cut.communicate()
+        time.sleep(0.01)
+    os.kill(workers(cut)["1"], signal.SIGKILL)
+    cut.communicate(timeout=60)  # the other one ends within a minute
+    assert cut.returncode != 0
+    assert not (tmp_path / "two" / "posttrain").exists()
+
+    resumed = begin(2, *words, str(tmp_path / "two"), *halves)
+    said, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, said
+    assert said.count("posttrain: resuming ...") == 1  # one line, not two
+    assert said.count("posttrain: mixture of experts: resuming from checkpoint-") == 1
+    for stage in ("prepare", "posttrain"):
+        one, two = log(tmp_path / "one", stage), log(tmp_path / "two", stage)
+        assert len(one) == len(two) == {"prepare": 10, "posttrain": 40}[stage]
+        for field in ("loss", "balance_loss", "learning_rate"):
+            found = [entry.get(field, 0.0) for entry in two]
+            assert found == pytest.approx([entry.get(field, 0.0) for entry in one], abs=1e-6), field
+    assert [entry.get("load") for entry in two] == [entry.get("load") for entry in one]
+    for place in (tmp_path / "one").glob("*/*.safetensors"):
+        twin = load_file(tmp_path / "two" / place.relative_to(tmp_path / "one"))
+        for name, tensor in load_file(place).items():
+            torch.testing.assert_close(twin[name], tensor, atol=2e-5, rtol=1e-3)
+    scores = [json.loads((tmp_path / run / "evaluate" / "scores.json").read_text()) for run in ("one", "two")]
+    assert scores[1]["MoE"]["loss"] == pytest.approx(scores[0]["MoE"]["loss"], abs=1e-5)
+
+
+def under_slurm(rank: int, port: str, cwd: Path, *words: str) -> subprocess.Popen[str]:
+    """One of two tasks of a step, with the variables that srun sets."""
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    slurm |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "-m", "upcycle", *words],
+        env=environment(**slurm),
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+ERRORS = {
+    "a setting of the recipe": (["expand.num_expert=3"], "expand.num_expert: unknown setting"),
+    "rows of a step": (
+        ["prepare.batch_size=7", "prepare.micro_batch_size=7"],
+        "batch_size is 7, which 2 processes cannot share evenly; set batch_size=8, or start 1, 7 processes",
+    ),
+    "a folder that is not shared": ([], "process 1 on .* does not see what the first process writes there"),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_an_error_is_said_once_and_ends_all(what: str, recipe: Path, tmp_path: Path) -> None:
+    settings, expected = ERRORS[what]
+    port, folders = free_port(), [tmp_path / "a", tmp_path / ("b" if "shared" in what else "a")]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    started = [
+        under_slurm(rank, port, folder, "run", str(recipe), "--run", "x", *settings)
+        for rank, folder in enumerate(folders)
+    ]
+    ended = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [2, 2], ended
+    errors = "".join(said for _, said in ended)
+    assert errors.count("error: ") == 1, errors
+    assert re.search(expected, errors), errors
+
+
+def test_variables_of_slurm_are_those_of_a_step_alone() -> None:
+    job = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "71"}
+    assert slurm_variables(job) == {}  # the batch script itself
+    step = {**job, "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    found = slurm_variables({**step, "SLURM_STEP_NODELIST": "gpu[08-09,11]"})
+    assert found == {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu08",
+        "MASTER_PORT": "29571",
+    }
+    assert slurm_variables({**step, "RANK": "0"}) == {}  # torchrun within a step
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("a1", "a1"), ("a1,b2", "a1"), ("n[3-7].x,m1", "n3.x"), ("n[12,14]", "n12")]
+)
+def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
