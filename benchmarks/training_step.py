@@ -1,0 +1,148 @@
+"""What a training step of a MoE costs, against dense models: the one that it was made of, and one of its active width.
+
+    python benchmarks/training_step.py --work DIR                          # 8 rows of 256, hidden 576, 8 layers
+    python benchmarks/training_step.py --work DIR --rows 16 --length 1024  # bf16 on a GPU
+
+All models see the same batch in turn. A step is forward, loss, balance loss and the count of the experts' load, backward
+and AdamW over all parameters. Prints the median of each, its ratio to the dense ones, and that of the FLOPs.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from upcycle.architectures.mapping import map_model
+from upcycle.architectures.slices import Slicing
+from upcycle.console import say, table
+from upcycle.distributed.device import pick_device
+from upcycle.experts.autocast import follow_autocast
+from upcycle.experts.kinds import KINDS, load_model
+from upcycle.records.plan import ExpansionPlan, Expert
+from upcycle.routing.routers import RouterRecorder, num_experts, random_routers
+from upcycle.settings import AssembleSettings, LoraSettings
+from upcycle.training.balance import load_balancing_loss
+from upcycle.training.callbacks import LoadMonitor
+from upcycle.training.step_load import StepLoad, count
+from upcycle.weights.base import Base
+from upcycle.weights.safetensors_io import ModelReader
+
+EXPERTS = 8
+DENSE, WIDE = "dense", "dense, twice as wide"
+CHOICES = {"whole experts, top-2": (2, 1), "4 slices each, top-1": (1, 4)}
+"""Name to experts per token, and granularity."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a step and of the dense model."""
+
+    rows: int = 8
+    length: int = 256
+    hidden: int = 576
+    layers: int = 8
+    rounds: int = 8
+
+
+def make_models(work: Path, size: Size) -> None:
+    """Dense Llamas of random weights in `work`, and MoEs of copies of the first; once."""
+    if (work / "done").exists():
+        return
+    for name, width in ((DENSE, 1), (WIDE, 2)):
+        torch.manual_seed(0)
+        heads = max(1, size.hidden // 64)
+        config = LlamaConfig(
+            vocab_size=8192,
+            hidden_size=size.hidden,
+            intermediate_size=size.hidden * 8 // 3 // 64 * 64 * width or 64 * width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 3 or 1,
+            tie_word_embeddings=True,
+        )
+        LlamaForCausalLM(config).save_pretrained(work / name)
+    base = Base(work / DENSE, DENSE)
+    copies = tuple(Expert(name=f"copy-{e}", kind="checkpoint", checkpoint=0) for e in range(EXPERTS))
+    gram = ((0.0,) * EXPERTS,) * EXPERTS
+    plan = ExpansionPlan(experts=copies, merge="dare", drop_rate=0.0, seed=0, similarity="cosine", gram=gram)
+    for name, (k, granularity) in CHOICES.items():
+        (work / name).mkdir(parents=True, exist_ok=True)
+        settings = AssembleSettings(num_experts_per_tok=k, granularity=granularity)
+        routers = random_routers(size.layers, EXPERTS, size.hidden, 0.02, 0)
+        KINDS["ffn"].assemble(base, [base.folder], plan, settings, LoraSettings(), routers, work / name)
+    (work / "done").touch()
+
+
+def make_step(model: Any, size: Size, recorders: ExitStack) -> Callable[[], None]:
+    """A step as the Trainer makes it, hooks and balance loss included."""
+    device, vocabulary = pick_device(), model.config.vocab_size
+    ids = torch.randint(vocabulary, (size.rows, size.length), generator=torch.Generator().manual_seed(1)).to(device)
+    mask = torch.ones(size.rows * size.length, dtype=torch.long, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    recorder = recorders.enter_context(RouterRecorder(model)) if num_experts(model) else None
+    monitor, load = LoadMonitor(), StepLoad()
+    follow_autocast(model)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
+            if recorder:
+                recorder.clear()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            if recorder:
+                routed = count(recorder.indices, mask, recorder.logits[0].shape[-1])
+                monitor.add(routed.everywhere)
+                share = load.add(routed, last=True)
+                loss = loss + 0.01 * load_balancing_loss(recorder.logits, share, mask, num_tokens=routed.num_tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        monitor.take()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure(work: Path, size: Size) -> dict[str, float]:
+    """Median seconds of a step of each model, in turn."""
+    make_models(work, size)
+    times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, *CHOICES)}
+    with ExitStack() as recorders:
+        models = {name: load_model(work / name, torch.float32, pick_device()).train() for name in times}
+        steps = {name: make_step(model, size, recorders) for name, model in models.items()}
+        for _ in range(size.rounds + 1):
+            for name, step in steps.items():
+                begin = time.perf_counter()
+                step()
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models; made once")
+    for field, value in asdict(Size()).items():
+        parser.add_argument(f"--{field}", type=int, default=value)
+    arguments = vars(parser.parse_args())
+    work, size = arguments.pop("work"), Size(**arguments)
+    median, dense, lines = measure(work, size), work / DENSE, []
+    for name, seconds in median.items():
+        k, granularity = CHOICES.get(name, (1, 1))
+        mapping = map_model(dense, ModelReader(dense), EXPERTS, Slicing(granularity))
+        flops = "1.00" if name == DENSE else f"{mapping.flops_over_dense(2 if name == WIDE else k):.2f}"
+        lines.append((name, f"{1e3 * seconds:.0f}", *(f"{seconds / median[d]:.2f}" for d in (DENSE, WIDE)), flops))
+    threads = f"{torch.get_num_threads()} threads" if pick_device().type == "cpu" else str(pick_device())
+    title = f"a step of {size.rows} x {size.length} tokens, hidden {size.hidden}, {size.layers} layers, {threads}"
+    table(title, ("model", "ms", "over dense", "over the wide one", "FLOPs over dense"), lines)
+    say(f"median of {size.rounds} rounds in turn")
+
+
+if __name__ == "__main__":
+    main()
