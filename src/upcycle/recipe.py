@@ -19,6 +19,7 @@ from upcycle.settings import (
     MOST_EXPERTS,
     AssembleSettings,
     DataSettings,
+    DevicesSettings,
     EvaluateSettings,
     ExpandSettings,
     LoraSettings,
@@ -45,6 +46,7 @@ class Recipe(Settings):
     route: RouteSettings = RouteSettings()
     posttrain: PosttrainSettings = PosttrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    devices: DevicesSettings = DevicesSettings()
     seed: int = Field(0, ge=0, lt=2**32)
     """Every random draw of the run follows from it."""
 
@@ -162,6 +164,24 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _experts_can_be_sharded(self) -> "Recipe":
+        devices, m = self.devices, self.expand.num_experts * self.assemble.granularity
+        if devices.fsdp == 1 or self.prepare.shares_base:
+            return self
+        if self.carries:
+            raise ValueError(
+                "posttrain.optimizer_state is carry, which needs whole tensors, but devices.fsdp shards them; set "
+                "posttrain.optimizer_state=fresh"
+            )
+        if m % devices.ep or devices.fsdp // devices.ep > m // devices.ep:
+            raise ValueError(
+                f"devices.fsdp is {devices.fsdp} and devices.ep {devices.ep}, but a layer's {m} experts can be divided "
+                f"among {m} processes at most, and ep must divide them; set devices.fsdp={min(m, devices.fsdp)} with "
+                "devices.replicate, or raise expand.num_experts or assemble.granularity"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fewer_active_than_experts(self) -> "Recipe":
         k, m = self.assemble.num_experts_per_tok, self.expand.num_experts
         if k > m:
@@ -255,8 +275,8 @@ def _describe_section(prefix: str, section: type[Settings]) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """`section.field: old -> new` for every setting that differs."""
-    before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
+    """`section.field: old -> new` for every setting that differs and decides what a run makes."""
+    before, after = (dict(_flat(recipe.model_dump(exclude={"devices"}))) for recipe in (old, new))
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
 
 

@@ -372,6 +372,30 @@ class PosttrainSettings(TrainingSettings):
         return {"experts": self.experts_rate, "shared": self.shared_rate, "router": self.router_rate}
 
 
+class DevicesSettings(Settings):
+    """How a model is divided among processes that train it (torchrun); what a run makes does not depend on it."""
+
+    fsdp: int = Field(1, ge=1)
+    """Processes that each hold a part of every weight, gradient and optimizer state (FSDP2). 1: each holds all."""
+    ep: int = Field(1, ge=1)
+    """Of these, processes that each hold whole experts of their own (expert parallelism)."""
+    replicate: int = Field(1, ge=1)
+    """Groups of `fsdp` processes, each with the whole model: a group for each machine keeps traffic on the machine."""
+
+    @property
+    def processes(self) -> int | None:
+        """That must be started; None: any number."""
+        return self.fsdp * self.replicate if self.fsdp > 1 else None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "DevicesSettings":
+        if self.fsdp % self.ep:
+            raise ValueError(f"ep {self.ep} does not divide fsdp {self.fsdp}")
+        if self.replicate > 1 and self.fsdp == 1:
+            raise ValueError("replicate is for groups of fsdp processes; without fsdp each process has the whole model")
+        return self
+
+
 class EvaluateSettings(Settings):
     """The first evaluation: held-out loss, and exact match where answers are short."""
 

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import chain
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +30,15 @@ from upcycle.architectures.mapping import (
 )
 from upcycle.architectures.slices import Slicing
 from upcycle.console import warn
+from upcycle.distributed.shards import is_sharded, placement, take_over
+from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError
 from upcycle.experts.active import active_ffns
 from upcycle.experts.adapter_files import is_adapter
 from upcycle.experts.gram import Measure, task_vector_gram
 from upcycle.experts.kind import Kind, Load, Routers
 from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
+from upcycle.experts.sharded import write_plain
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise
 from upcycle.merging.perturb import perturbed
@@ -42,7 +46,7 @@ from upcycle.reading import read_json
 from upcycle.records.description import Description
 from upcycle.records.files import LINEAGE
 from upcycle.records.plan import ExpansionPlan, Expert, Gram
-from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
+from upcycle.settings import AssembleSettings, DevicesSettings, ExpandSettings, LoraSettings
 from upcycle.types import Config, Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, load_dense, read_config, write_config
@@ -107,9 +111,9 @@ def ffn_names(base: Base) -> list[str]:
     return ffn_tensors(family_of(config, str(base.folder)).layout, config)
 
 
-def whole_model(base: Base, _lora: LoraSettings, _seed: int) -> Model:
+def whole_model(base: Base, _lora: LoraSettings, _seed: int, devices: DevicesSettings) -> Model:
     """All of the model trains but the FFNs of layers that stay dense: a forced expert is its checkpoint then too."""
-    model = load_dense(base.folder, torch.float32).train()
+    model = load_dense(base.folder, torch.float32, **_dense_placement(devices)).train()
     if base.layers is not None:
         every, sparse = ffn_names(replace(base, layers=None)), ffn_names(base)
         for name in set(every) - set(sparse):
@@ -117,9 +121,13 @@ def whole_model(base: Base, _lora: LoraSettings, _seed: int) -> Model:
     return model
 
 
-def ffn_alone(base: Base, _lora: LoraSettings, _seed: int) -> Model:
+def _dense_placement(devices: DevicesSettings) -> dict[str, Any]:
+    return placement(devices.fsdp, 1, devices.replicate)
+
+
+def ffn_alone(base: Base, _lora: LoraSettings, _seed: int, devices: DevicesSettings) -> Model:
     """Only the FFN weights train: the experts then differ in nothing else."""
-    model = load_dense(base.folder, torch.float32).train()
+    model = load_dense(base.folder, torch.float32, **_dense_placement(devices)).train()
     names = set(ffn_names(base))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
@@ -250,20 +258,30 @@ def spread(last: Tensor, expert: Tensor, scale: float) -> Tensor:
 
 def load(how: Load) -> Model:
     """A dense model or a plain MoE."""
-    return load_dense(how.folder, how.dtype).to(how.device).eval()
+    model = load_dense(how.folder, how.dtype, **how.where)
+    return (model if how.where else model.to(how.device)).eval()
 
 
 def save(model: Model, folder: Path, initial: Path) -> None:
     """With the configuration, tokenizer and lineage of the initial MoE."""
     config = read_json(initial / "config.json")  # as written: training changes it
-    model.to(getattr(torch, config["dtype"])).save_pretrained(folder)
-    write_config(folder, config)
-    copy_companions(initial, folder)
+    dtype = getattr(torch, config["dtype"])
+    if is_sharded(model):
+        write_plain(model, folder, dtype)
+    elif is_main():
+        model.to(dtype).save_pretrained(folder)
+    if is_main():
+        write_config(folder, config)
+        copy_companions(initial, folder)
 
 
 def resume(model: Model, checkpoint: Path) -> None:
     """Load through from_pretrained, which maps the per-expert names on disk to the fused ones in memory."""
-    model.load_state_dict(load_dense(checkpoint, torch.float32).state_dict(), strict=True)
+    if is_sharded(model):
+        config = model.config.distributed_config
+        take_over(model, load_dense(checkpoint, torch.float32, distributed_config=config))
+    else:
+        model.load_state_dict(load_dense(checkpoint, torch.float32).state_dict(), strict=True)
 
 
 def router_keys(model: Model) -> list[str]:

@@ -1,9 +1,9 @@
 """The form of a row of `kinds.KINDS`: everything that depends on what an expert is."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -12,7 +12,7 @@ from upcycle.experts.gram import Measure
 from upcycle.recipe import Recipe
 from upcycle.records.description import Description
 from upcycle.records.plan import AdapterMerge, ExpansionPlan, Gram
-from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
+from upcycle.settings import AssembleSettings, DevicesSettings, ExpandSettings, LoraSettings
 from upcycle.types import Model
 from upcycle.weights.base import Base
 
@@ -29,8 +29,10 @@ class Load:
     device: torch.device
     base: Path | None
     """The dense model of adapters; None: the one that they name."""
-    four_bit: bool
+    four_bit: bool = False
     """Quantize the dense model of adapters (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)."""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    """from_pretrained's `distributed_config` or `device_map`, which then take the place of `device`."""
 
 
 @runtime_checkable
@@ -68,8 +70,8 @@ class Kind:
     """Refuses a base that cannot have such experts."""
     check_checkpoint: Callable[[Base, Path, Path], None]
     """(base, the first checkpoint, a checkpoint): refuses what does not belong to the base."""
-    trainable: Callable[[Base, LoraSettings, int], Model]
-    """(base, settings, seed): the model with what is tuned, in training mode."""
+    trainable: Callable[[Base, LoraSettings, int, DevicesSettings], Model]
+    """(base, settings, seed, how it is divided): the model with what is tuned, in training mode."""
     num_saved: Callable[[Model], int]
     """Parameters that a checkpoint of what `trainable` gives holds."""
     finish_checkpoint: Callable[[Path, Base], None]
@@ -88,7 +90,8 @@ class Kind:
     load: Callable[[Load], Model]
     """A model folder of this kind, in evaluation mode."""
     save: Callable[[Model, Path, Path], None]
-    """(model, folder, the folder that it was loaded from): write a trained MoE as a folder that stands alone."""
+    """(model, folder, the folder that it was loaded from): write a trained MoE as a folder that stands alone. Of
+    several processes the first writes; all must come."""
     save_checkpoint: Callable[[Model, Path], None] | None
     """Write what a resume needs of the model; None: as the Trainer does."""
     resume: Callable[[Model, Path], None] | None

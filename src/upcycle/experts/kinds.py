@@ -1,11 +1,14 @@
 """The kinds of experts, a row each; and models and folders of any kind."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.distributed.shards import placement, put
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import is_adapter, read_adapter_config
 from upcycle.experts.autocast import follow_autocast
@@ -16,6 +19,7 @@ from upcycle.experts.lora import ADAPTER, LORA
 from upcycle.experts.mixture import mixture_of
 from upcycle.records.files import LINEAGE
 from upcycle.routing.routers import freeze, num_slices, router_modules
+from upcycle.settings import DevicesSettings
 from upcycle.types import Model
 
 KINDS: dict[str, Kind] = {"ffn": FFN, "full": FULL, "lora": LORA, "bottleneck": BOTTLENECK}
@@ -49,17 +53,19 @@ def load_model(
     device: torch.device | str = "cpu",
     base: Path | None = None,
     four_bit: bool = False,
+    where: Mapping[str, Any] | None = None,
 ) -> Model:
     """A causal language model of any kind, in evaluation mode; never unpickles, runs no remote code.
 
     Args:
         base: the dense model of adapters; none given: the one that they name.
         four_bit: quantize the dense model of adapters.
+        where: from_pretrained's `distributed_config` or `device_map`, instead of `device`.
 
     Raises:
         UpcycleError: keys are missing or left over, so the model would be partly random.
     """
-    model = kind_in(folder).load(Load(folder, dtype, torch.device(device), base, four_bit))
+    model = kind_in(folder).load(Load(folder, dtype, torch.device(device), base, four_bit, where or {}))
     lineage = LINEAGE.known(folder)
     model.granularity = lineage.granularity if lineage else 1
     if num_slices(model) % model.granularity:
@@ -70,17 +76,20 @@ def load_model(
     return model
 
 
-def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str) -> Model:
+def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str, devices: DevicesSettings) -> Model:
     """A MoE, in training mode; what trains is in fp32, what does not in the device's own dtype.
 
     Args:
+        devices: how it is divided among processes; experts of adapters have no shards of their own.
         fixed: one of `routing.routers.parts` that is left as it is besides what the kind leaves, or `none`.
     """
     kind = kind_in(folder)
     dtype = compute_dtype(pick_device()) if kind.frozen else torch.float32
-    model = load_model(folder, dtype, base=base, four_bit=four_bit).train()
+    where = placement(devices.fsdp, 1 if kind.frozen else devices.ep, devices.replicate)
+    model = load_model(folder, dtype, base=base, four_bit=four_bit, where=where).train()
     freeze(model, {fixed, *kind.frozen})
-    follow_autocast(model)
+    if not where:  # shards are gathered in the dtype that they are multiplied in
+        follow_autocast(model)
     return model
 
 
@@ -105,4 +114,4 @@ def load_routers(model: Model, path: Path) -> None:
     tensors = load_file(path)
     with torch.no_grad():
         for name, router in zip(router_keys(model), router_modules(model), strict=True):
-            router.get_parameter("weight").copy_(tensors[name])
+            put(router.get_parameter("weight"), tensors[name])

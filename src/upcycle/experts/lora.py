@@ -53,7 +53,7 @@ from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapte
 from upcycle.records.description import Description
 from upcycle.records.files import MANIFEST
 from upcycle.records.plan import ExpansionPlan, Expert, Gram
-from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
+from upcycle.settings import AssembleSettings, DevicesSettings, ExpandSettings, LoraSettings
 from upcycle.types import Config, Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, find_model, load_dense
@@ -115,8 +115,8 @@ def warn_of_another_base(base: Base, checkpoint: Path) -> None:
         warn(f"{checkpoint} was trained on {named}, by its own words; the base here is {base.name}: the same model?")
 
 
-def trainable(base: Base, lora: LoraSettings, seed: int) -> Model:
-    """PEFT's adapters on the FFN weights of the frozen base."""
+def trainable(base: Base, lora: LoraSettings, seed: int, _devices: DevicesSettings) -> Model:
+    """PEFT's adapters on the FFN weights of the frozen base, which every process has whole."""
     from peft import LoraConfig, get_peft_model
 
     dtype = compute_dtype(pick_device())  # frozen: not worth fp32 where bf16 is quick

@@ -17,6 +17,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from upcycle.experts.kind import Load, Routers
@@ -119,9 +120,9 @@ def load_mixture(how: Load, make: MakeAdditions) -> Model:
     base = how.base or find_model(config.base_model_name_or_path)
     tensors = read_tensors(how.folder)
     check_ranks(config, tensors, how.folder)
-    model = attach(load_dense(base, how.dtype, how.four_bit), config, make)
+    model = attach(load_dense(base, how.dtype, how.four_bit, **how.where), config, make)
     put_tensors(model, tensors, how.folder)
-    return (model if how.four_bit else model.to(device=how.device, dtype=how.dtype)).eval()
+    return (model if how.four_bit or how.where else model.to(device=how.device, dtype=how.dtype)).eval()
 
 
 def attach(model: Model, config: MixtureConfig, make: MakeAdditions) -> Model:
@@ -182,8 +183,9 @@ def save_checkpoint(model: Model, folder: Path, dtype: str = "float32") -> None:
 
 def save_mixture(model: Model, folder: Path, initial: Path) -> None:
     """Write a trained mixture, in its own dtype, with what else lies in the initial folder."""
-    save_checkpoint(model, folder, model.mixture.dtype)
-    copy_companions(initial, folder)
+    if is_main():
+        save_checkpoint(model, folder, model.mixture.dtype)
+        copy_companions(initial, folder)
 
 
 def check_ranks(config: MixtureConfig, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from upcycle.console import say
 from upcycle.disk import SCRATCH, write_text
-from upcycle.distributed.world import check_shared, is_main, on_main, wait
+from upcycle.distributed.world import check_shared, is_main, on_main, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import stages
 from upcycle.pipeline.costs import measured
@@ -38,6 +38,13 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
         UpcycleError: the folder belongs to another recipe, another process works in it, or an earlier stage is
             missing, outdated or damaged.
     """
+    if run.recipe.devices.processes not in (None, world_size()):
+        devices = run.recipe.devices
+        raise UpcycleError(
+            f"devices.fsdp is {devices.fsdp} and devices.replicate {devices.replicate}, which takes "
+            f"{devices.processes} processes, but there are {world_size()}; start them with torchrun (--nproc-per-node, "
+            "--nnodes), or set devices.fsdp=1"
+        )
     check_shared(run.folder)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(_lock(run.folder)))

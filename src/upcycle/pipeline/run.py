@@ -90,8 +90,19 @@ class Run:
         base = replace(base, layers=layers)
         family_of(with_layers(base.config, layers), str(folder))
         ModelReader(folder)
+        self._check_shards(base)
         self.kind.check_base(base)
         return base
+
+    def _check_shards(self, base: "upcycle.weights.base.Base") -> None:
+        """Both uses of a tied weight are shards of their own, and where those are padded only one is trained."""
+        fsdp, vocabulary = self.recipe.devices.fsdp, base.config["vocab_size"]
+        if base.config.get("tie_word_embeddings") and vocabulary % fsdp:
+            raise UpcycleError(
+                f"devices.fsdp is {fsdp}, which does not divide the {vocabulary} rows of {base.folder}'s embeddings; "
+                "they are tied to its head, and transformers would compute with an old copy of them; set devices.fsdp "
+                f"to one of {', '.join(str(n) for n in range(1, 65) if vocabulary % n == 0)}, with devices.replicate"
+            )
 
     @property
     def _last_checkpoint(self) -> Path | None:

@@ -63,7 +63,7 @@ def freeze(model: Model, fixed: Collection[str]) -> None:
     """Leave the named `parts` of a MoE as they are; what trains is in fp32."""
     for part, parameter in parts(model):
         if part not in fixed:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.float() if parameter.dtype != torch.float32 else parameter.data
         parameter.requires_grad_(part not in fixed)
 
 

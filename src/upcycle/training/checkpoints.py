@@ -1,14 +1,17 @@
 """Trainer checkpoints on disk: the newest complete one, and what a finished one keeps."""
 
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatch
 from itertools import takewhile
 from pathlib import Path
 
+from upcycle.distributed.shards import OPTIMIZER
 from upcycle.records.files import ROUTER_BIAS, SIZES, TRAINER_STATE, is_whole
 
 RESUME_FILES = (
     "optimizer.pt",
+    f"{OPTIMIZER}/*",
     "scheduler.pt",
     "scaler.pt",
     "rng_state*.pth",
@@ -57,6 +60,8 @@ def strip_resume_files(folder: Path) -> None:
     for pattern in RESUME_FILES:
         for path in folder.glob(pattern):
             path.unlink()
+    with suppress(FileNotFoundError):
+        (folder / OPTIMIZER).rmdir()
 
 
 def finish(folder: Path) -> None:

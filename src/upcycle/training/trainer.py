@@ -1,5 +1,6 @@
 """TRL's SFTTrainer for dense models and MoEs, for one process or several."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Sampler
 from trl import SFTTrainer
 
+from upcycle.distributed.shards import OPTIMIZER, is_sharded, load_optimizer, local, save_optimizer
 from upcycle.distributed.world import gathered, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import kind_of
+from upcycle.experts.sharded import save_checkpoint
 from upcycle.records.files import note_sizes
 from upcycle.routing.batch import IGNORED
 from upcycle.routing.load import shares
@@ -47,7 +50,9 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         self.step_load = StepLoad()
         rate = balance.balance_bias_rate if balance else 0.0
         self.bias = LossFreeBias(model, rate) if rate else None
+        arguments["args"].save_only_model = is_sharded(model)  # else refused: what is saved besides is ours
         super().__init__(model=model, **arguments)
+        self.args.save_only_model = False
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The part of the schedule that this training takes."""
@@ -134,7 +139,7 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def _save_checkpoint(self, model: Model, trial: object) -> None:
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+        if not all(gathered(all(torch.isfinite(local(p)).all() for p in self.model.parameters() if p.requires_grad))):
             self._stop_at("a weight is not finite")
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and self.training.moments_to and self.state.global_step == self.state.max_steps:
@@ -149,10 +154,28 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Inputs | None = None) -> None:
         """As the kind of experts wants it."""
         save = kind_of(self.model).save_checkpoint
-        if save is None:
+        if save is None and is_sharded(self.model):
+            save_checkpoint(self.model, Path(output_dir or self.args.output_dir))
+        elif save is None:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             save(self.model, Path(output_dir or self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Of a sharded model each process writes its part."""
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.model, self.optimizer.optimizer, Path(output_dir) / OPTIMIZER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint) / OPTIMIZER)
+        with warnings.catch_warnings():  # it is asked to step before the optimizer, which has stepped as often already
+            warnings.simplefilter("ignore")
+            self.lr_scheduler.step(self.state.global_step)
 
     def _stop_at(self, problem: str) -> None:
         last = last_checkpoint(Path(self.args.output_dir))
@@ -168,7 +191,7 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         if self.bias:
             self.bias.load(Path(resume_from_checkpoint))
         resume = kind_of(target).resume
-        if resume is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if resume is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             resume(target, Path(resume_from_checkpoint))

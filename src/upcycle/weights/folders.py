@@ -104,10 +104,13 @@ def four_bit_config(dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Model:
+def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False, **where: Any) -> Model:
     """A model of its own, no adapters, on the CPU (in 4 bits: on the GPU).
 
     From safetensors; never unpickles, runs no remote code.
+
+    Args:
+        where: from_pretrained's `distributed_config` or `device_map`; without one the model is on the CPU.
 
     Raises:
         UpcycleError: it cannot be loaded; or keys are missing or left over, so that it would be partly random.
@@ -126,6 +129,7 @@ def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False) -> Mode
             output_loading_info=True,
             trust_remote_code=False,
             **quantized,
+            **where,
         )
     except Exception as error:  # what is damaged surfaces as any kind
         raise UpcycleError(f"the model in {folder} cannot be loaded: {type(error).__name__}: {error}") from error

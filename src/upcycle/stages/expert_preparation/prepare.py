@@ -65,7 +65,7 @@ def _train(
     validation: Sequence[Sample],
 ) -> None:
     settings, out_dir = recipe.prepare, folder if not name else folder.parent
-    model = kind.trainable(base, recipe.lora, recipe.seed)
+    model = kind.trainable(base, recipe.lora, recipe.seed, recipe.devices)
     _require_space(kind, model, recipe, out_dir)
     title, span = f"prepare: instruction tuning {name}".strip(), (0.0, recipe.dense_share)
     moments = out_dir / MOMENTS.name if recipe.carries else None

@@ -45,7 +45,7 @@ def posttrain(
     """
     if not on_main(lambda: is_whole(out_dir, _of_the_trainer)):  # else only the Trainer's folder is left to be removed
         settings = recipe.posttrain
-        model = load_for_training(initial, base.folder, recipe.lora.four_bit, settings.freeze)
+        model = load_for_training(initial, base.folder, recipe.lora.four_bit, settings.freeze, recipe.devices)
         load_routers(model, router)
         _require_space(model, out_dir)
         title = "posttrain: mixture of experts"
@@ -58,8 +58,8 @@ def posttrain(
         begun = partial(moments, model, trainer / "moments") if moments else None
         training = Training(settings, recipe.seed, title, trainer, True, settings, span=(begin, 1.0), moments=begun)
         record = fine_tune(model, base.tokenizer, train, training, validation)
+        save_model(model, out_dir, initial)
         if is_main():
-            save_model(model, out_dir, initial)
             LOG.write(out_dir, record)
             note_sizes(out_dir)
     wait()
