@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test torture results clients setup clean
+.PHONY: demo test test-long torture results clients setup clean
 
 demo: $(READY)  ## the whole job on the embedded model, and dense tuning beside it: a few minutes on two cores
 	@echo "== dense tuning, and UpIT (dense model -> checkpoints -> mixture of experts), for the same number of tokens"
@@ -19,6 +19,9 @@ test: $(READY)  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 	@echo "== all checks passed"
+
+test-long: $(READY)  ## what takes minutes more: four processes, sharded models
+	$(BIN)/pytest -m long
 
 torture: $(READY)  ## 1,000 damaged inputs and 200 kills against whole commands: half an hour; a line of figures each
 	cd tests && ../$(BIN)/python fuzzing.py --cases 1000

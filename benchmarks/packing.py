@@ -23,7 +23,7 @@ def seconds(run: Run, rows: int, packed: bool) -> float:
     """Of one epoch over the first rows, without what comes before and after it."""
     recipe = run.recipe
     once = {"epochs": 1.0, "checkpoint_every": 1.0, "pack_rows": packed}
-    model, samples = run.kind.trainable(run.base, recipe.lora, recipe.seed), run.splits.train[:rows]
+    model, samples = run.kind.trainable(run.base, recipe.lora, recipe.seed, recipe.devices), run.splits.train[:rows]
     with tempfile.TemporaryDirectory() as folder:
         training = Training(recipe.prepare.model_copy(update=once), recipe.seed, f"packed: {packed}", Path(folder))
         begin = time.perf_counter()

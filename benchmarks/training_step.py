@@ -3,8 +3,8 @@
     python benchmarks/training_step.py --work DIR                          # 8 rows of 256, hidden 576, 8 layers
     python benchmarks/training_step.py --work DIR --rows 16 --length 1024  # bf16 on a GPU
 
-All models see the same batch in turn. A step is forward, loss, balance loss and the count of the experts' load, backward
-and AdamW over all parameters. Prints the median of each, its ratio to the dense ones, and that of the FLOPs.
+All models see the same batch in turn. A step is forward, loss, balance loss and the count of the experts' load,
+backward and AdamW over all parameters. Prints the median of each, its ratio to the dense ones, and that of the FLOPs.
 """
 
 import argparse

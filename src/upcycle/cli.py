@@ -275,13 +275,12 @@ def report(
         return
     run = open_run(folder, dict.fromkeys((POSTTRAIN, EVALUATE, *stage_names())))
     _quiet_libraries()
-    from upcycle.distributed.device import compute_dtype, pick_device
     from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
-    from upcycle.experts.kinds import kind_in, load_model
+    from upcycle.experts.kinds import kind_in, load_for_scoring
     from upcycle.reporting.report import write_report
 
-    result, device = RESULT.of(folder), pick_device()
-    model = load_model(result, compute_dtype(device), device, run.base.folder)
+    result = RESULT.of(folder)
+    model = load_for_scoring(result, run.base.folder)
     samples = one_of_each_domain(run.splits.validation, at_most=12, longest=400)
     texts = routed_tokens(model, run.base.tokenizer, samples)
     with _writing(out.parent):
@@ -415,7 +414,7 @@ def _alone() -> None:
 def _stop(code: int, message: str) -> None:
     if world.may_speak():
         print(message, file=sys.stderr)
-    raise SystemExit(code)
+    world.leave(code)
 
 
 def main() -> None:
@@ -427,7 +426,7 @@ def main() -> None:
         app()
         world.stop()
     except RelayedError:
-        raise SystemExit(2) from None
+        world.leave(2)
     except UnicodeEncodeError as error:
         _stop(2, f"error: {brief(error.object)} is not UTF-8; rename the file or folder")
     except ValidationError as error:

@@ -35,16 +35,16 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 103 rows 75 are trained on: no number of steps, so the last step of an epoch is not full."""
+    """A run of a few seconds."""
     folder = tmp_path_factory.mktemp("processes")
     values = {
-        "base": str(make_dense(folder / "base")),
+        "base": str(make_dense(folder / "base", vocab_size=100)),
         "data": {"train": str(write_rows(folder / "rows.jsonl", 103)), "max_length": 64, "validation_fraction": 0.1},
         "prepare": {**TRAINING, "epochs": 1, "checkpoint_every": 0.5},
         "lora": {"rank": 4},
-        "expand": {"num_experts": 3},
+        "expand": {"num_experts": 4},
         "route": {"min_samples_per_expert": 4, "epochs": 1},
-        "posttrain": {**TRAINING, "epochs": 4, "checkpoint_every": 0.25},
+        "posttrain": {**TRAINING, "epochs": 2, "checkpoint_every": 0.25},
         "evaluate": {"models": "ends"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -74,48 +74,63 @@ def workers(launcher: subprocess.Popen[str]) -> dict[str, int]:
     return found
 
 
+def kill_one(launcher: subprocess.Popen[str], run: Path) -> None:
+    """Once post-training has a checkpoint, kill the second process; the others end within a minute."""
+    while not list((run / "posttrain.partial" / "trainer").glob("checkpoint-*/sizes.json")):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.01)
+    os.kill(workers(launcher)["1"], signal.SIGKILL)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+
+
 def log(run: Path, stage: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((run / stage / "log.json").read_text())["log"]
     return found
 
 
-KINDS = {
-    "ffn": ["prepare.train=full", "posttrain.balance_bias_rate=0.001"],
-    "lora": ["prepare.train=lora", "assemble.shared=base"],
+FULL, LORA = ["prepare.train=full", "posttrain.balance_bias_rate=0.001"], ["prepare.train=lora", "assemble.shared=base"]
+CASES = {
+    "full": (2, FULL, []),
+    "lora": (2, LORA, []),
+    "full, sharded": (2, FULL, ["devices.fsdp=2"]),
+    "full, experts apart": (2, FULL, ["devices.fsdp=2", "devices.ep=2"]),
+    "ffn, four shards": (4, ["prepare.train=ffn"], ["devices.fsdp=4"]),
+    "lora, sharded base": (2, LORA, ["devices.fsdp=2"]),
+    "full, two groups": (4, FULL, ["devices.fsdp=2", "devices.ep=2", "devices.replicate=2"]),
 }
+"""Processes, settings of the run, how it is divided."""
+LONG = list(CASES)[4:]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_do_what_one_does_also_when_one_is_killed(kind: str, recipe: Path, tmp_path: Path) -> None:
-    words = ["run", str(recipe), *KINDS[kind], "--out"]
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.long] if c in LONG else []) for c in CASES])
+def test_processes_do_what_one_does_also_when_one_is_killed(case: str, recipe: Path, tmp_path: Path) -> None:
+    processes, settings, devices = CASES[case]
+    words = ["run", str(recipe), *settings, "--out"]
     alone = begin(1, *words, str(tmp_path / "one"), "prepare.micro_batch_size=8", "posttrain.micro_batch_size=8")
     said, _ = alone.communicate(timeout=120)
     assert alone.returncode == 0, said
 
-    halves = ["prepare.micro_batch_size=4", "posttrain.micro_batch_size=4"]
-    cut = begin(2, *words, str(tmp_path / "two"), *halves)
-    trainer = tmp_path / "two" / "posttrain.partial" / "trainer"
-    while not list(trainer.glob("checkpoint-*/sizes.json")):
-        assert cut.poll() is None, cut.communicate()
-        time.sleep(0.01)
-    os.kill(workers(cut)["1"], signal.SIGKILL)
-    cut.communicate(timeout=60)  # the other one ends within a minute
-    assert cut.returncode != 0
+    kill_one(begin(processes, *words, str(tmp_path / "two"), *devices), tmp_path / "two")
     assert not (tmp_path / "two" / "posttrain").exists()
 
-    resumed = begin(2, *words, str(tmp_path / "two"), *halves)
+    resumed = begin(processes, *words, str(tmp_path / "two"), *devices)
     said, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, said
-    assert said.count("posttrain: resuming ...") == 1  # one line, not two
+    assert said.count("posttrain: resuming ...") == 1  # one line, not one of each process
     assert said.count("posttrain: mixture of experts: resuming from checkpoint-") == 1
+    rows = json.loads((tmp_path / "one" / "prepare" / "log.json").read_text())["rows"]
+    assert rows % 8  # the last step of an epoch is not full
     for stage in ("prepare", "posttrain"):
         one, two = log(tmp_path / "one", stage), log(tmp_path / "two", stage)
-        assert len(one) == len(two) == {"prepare": 10, "posttrain": 40}[stage]
+        assert len(one) == len(two) > 8
         for field in ("loss", "balance_loss", "learning_rate"):
             found = [entry.get(field, 0.0) for entry in two]
-            assert found == pytest.approx([entry.get(field, 0.0) for entry in one], abs=1e-6), field
+            assert found == pytest.approx([entry.get(field, 0.0) for entry in one], rel=1e-6), field
     assert [entry.get("load") for entry in two] == [entry.get("load") for entry in one]
+    weights = [p.relative_to(tmp_path / run) for run in ("one", "two") for p in (tmp_path / run).rglob("*.safetensors")]
+    assert len(weights) == 2 * len(set(weights))
     for place in (tmp_path / "one").glob("*/*.safetensors"):
         twin = load_file(tmp_path / "two" / place.relative_to(tmp_path / "one"))
         for name, tensor in load_file(place).items():
@@ -136,6 +151,29 @@ def under_slurm(rank: int, port: str, cwd: Path, *words: str) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.long
+def test_a_sharded_checkpoint_is_not_resumed_by_others(recipe: Path, tmp_path: Path) -> None:
+    words = ["run", str(recipe), "prepare.train=ffn", "--out", str(tmp_path / "run")]
+    kill_one(begin(2, *words, "devices.fsdp=2"), tmp_path / "run")
+    for processes, devices in ((4, "devices.fsdp=4"), (2, "devices.fsdp=1"), (1, "devices.fsdp=1")):
+        other = begin(processes, *words, devices)
+        said, _ = other.communicate(timeout=120)
+        assert other.returncode != 0
+        assert "was written by 2 processes, each with a part of the model (devices.fsdp)" in said
+
+
+@pytest.mark.long
+def test_what_a_process_holds_falls_with_their_number(recipe: Path) -> None:
+    script = Path(__file__).with_name("held.py")
+    assembled = str(yaml.safe_load(recipe.read_text())["base"])
+    held = {}
+    for processes in (1, 4):
+        command = [str(TORCHRUN), "--nproc-per-node", str(processes), "--master-port", free_port(), str(script)]
+        said = subprocess.check_output([*command, assembled, str(processes)], env=environment(), text=True)
+        held[processes] = max(json.loads(line) for line in said.splitlines() if line.strip().isdecimal())
+    assert held[4] <= 0.3 * held[1]
 
 
 ERRORS = {

@@ -16,7 +16,7 @@ from upcycle.recipe import Recipe
 from upcycle.records.files import note_sizes
 from upcycle.routing.load import slot_counts
 from upcycle.routing.routers import freeze
-from upcycle.settings import LoraSettings, PosttrainSettings, PrepareSettings, TrainingSettings
+from upcycle.settings import DevicesSettings, LoraSettings, PosttrainSettings, PrepareSettings, TrainingSettings
 from upcycle.stages.expert_preparation.prepare import tune
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint, strip_resume_files
@@ -80,7 +80,7 @@ def test_an_interrupted_training_ends_in_the_same_weights(
 
     def train(out: Path):
         if kind == "lora":
-            model = KINDS["lora"].trainable(as_base(base), LoraSettings(rank=4, dropout=0.1), 0)
+            model = KINDS["lora"].trainable(as_base(base), LoraSettings(rank=4, dropout=0.1), 0, DevicesSettings())
         else:
             model = load_model(folder, torch.float32).train()
         if "adapters" in kind:

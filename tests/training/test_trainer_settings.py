@@ -17,7 +17,7 @@ from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.records.files import LOG, POSTTRAIN, PREPARE
-from upcycle.settings import OWNED, TrainingSettings
+from upcycle.settings import OWNED, DevicesSettings, TrainingSettings
 from upcycle.training.fine_tune import fine_tune, per_process
 from upcycle.training.trainer import UpcyclingTrainer
 from upcycle.training.trainer_settings import check, config
@@ -134,7 +134,7 @@ def test_experts_multiply_in_autocasts_dtype_and_learn_in_fp32(
         folder = assembled(base, checkpoints, tmp_path / "moe")
     else:
         folder = mixture(base, [make_adapter(base, tmp_path / str(i), i) for i in (1, 2)], tmp_path / "moe")
-    model = load_for_training(folder, base, False, "none")
+    model = load_for_training(folder, base, False, "none", DevicesSettings())
     seen = []
     product = torch.nn.functional.grouped_mm
 

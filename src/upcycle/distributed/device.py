@@ -1,8 +1,13 @@
 """The device of this process, and the dtype that it computes in."""
 
+import gc
+
 import torch
 
 from upcycle.distributed.world import world_size
+
+MOST_OF_A_DEVICE = 0.8
+"""Share of its memory that a model's weights may take; the rest is for what it computes."""
 
 
 def pick_device() -> torch.device:
@@ -17,6 +22,22 @@ def idle_devices() -> int:
     if world_size() > 1 or not torch.accelerator.is_available():
         return 0
     return torch.accelerator.device_count() - 1
+
+
+def is_spread(num_parameters: int) -> bool:
+    """Whether a model is too large for one accelerator where this process sees several."""
+    if not torch.accelerator.is_available() or torch.accelerator.device_count() == 1:
+        return False
+    device = pick_device()
+    _, total = torch.accelerator.get_memory_info(device)
+    return num_parameters * compute_dtype(device).itemsize > MOST_OF_A_DEVICE * total
+
+
+def release() -> None:
+    """Give what a training held of the accelerator back to others that use it."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

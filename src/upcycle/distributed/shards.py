@@ -82,19 +82,25 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None
     )
 
 
-def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
-    """
+def check_resumable(checkpoint: Path, sharded: bool) -> None:
+    """Before any training: an optimizer in parts is that of as many processes, divided in the same way.
+
     Raises:
-        UpcycleError: another number of processes wrote it.
+        UpcycleError: names the checkpoint, and how it was written.
     """
-    path = _part(folder, rank(), world_size())
-    if not path.is_file():
-        parts = len(list(folder.glob("*.safetensors")))
-        raise UpcycleError(
-            f"{folder} was written by {parts} processes, and {world_size()} cannot go on from it: a sharded optimizer "
-            f"has a part for each; start {parts} processes"
-        )
-    tensors = load_file(path)
+    parts = len(list((checkpoint / OPTIMIZER).glob("*.safetensors")))
+    if parts == (world_size() if sharded else 0):
+        return
+    written = f"by {parts} processes, each with a part of the model (devices.fsdp)" if parts else "without devices.fsdp"
+    raise UpcycleError(
+        f"{checkpoint} was written {written}, and its optimizer cannot be divided otherwise; go on in the same way, or "
+        "remove the folder to train this stage anew"
+    )
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Read what `save_optimizer` wrote."""
+    tensors = load_file(_part(folder, rank(), world_size()))
     for name, parameter in model.named_parameters():
         state = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
         if state:

@@ -5,13 +5,14 @@ One process is a world of its own, and then nothing here imports torch or waits.
 
 import os
 import socket
+import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from upcycle.errors import RelayedError, UpcycleError
 
@@ -64,6 +65,16 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """End this process after an error; one of several at once, as threads of its group would wait for the others."""
+    if _control is None:
+        raise SystemExit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 def on_main(work: Callable[[], T]) -> T:
     """What `work` returns in the first process, in every process; the others wait.
 
@@ -85,6 +96,13 @@ def on_main(work: Callable[[], T]) -> T:
         raise RelayedError("the first process ended in an error")
     result: T = box[0]
     return result
+
+
+def share(items: Sequence[T], together: bool = False) -> Sequence[T]:
+    """This process's part of a list; `together`: the first has all, as it needs the devices of the others."""
+    if together:
+        return items if is_main() else items[:0]
+    return items[rank() :: world_size()]
 
 
 def wait() -> None:

@@ -19,11 +19,10 @@ import torch
 
 from upcycle.console import console, say, table
 from upcycle.disk import digest
-from upcycle.distributed.device import compute_dtype, pick_device
-from upcycle.distributed.world import is_main, rank, wait, world_size
+from upcycle.distributed.world import is_main, share, wait
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.score import routed_share
-from upcycle.experts.kinds import load_model
+from upcycle.experts.kinds import load_for_scoring, must_spread
 from upcycle.reading import brief
 from upcycle.records.benchmark import BenchmarkScores, TaskScores, score_table
 from upcycle.records.files import BENCHMARK_SCORES, cached_score
@@ -95,7 +94,8 @@ def benchmark(
         places[contender.name] = {
             name: cached_score(out_dir, digest([model, name, content, how])) for name, content in contents.items()
         }
-    for contender in contenders[rank() :: world_size()]:
+    together = any(must_spread([c.folder], c.base or c.folder) for c in contenders)
+    for contender in share(contenders, together):
         missing = {name: place for name, place in places[contender.name].items() if not place.exists()}
         if missing:
             with _loaded(contender) as (network, tokenizer):
@@ -120,15 +120,14 @@ def benchmark(
 @contextmanager
 def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
     """The model, forced to an expert if asked, and its tokenizer."""
-    device = pick_device()
-    model = load_model(contender.folder, compute_dtype(device), device, contender.base)
+    model = load_for_scoring(contender.folder, contender.base)
     own = has_tokenizer(contender.folder)  # a user's checkpoint may have none
     tokenizer = read_tokenizer(contender.folder if own else contender.base or contender.folder)
     if contender.expert is None:
         yield model, tokenizer
         return
     rows = RowExperts(granularity(model))
-    rows.experts = torch.tensor([contender.expert], device=device)
+    rows.experts = torch.tensor([contender.expert], device=model.device)
     with swapped_routers(model, lambda _: ForcedRouter(rows, num_experts(model))):
         yield model, tokenizer
 

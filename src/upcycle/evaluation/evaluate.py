@@ -8,11 +8,10 @@ from statistics import fmean
 from upcycle.console import say, table
 from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
-from upcycle.distributed.device import compute_dtype, pick_device
-from upcycle.distributed.world import is_main, rank, wait, world_size
+from upcycle.distributed.world import is_main, share, wait
 from upcycle.evaluation.routing import regressions, routing_metrics, specialisation
 from upcycle.evaluation.score import score
-from upcycle.experts.kinds import load_model, load_routers
+from upcycle.experts.kinds import load_for_scoring, load_routers, must_spread
 from upcycle.records.files import ROUTING, SCORES, scored_model
 from upcycle.records.record import ALL, ByDomain, Shares, read_record, write_record
 from upcycle.records.scores import (
@@ -65,7 +64,8 @@ def evaluate(
     it, what the MoE lost against the best expert of each domain, and against the dense model that it came from).
     """
     places = [scored_model(out_dir, number) for number in range(len(candidates))]
-    for candidate, place in [*zip(candidates, places, strict=True)][rank() :: world_size()]:
+    together = must_spread([candidate.folder for candidate in candidates], base.folder)
+    for candidate, place in share([*zip(candidates, places, strict=True)], together):
         if not place.exists():
             place.parent.mkdir(exist_ok=True)
             write_record(place, _score(base, candidate, samples, settings, assigned))
@@ -92,8 +92,7 @@ def _score(
     settings: EvaluateSettings,
     assigned: Assigned | None,
 ) -> Scored:
-    device = pick_device()
-    model = load_model(candidate.folder, compute_dtype(device), device, base.folder)
+    model = load_for_scoring(candidate.folder, base.folder)
     if candidate.router:
         load_routers(model, candidate.router)
     scores = score(model, base.tokenizer, samples, settings, candidate.name)

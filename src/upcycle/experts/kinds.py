@@ -1,13 +1,14 @@
 """The kinds of experts, a row each; and models and folders of any kind."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.distributed.device import compute_dtype, is_spread, pick_device
 from upcycle.distributed.shards import placement, put
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import is_adapter, read_adapter_config
@@ -21,6 +22,7 @@ from upcycle.records.files import LINEAGE
 from upcycle.routing.routers import freeze, num_slices, router_modules
 from upcycle.settings import DevicesSettings
 from upcycle.types import Model
+from upcycle.weights.safetensors_io import ModelReader
 
 KINDS: dict[str, Kind] = {"ffn": FFN, "full": FULL, "lora": LORA, "bottleneck": BOTTLENECK}
 """`prepare.train` to its row."""
@@ -74,6 +76,23 @@ def load_model(
             f"{num_slices(model)} experts; restore the file, or remove it"
         )
     return model
+
+
+def must_spread(folders: Iterable[Path], base: Path) -> bool:
+    """Whether one of these models is too large for one device, so that one process has to use several."""
+    return any(is_spread(_num_parameters(base if is_adapter(folder) else folder)) for folder in folders)
+
+
+def _num_parameters(folder: Path) -> int:
+    reader = ModelReader(folder)
+    return sum(prod(reader.spec(name).shape) for name in reader.names())
+
+
+def load_for_scoring(folder: Path, base: Path | None) -> Model:
+    """A model of any kind in the device's own dtype; over all devices if one is too small."""
+    device = pick_device()
+    where = {"device_map": "auto"} if must_spread([folder], base or folder) else {}
+    return load_model(folder, compute_dtype(device), device, base, where=where)
 
 
 def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str, devices: DevicesSettings) -> Model:

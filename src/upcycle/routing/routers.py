@@ -75,8 +75,9 @@ class RowExperts:
         self.slices = slices
         """Experts of the model that one of `experts` is, G."""
 
-    def of_tokens(self, num_tokens: int) -> Int[Tensor, " T"]:
-        return self.experts.repeat_interleave(num_tokens // len(self.experts))
+    def of_tokens(self, num_tokens: int, device: torch.device | None = None) -> Int[Tensor, " T"]:
+        """On the device of a layer, which need not be that of the rows."""
+        return self.experts.repeat_interleave(num_tokens // len(self.experts)).to(device or self.experts.device)
 
     def slots(self, experts: Int[Tensor, " T"], weights: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, indices) (T, G) of the slices of each token's expert, which share its weight (T,)."""
@@ -94,7 +95,7 @@ class ForcedRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        experts = self.rows.of_tokens(len(flat))
+        experts = self.rows.of_tokens(len(flat), flat.device)
         scores = nn.functional.one_hot(experts, self.num_experts).to(flat)
         return scores, *self.rows.slots(experts, flat.new_ones(len(flat)))
 
@@ -113,7 +114,7 @@ class GatedRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        experts = self.rows.of_tokens(len(flat))
+        experts = self.rows.of_tokens(len(flat), flat.device)
         self.scores = (flat.float() * self.vectors[experts]).sum(dim=-1)
         gates = torch.sigmoid(self.scores).to(flat.dtype)
         return nn.functional.one_hot(experts, len(self.vectors)).to(flat), *self.rows.slots(experts, gates)
@@ -142,6 +143,7 @@ class RouterRecorder:
 
     def __init__(self, model: Model) -> None:
         self._gates = router_modules(model)
+        self._device = model.device
         self.granularity = granularity(model)
         self._handles: list[RemovableHandle] = []
         self.logits: list[Float[Tensor, "T E"]] = []
@@ -165,8 +167,8 @@ class RouterRecorder:
         self.logits, self.indices = [], []
 
     def _record(self, _module: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
-        self.logits.append(outputs[0])
-        self.indices.append(outputs[2])
+        self.logits.append(outputs[0].to(self._device))  # layers may lie on several devices
+        self.indices.append(outputs[2].to(self._device))
 
 
 def random_routers(num_layers: int, num_experts: int, hidden: int, std: float, seed: int) -> list[Tensor]:

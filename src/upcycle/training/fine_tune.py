@@ -10,6 +10,7 @@ from transformers import PrinterCallback
 from upcycle.console import say
 from upcycle.data.chat import Sample
 from upcycle.distributed.device import idle_devices
+from upcycle.distributed.shards import check_resumable, is_sharded
 from upcycle.distributed.world import is_main, on_main, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.records.training import Evaluation, TrainingRecord, log_entry
@@ -50,6 +51,7 @@ def fine_tune(
         command = f"torchrun --nproc-per-node {idle + 1} -m upcycle run RECIPE --out FOLDER"
         say(f"{training.title}: one of {idle + 1} devices is used; to use all of them: {command}")
     if resume:
+        check_resumable(resume, is_sharded(model))
         say(f"{training.title}: resuming from {resume.name}")
         training = replace(training, moments=None)  # the checkpoint has its own
     if wanted := attention(settings):

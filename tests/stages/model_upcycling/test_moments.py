@@ -41,7 +41,7 @@ def prepared(
 
 
 def moments_of(run: Run, scratch: Path) -> dict[str, dict[str, torch.Tensor]]:
-    model = load_for_training(run.routed_moe, run.base.folder, False, "none")
+    model = load_for_training(run.routed_moe, run.base.folder, False, "none", run.recipe.devices)
     found = carried(
         run.kind, run.base, MOMENTS.of(run.folder), Path("checkpoint-7"), run.plan, run.recipe, model, scratch
     )

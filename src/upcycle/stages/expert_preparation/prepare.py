@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from upcycle.data.chat import Sample
+from upcycle.distributed.device import release
 from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.errors import UpcycleError
 from upcycle.experts.kind import Kind
@@ -49,6 +50,7 @@ def tune(
         folder.mkdir(exist_ok=True)
         if not on_main(partial(is_whole, folder, _is_rewritten)):  # else only the checkpoints are left to be finished
             _train(kind, base, samples, recipe, folder, name, validation)
+            release()
     if is_main():
         _collect(kind, base, [name for name, _ in trainings], recipe.prepare, out_dir)
     wait()

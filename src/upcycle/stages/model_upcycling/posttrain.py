@@ -7,6 +7,7 @@ from pathlib import Path
 
 from upcycle.console import say
 from upcycle.data.chat import Sample
+from upcycle.distributed.device import release
 from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.experts.kinds import load_for_training, load_routers, save_model, trained_parameters
 from upcycle.recipe import Recipe
@@ -62,6 +63,8 @@ def posttrain(
         if is_main():
             LOG.write(out_dir, record)
             note_sizes(out_dir)
+        del model
+        release()
     wait()
     if is_main():
         shutil.rmtree(out_dir / TRAINER, ignore_errors=True)

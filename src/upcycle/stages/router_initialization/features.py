@@ -55,7 +55,7 @@ def router_inputs(
                 model.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             mask = answer_targets(batch.labels)[1] if tokens == "answer" else batch.attention_mask.bool()
             flat = mask.reshape(-1)
-            hidden = torch.stack([layer.reshape(len(flat), -1)[flat] for layer in inputs])
+            hidden = torch.stack([layer.to(model.device).reshape(len(flat), -1)[flat] for layer in inputs])
             yield Tokens(hidden.float(), rows.of_tokens(len(flat))[flat])
             bar.advance()
 

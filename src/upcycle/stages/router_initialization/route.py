@@ -13,10 +13,9 @@ from upcycle.console import say, table, warn
 from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
 from upcycle.data.splits import SeedData
-from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.distributed.world import is_main, wait
 from upcycle.errors import UpcycleError
-from upcycle.experts.kinds import load_model, load_routers, router_keys, save_model
+from upcycle.experts.kinds import load_for_scoring, load_routers, must_spread, router_keys, save_model
 from upcycle.records.files import MOVED, ROUTE_REPORT, ROUTER
 from upcycle.records.route import Bucket, Difference, HeldOut, RouteCost, RouteReport, SeedSample
 from upcycle.routing.ranking import ranking
@@ -66,12 +65,14 @@ def route(
             f"route: {len(seed_data.fit)} seed samples for {len(names)} experts; raise route.seed_fraction or "
             "route.min_samples_per_expert"
         )
-    device = pick_device()
-    model = load_model(moe, compute_dtype(device), device, base.folder)
-    scored, limit = [*seed_data.fit, *seed_data.test], settings.tokens_per_batch
-    losses = expert_losses(model, scored, limit, base.pad_token_id).double().numpy() if len(names) > 1 else None
-    if is_main():
-        _route(base, model, moe, seed_data, losses, names, settings, seed, out_dir)
+    together = must_spread([moe], base.folder)
+    if is_main() or not together:
+        model, losses = load_for_scoring(moe, base.folder), None
+        if len(names) > 1:
+            scored, limit = [*seed_data.fit, *seed_data.test], settings.tokens_per_batch
+            losses = expert_losses(model, scored, limit, base.pad_token_id, not together).double().numpy()
+        if is_main():
+            _route(base, model, moe, seed_data, losses, names, settings, seed, out_dir)
     wait()
     return ROUTE_REPORT.read(out_dir)
 
