@@ -72,7 +72,7 @@ def test_an_expert_alone_scores_like_its_checkpoint(
     tasks = read_tasks(folder)
     found = benchmark(models, tasks, tmp_path / "out")
     assert all(found[f"c{i}"] == found[f"E{i}"] for i in range(3))
-    monkeypatch.setattr("upcycle.evaluation.benchmark.load_model", None)  # would fail if called: all is kept
+    monkeypatch.setattr("upcycle.evaluation.benchmark.load_for_scoring", None)  # would fail if called: all is kept
     assert benchmark(models, tasks, tmp_path / "out") == found
     assert BENCHMARK_SCORES.read(tmp_path / "out") == found
 
