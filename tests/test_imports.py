@@ -113,6 +113,13 @@ def test_only_training_imports_trl_and_merging_no_framework_but_torch() -> None:
             assert libraries <= {"torch", "numpy", "cryptography", "jaxtyping", "upcycle", *STANDARD}
 
 
+def test_one_room_names_torchs_processes() -> None:
+    for path in FILES:
+        if room(module_of(path)) != "distributed":
+            assert "torch.distributed" not in path.read_text(), path
+            assert "transformers.distributed" not in path.read_text(), path
+
+
 def test_weights_are_never_unpickled() -> None:
     for path in FILES:
         text = path.read_text()

@@ -434,3 +434,18 @@ def test_damage_is_named_by_every_verb(verb: tuple[str, ...], place: str, copy: 
     result = CliRunner().invoke(app, [word.format(folder) for word in verb])
     assert f"{place} has other content than when it was written" in str(result.exception)
     assert not (folder / "out").exists()
+
+
+def test_a_device_out_of_memory_is_said_with_what_helps(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    from upcycle.stages.expert_preparation import prepare
+
+    run = Run(parse_recipe(tiny_recipe, "test"), tmp_path / "run")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    expected = r"prepare: the device is out of memory \(CUDA out of memory\); set prepare.micro_batch_size=1 and"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "tune", full)
+        with pytest.raises(UpcycleError, match=expected):
+            run_stages(run, ("prepare",))

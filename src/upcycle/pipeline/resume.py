@@ -82,7 +82,8 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
 
     def make() -> None:
         with measured(run.folder, stage.name, work.resumed) if is_main() else nullcontext():
-            stage.run(run, work.folder)
+            with _memory(stage):
+                stage.run(run, work.folder)
             if stage.by_all:
                 wait()
 
@@ -96,6 +97,18 @@ def _run_stage(run: Run, stage: Stage, update: bool) -> None:
         run.verified.add(stage.name)
 
     on_main(finish)
+
+
+@contextmanager
+def _memory(stage: Stage) -> Iterator[None]:
+    """Say of a device that is out of memory what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        said = str(error).partition(". ")[0]
+        raise UpcycleError(f"{stage.name}: the device is out of memory ({said}); {stage.less_memory}") from error
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Stage:
     """Whether the chat template ends up in what it makes though it reads no data."""
     more_inputs: Callable[["Run"], dict[str, str]] = lambda _: {}
     """Hashes of what else it reads."""
+    less_memory: str = "use a device with more"
+    """What to do where a device has too little."""
     tokens: Callable[[Path], int] | None = None
     """Training tokens that the artifact in a folder took; None: it trains nothing."""
     flops: Callable[["upcycle.experts.active.Active", Path], int] = lambda _, __: 0

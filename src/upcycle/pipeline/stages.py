@@ -154,6 +154,13 @@ def _started_flops(active: "upcycle.experts.active.Active", folder: Path) -> int
     return active.dense * (2 * (cost.scoring + cost.forward) + 4 * cost.backward) if cost else 0
 
 
+def _less_memory(section: str, last: str) -> str:
+    return (
+        f"set {section}.micro_batch_size=1 and {section}.gradient_checkpointing=true, devices.fsdp with as many "
+        f"processes, or {last}; what is done is kept"
+    )
+
+
 STAGES = (
     Stage(
         name=PREPARE,
@@ -161,6 +168,7 @@ STAGES = (
         needs=(),
         run=_prepare,
         by_all=True,
+        less_memory=_less_memory("prepare", "prepare.train=lora"),
         settings=_scheduled(PREPARE),
         reads_data=lambda recipe: recipe.tunes,
         held_out=lambda recipe: recipe.tunes and recipe.route.seed_from == "held_out",
@@ -189,6 +197,7 @@ STAGES = (
         needs=(ASSEMBLE,),
         run=_route,
         by_all=True,
+        less_memory="set route.tokens_per_batch=1024 or less; what is done is kept",
         settings=_section(ROUTE),
         reads_data=lambda _: True,
         held_out=lambda _: True,
@@ -201,6 +210,7 @@ STAGES = (
         needs=(ASSEMBLE, ROUTE),
         run=_posttrain,
         by_all=True,
+        less_memory=_less_memory("posttrain", "posttrain.freeze=experts"),
         settings=_scheduled(POSTTRAIN),
         reads_data=lambda _: True,
         held_out=lambda recipe: recipe.route.seed_from == "held_out",
@@ -213,6 +223,7 @@ STAGES = (
         needs=(PREPARE, ASSEMBLE, ROUTE, POSTTRAIN),
         run=_evaluate,
         by_all=True,
+        less_memory="set evaluate.tokens_per_batch=1024 or less; what is done is kept",
         settings=_section(EVALUATE),
         reads_data=lambda _: True,
         reads_validation=True,

@@ -136,9 +136,7 @@ def test_an_empty_bucket_is_named_and_its_expert_still_learns(
 ) -> None:
     import upcycle.stages.router_initialization.route as module
 
-    monkeypatch.setattr(
-        module, "expert_losses", lambda _m, s, *_: torch.tensor([[0.0, 1.0, 2.0]]).repeat(len(s), 1)
-    )
+    monkeypatch.setattr(module, "expert_losses", lambda _m, s, *_: torch.tensor([[0.0, 1.0, 2.0]]).repeat(len(s), 1))
     settings = SETTINGS.model_copy(update={"assignment": "lowest_loss"})
     route(as_base(base), moe, SeedData(samples, []), NAMES, settings, 0, tmp_path)
     printed = capsys.readouterr().out
