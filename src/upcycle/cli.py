@@ -123,6 +123,9 @@ def check(
     num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts active for a token.")] = 2,
     granularity: Annotated[int, typer.Option(help="Slices that every expert is cut into: 1, 2, 4 or 8.")] = 1,
     dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
+    devices: Annotated[
+        str | None, typer.Option(help="Say what fits on them, and what would make it fit: 8xH100, or 8x80GB.")
+    ] = None,
 ) -> None:
     """Say what a dense model would become, and what other choices cost: parameters, FLOPs, memory; or why it cannot."""
     _alone()
@@ -133,8 +136,12 @@ def check(
         raise UpcycleError(f"--granularity is {granularity}, expected 1, 2, 4 or 8")
     _quiet_libraries()
     from upcycle.architectures.check import check
+    from upcycle.pipeline.fit import parse_devices, show_fit
 
-    check(model, num_experts, num_experts_per_tok, dtype, granularity)
+    cards = parse_devices(devices) if devices is not None else None
+    mapping = check(model, num_experts, num_experts_per_tok, dtype, granularity)
+    if cards:
+        show_fit(model, mapping, num_experts_per_tok, cards)
 
 
 @app.command()

@@ -1,6 +1,9 @@
 """The device of this process, and the dtype that it computes in."""
 
 import gc
+import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -31,6 +34,16 @@ def is_spread(num_parameters: int) -> bool:
     device = pick_device()
     _, total = torch.accelerator.get_memory_info(device)
     return num_parameters * compute_dtype(device).itemsize > MOST_OF_A_DEVICE * total
+
+
+def memory() -> int:
+    """Bytes of this process's accelerator; without one, those that the machine has to give."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.get_memory_info(pick_device())[1])
+    with suppress(OSError, IndexError):  # Linux alone has it
+        line = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
+        return int(line.split()[0]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def release() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from upcycle.console import say, warn
 from upcycle.distributed.world import on_main
+from upcycle.pipeline.fit import say_fit
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Sections, Stage
 from upcycle.recipe import Recipe
@@ -49,6 +50,7 @@ def _prepare(run: Run, out: Path) -> None:
     slicing = Slicing(recipe.assemble.granularity)
     mapping = map_model(base.folder, reader, recipe.expand.num_experts, slicing, base.layers)
     check_source(mapping, reader)  # before hours of training
+    say_fit(run, mapping)
     if not recipe.prepares:
         say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
         on_main(lambda: CHECKPOINTS.write(out, []))

@@ -1,0 +1,210 @@
+"""Will it fit, and how long: what the trainings of a recipe need on given devices, before anything is spent."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from upcycle.console import say, table, warn
+from upcycle.errors import UpcycleError
+from upcycle.pipeline.run import Run
+from upcycle.recipe import Recipe, load_recipe
+from upcycle.records.files import POSTTRAIN, PREPARE
+
+if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
+    import upcycle.architectures.mapping
+    import upcycle.training.forecast
+
+CARDS = {
+    "B200": (180, 2250),
+    "H200": (141, 989),
+    "H100": (80, 989),
+    "A100": (80, 312),
+    "A100-40": (40, 312),
+    "MI300X": (192, 1307),
+    "L40S": (48, 362),
+    "A10G": (24, 70),
+    "L4": (24, 121),
+    "RTX4090": (24, 165),
+    "RTX3090": (24, 71),
+}
+"""Name to GB and dense bf16 TFLOP/s, as their makers say."""
+USED = 0.4
+"""Share of a card's FLOP/s that a training gets; what good ones reach."""
+ROOM = 0.92
+"""Share of a device's memory that is left beside the driver's and what lies between tensors."""
+SMALL = 20e6
+"""Parameters of a dense model below which a run says nothing of memory."""
+TOKENS = 100_000_000
+SETTINGS = {
+    "as it is": (),
+    "8-bit Adam": ("{stage}.trainer={{optim: adamw_8bit}}",),
+    "activations recomputed": ("{stage}.gradient_checkpointing=true",),
+    "fsdp": ("devices.fsdp={fsdp}", "devices.replicate={replicate}"),
+    "fsdp, recomputed": ("devices.fsdp={fsdp}", "devices.replicate={replicate}", "{stage}.gradient_checkpointing=true"),
+    "LoRA": ("prepare.train=lora",),
+}
+"""What may make it fit, with the settings of each stage."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """So many cards of a kind."""
+
+    count: int
+    name: str
+    gigabytes: float
+    teraflops: float | None
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one."""
+        return ROOM * self.gigabytes * 1e9
+
+
+def parse_devices(text: str) -> Devices:
+    """`8xH100`, `H100`, or `8x80GB`.
+
+    Raises:
+        UpcycleError: no such card.
+    """
+    match = re.fullmatch(r"(?:(\d{1,5})x)?(.+)", text.strip())
+    count, name = (int(match[1] or 1), match[2]) if match else (0, text)
+    known = {card.lower(): card for card in CARDS}
+    if count and name.lower() in known:
+        card = known[name.lower()]
+        return Devices(count, card, *CARDS[card])
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)(?:gb)?", name.lower())
+    if not count or not size:
+        raise UpcycleError(
+            f"--devices is '{text}', expected a number of cards such as 8xH100, or their memory, 8x80GB; known cards: "
+            f"{', '.join(CARDS)}"
+        )
+    return Devices(count, f"{size[1]} GB", float(size[1]), None)
+
+
+def forecasts(
+    recipe: Recipe, mapping: "upcycle.architectures.mapping.Mapping", length: int, processes: int, accelerator: bool
+) -> Iterator[tuple[str, "upcycle.training.forecast.Forecast"]]:
+    """Of each stage that trains.
+
+    Args:
+        mapping: from the dense model to the MoE.
+        length: tokens of the longest row.
+    """
+    from upcycle.training.forecast import forecast
+
+    config, devices, lora = mapping.config, recipe.devices, recipe.prepare.shares_base
+    inner = config["hidden_size"] + config["intermediate_size"]
+    adapter = config["num_hidden_layers"] * recipe.lora.rank * len(recipe.lora.targets) * inner
+    moe = mapping.moe_config(recipe.assemble.num_experts_per_tok, "float32")
+    if recipe.tunes:
+        added = adapter if lora else 0
+        yield (
+            PREPARE,
+            forecast(config, recipe.prepare, length, devices, processes, _prepared(recipe), accelerator, added),
+        )
+    added = adapter * recipe.expand.num_experts if lora else 0
+    trained = _posttrained(recipe)
+    yield (
+        POSTTRAIN,
+        forecast(config if lora else moe, recipe.posttrain, length, devices, processes, trained, accelerator, added),
+    )
+
+
+def _prepared(recipe: Recipe) -> Callable[[str], bool]:
+    return (lambda name: ".mlp." in name) if recipe.prepare.trains_ffns_alone else (lambda _: True)
+
+
+def _posttrained(recipe: Recipe) -> Callable[[str], bool]:
+    frozen = recipe.posttrain.freeze
+
+    def part(name: str) -> str:
+        router = name.endswith("gate.weight") or ".router." in name
+        return "router" if router else "experts" if ".experts." in name else "shared"
+
+    return lambda name: part(name) != frozen
+
+
+def say_fit(run: Run, mapping: "upcycle.architectures.mapping.Mapping") -> None:
+    """What the trainings of a run need, in a line each.
+
+    Raises:
+        UpcycleError: a training does not fit on the accelerator, by what is certain: weights, gradients, optimizer.
+    """
+    from upcycle.distributed.device import memory, pick_device
+    from upcycle.distributed.world import world_size
+
+    if mapping.num_dense < SMALL:
+        return
+    length = max(len(sample.input_ids) for sample in run.splits.train)
+    accelerator = pick_device().type != "cpu"
+    there = memory()
+    for stage, found in forecasts(run.recipe, mapping, length, world_size(), accelerator):
+        say(f"{stage}: needs {found}; {there / 1e9:.1f} GB are there")
+        certain = found.weights + found.gradients + found.optimizer
+        if accelerator and certain > there:
+            raise UpcycleError(
+                f"{stage} does not fit: weights, gradients and optimizer take {certain / 1e9:.1f} GB on each device, "
+                f"which has {there / 1e9:.1f} GB; `upcycle check {run.recipe.base} --devices ...` says what would fit"
+            )
+        if found.device > there:
+            warn(f"{stage} may not fit; `upcycle check {run.recipe.base} --devices ...` says what would")
+
+
+def show_fit(model: str, mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:
+    """A table of settings: memory of each stage on a card, whether it fits, hours."""
+    m, rows = mapping.num_experts, []
+    fsdp = max(n for n in range(1, devices.count + 1) if devices.count % n == 0 and n <= m * mapping.granularity)
+    for name, templates in SETTINGS.items():
+        if fsdp == 1 and "fsdp" in name:
+            continue
+        overrides = [
+            template.format(stage=stage, fsdp=fsdp, replicate=devices.count // fsdp)
+            for template in templates
+            for stage in ((PREPARE, POSTTRAIN) if "{stage}" in template else ("",))
+        ]
+        overrides = [setting for setting in overrides if setting != "devices.replicate=1"]
+        recipe = _recipe(model, m, k, devices, overrides)
+        found = dict(forecasts(recipe, mapping, recipe.data.max_length, devices.count, accelerator=True))
+        fits = all(forecast.device <= devices.usable for forecast in found.values())
+        sizes = [f"{forecast.device / 1e9:,.1f}" for forecast in found.values()]
+        host = max(forecast.host for forecast in found.values())
+        typed = " ".join(f'"{setting}"' if " " in setting else setting for setting in overrides)
+        rows.append((name, typed, *sizes, "yes" if fits else "no", f"{host / 1e9:,.0f}"))
+    recipe = _recipe(model, m, k, devices, [])
+    batch = f"batch_size {recipe.prepare.batch_size}, micro_batch_size {recipe.prepare.micro_batch_size}"
+    title = f"{devices.count} x {devices.name}, {devices.gigabytes:g} GB each: GB on each card ({batch}, "
+    heads = ("what", "settings", "prepare", "posttrain", "fits", "host GB")
+    table(f"{title}rows of {recipe.data.max_length} tokens)", heads, rows)
+    _say_the_rest(mapping, k, devices)
+
+
+def _recipe(model: str, m: int, k: int, devices: Devices, overrides: list[str]) -> Recipe:
+    """`upit` with these settings, a batch that all cards can share, and `prepare.train=full`."""
+    per_card = max(1, 16 // devices.count) * devices.count
+    batch = [f"{s}.batch_size={per_card}" for s in (PREPARE, POSTTRAIN)]
+    micro = [f"{s}.micro_batch_size={max(n for n in (1, 2, 4) if per_card % n == 0)}" for s in (PREPARE, POSTTRAIN)]
+    experts = [f"expand.num_experts={m}", f"assemble.num_experts_per_tok={k}", "prepare.train=full"]
+    chosen = [*experts, *batch, *micro, *overrides]
+    if "prepare.train=lora" in overrides:
+        chosen.append("expand.spread=1")
+    return load_recipe("upit", [f"base={model}", "data.train=rows.jsonl", *chosen])
+
+
+def _say_the_rest(mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:
+    total, dense = mapping.num_parameters(), mapping.num_dense
+    half = 2 * total / 1e9
+    where = "one card" if 2 * total <= devices.usable else "several cards of one machine (the first process uses them)"
+    say(f"route, evaluate, benchmark: {half:,.1f} GB in bf16, on {where}")
+    say(
+        f"disk: {4 * dense / 1e9:,.1f} GB for each checkpoint of preparation in fp32, {12 * total / 1e9:,.1f} GB for "
+        "one of the MoE (weights and optimizer) and twice that while a newer one is written"
+    )
+    if devices.teraflops:
+        speed = devices.count * devices.teraflops * 1e12 * USED
+        hours = [6 * count * TOKENS / speed / 3600 for count in (dense, mapping.num_parameters(k))]
+        say(
+            f"time for {TOKENS / 1e6:.0f}M training tokens, if {USED:.0%} of the cards' bf16 FLOP/s are used: prepare "
+            f"{hours[0]:.2g} h, posttrain {hours[1]:.2g} h"
+        )

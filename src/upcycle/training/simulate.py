@@ -1,0 +1,152 @@
+"""What a training step holds at most, found by running it on tensors without values.
+
+The model is the real one, of one and of two layers: every further layer adds the same. torch counts each tensor from
+when it is made until it is freed.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+from trl.kernels import chunked_logprob
+from trl.trainer import utils
+
+from upcycle.types import Config, Model
+
+CACHED = 64
+"""Bytes that allocators round up to."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a model is trained, as far as it decides what a forward and a backward pass hold."""
+
+    rows: int
+    """Of a micro-batch."""
+    length: int
+    """Tokens of the longest row."""
+    bf16: bool = False
+    """Whether it computes in bf16, with weights in fp32: under autocast, or as FSDP gathers them."""
+    sharded: bool = False
+    """Whether weights are gathered a layer at a time, and gradients divided."""
+    checkpointing: bool = False
+
+
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of storages that live."""
+
+    def __init__(self, known: Iterable[Any]) -> None:
+        """
+        Args:
+            known: storages that are not counted.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known = WeakIdKeyDictionary()
+        for storage in known:
+            self._known[storage] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        size = -(-storage.nbytes() // CACHED) * CACHED
+        self._known[storage] = size
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def activations(config: Config, step: Step, trained: Callable[[str], bool]) -> int:
+    """Bytes that a forward and a backward pass hold at most besides weights, gradients and optimizer.
+
+    Args:
+        trained: whether a parameter, by its name, gets a gradient.
+    """
+    one, two = (_of_layers(config, layers, step, trained) for layers in (1, 2))
+    return one + (two - one) * (int(config["num_hidden_layers"]) - 1)
+
+
+def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str], bool]) -> int:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    cut = {**config, "num_hidden_layers": layers}
+    if isinstance(cut.get("layer_types"), list):
+        cut["layer_types"] = cut["layer_types"][:layers]
+    made = AutoConfig.for_model(cut.pop("model_type"), **cut)
+    dtype = torch.bfloat16 if step.bf16 and step.sharded else torch.float32
+    with FakeTensorMode(allow_non_fake_inputs=True), _products_without_values(), _head(step.bf16, config["vocab_size"]):
+        model: Model = AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False).train()
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        if step.checkpointing:
+            model.activation_checkpointing_enable()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained(name))
+        ids = torch.zeros(step.rows, step.length, dtype=torch.long)
+        labels = ids.clone()
+        held = _Held(parameter.untyped_storage() for parameter in model.parameters())
+        with held:
+            for parameter in model.parameters():  # those of earlier micro-batches, which new ones are added to
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+            static = held.now
+            with torch.autocast("cpu", torch.bfloat16) if step.bf16 and not step.sharded else nullcontext():
+                output = model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True)
+                loss = -output.log_probs.sum()
+            del output
+            loss.backward()
+        return held.most - static
+
+
+@contextmanager
+def _head(on_accelerator: bool, vocabulary: int) -> Iterator[None]:
+    """TRL's head as it is on an accelerator (one kernel, no tensors between) or on a CPU, whose pages are taken when
+    they are written."""
+    if not on_accelerator:
+        with mock.patch.object(
+            utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", min(vocabulary, utils._CHUNKED_LOGPROB_CHUNK_SIZE)
+        ):
+            yield
+        return
+    kernel = mock.MagicMock()  # what is written is of no interest
+    with mock.patch.multiple(chunked_logprob, _forward_tile=kernel, _backward_tile=kernel):
+        yield
+
+
+@contextmanager
+def _products_without_values() -> Iterator[None]:
+    """Grouped products in any dtype: torch's own rule for tensors without values knows bf16 alone."""
+    product: Any = _Product.apply
+    with mock.patch.object(torch.nn.functional, "grouped_mm", lambda a, b, offs: product(a, b)):
+        yield
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, matrices: Tensor) -> Tensor:
+        ctx.save_for_backward(values, matrices)
+        return values.new_empty(values.shape[0], matrices.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        values, matrices = ctx.saved_tensors
+        return torch.empty_like(values), torch.empty_like(matrices)
