@@ -186,14 +186,29 @@ SIZES = {
     f"upit, {m} experts, top-{k}": replace(UPIT, experts=m).but(f"assemble.num_experts_per_tok={k}")
     for m, k in ((4, 2), (16, 2), (8, 4), (16, 4))
 }
-SLICED = "assemble.granularity=2 assemble.num_experts_per_tok=1"
+
+
+def sliced(row: Row, slices: int, more: str = "") -> Row:
+    """With experts cut into slices, and the dense model's FLOPs."""
+    return row.but(f"assemble.granularity={slices} assemble.num_experts_per_tok=1 {more}")
+
+
+SLOW = "posttrain.router_rate=0.1"
 FINE = {
-    "upit, 2 slices, top-1, balanced over experts": UPIT.but(f"{SLICED} posttrain.balance_over=experts"),
-    "upit, 2 slices, top-1, router's rate a tenth": UPIT.but(f"{SLICED} posttrain.router_rate=0.1"),
-    "vanilla, 2 slices, top-1": FROM_BASE.but(SLICED),
-    "upit, 2 slices, top-1": UPIT.but(SLICED),
+    "upit, 2 slices, top-1, balanced over experts": sliced(UPIT, 2, "posttrain.balance_over=experts"),
+    "upit, 2 slices, top-1, router's rate a tenth": sliced(UPIT, 2, SLOW),
+    "vanilla, 2 slices, top-1": sliced(FROM_BASE, 2),
+    "upit, 2 slices, top-1": sliced(UPIT, 2),
 }
-VARIANTS: dict[str, Row] = METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | UNSCALED | ROWS | SIZES | FINE
+SLICES = {
+    "upit, 2 slices, top-1, router frozen": sliced(UPIT, 2, "posttrain.freeze=router"),
+    "upit, 4 slices, top-1": sliced(UPIT, 4),
+    "upit, 4 slices, top-1, router's rate a tenth": sliced(UPIT, 4, SLOW),
+    "upit, router's rate a tenth": UPIT.but(SLOW),
+}
+VARIANTS: dict[str, Row] = (
+    METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | UNSCALED | ROWS | SIZES | FINE | SLICES
+)
 TABLES = {
     "core": ("sft", "vanilla", "vanilla-sft", "upit"),
     "methods": tuple(METHODS),
@@ -201,6 +216,7 @@ TABLES = {
     "flops": ("sft", "vanilla", "vanilla-sft", "upit", *FLOPS),
     "scale": ("sft", "vanilla", "vanilla-sft", "upit, spread 1", *UNSCALED),
     "fine": ("sft", "vanilla", "upit", *FINE),
+    "slices": ("upit, 2 slices, top-1", "upit, 2 slices, top-1, router's rate a tenth", *SLICES),
     "spread": ("vanilla-sft", "upit", *SPREAD),
     "rates": ("sft", "vanilla", "vanilla-sft", "upit", *RATES),
     "parts": ("upit", *PARTS, "router start random"),

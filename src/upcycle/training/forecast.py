@@ -81,12 +81,15 @@ def forecast(
     learned = 0 if added else sum(size for name, size in sizes.items() if trained(name))
     moments = next((size for part, size in OPTIMIZERS.items() if part in settings.trainer.get("optim", "")), MOMENTS)
     total, kept = sum(sizes.values()), HALF if added and accelerator else FULL
-    held = activations(config, step, _norms if added else trained)
+    first, more = activations(config, step, _norms if added else trained)
+    gradients = FULL * (learned / shards + added)
+    if accelerator and micro == own:  # layer by layer they take the place of activations, which a CPU's heap does not
+        more -= min(more, int(gradients))
     return Forecast(
         weights=kept * total / shards + FULL * added,
-        gradients=FULL * (learned / shards + added),
+        gradients=gradients,
         optimizer=moments * (learned / shards + added),
-        activations=held + _gathered(sizes, devices, accelerator, bool(learned)),
+        activations=first + more + _gathered(sizes, devices, accelerator, bool(learned)),
         saved=SAVED_COPIES * FULL * (added or (_largest(sizes) if shards > 1 else total)),
         accelerator=accelerator,
     )

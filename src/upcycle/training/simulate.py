@@ -75,14 +75,17 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def activations(config: Config, step: Step, trained: Callable[[str], bool]) -> int:
+def activations(config: Config, step: Step, trained: Callable[[str], bool]) -> tuple[int, int]:
     """Bytes that a forward and a backward pass hold at most besides weights, gradients and optimizer.
 
     Args:
         trained: whether a parameter, by its name, gets a gradient.
+
+    Returns:
+        Those of a model of one layer, and what the other layers add.
     """
     one, two = (_of_layers(config, layers, step, trained) for layers in (1, 2))
-    return one + (two - one) * (int(config["num_hidden_layers"]) - 1)
+    return one, (two - one) * (int(config["num_hidden_layers"]) - 1)
 
 
 def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str], bool]) -> int:
