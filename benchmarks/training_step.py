@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from upcycle.architectures.mapping import map_model
 from upcycle.architectures.slices import Slicing
 from upcycle.console import say, table
-from upcycle.distributed.device import pick_device
-from upcycle.experts.autocast import follow_autocast
+from upcycle.distributed.device import keep_freed_memory, pick_device
+from upcycle.experts.grouped import use_own_products
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.records.plan import ExpansionPlan, Expert
 from upcycle.routing.routers import RouterRecorder, num_experts, random_routers
@@ -88,7 +88,7 @@ def make_step(model: Any, size: Size, recorders: ExitStack) -> Callable[[], None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     recorder = recorders.enter_context(RouterRecorder(model)) if num_experts(model) else None
     monitor, load = LoadMonitor(), StepLoad()
-    follow_autocast(model)
+    use_own_products(model)
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
@@ -113,6 +113,7 @@ def make_step(model: Any, size: Size, recorders: ExitStack) -> Callable[[], None
 def measure(work: Path, size: Size) -> dict[str, float]:
     """Median seconds of a step of each model, in turn."""
     make_models(work, size)
+    keep_freed_memory()  # as every training does
     times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, *CHOICES)}
     with ExitStack() as recorders:
         models = {name: load_model(work / name, torch.float32, pick_device()).train() for name in times}

@@ -141,11 +141,6 @@ class PrepareSettings(TrainingSettings):
         return self.train in SHARES_BASE
 
     @property
-    def trains_ffns_alone(self) -> bool:
-        """Whether all but the FFNs stays the base's."""
-        return self.train == "ffn"
-
-    @property
     def starts_as_base(self) -> bool:
         """Whether experts start as copies of the base, so that preparation has nothing to do."""
         return self.train in STARTS_AS_BASE

@@ -12,9 +12,9 @@ from upcycle.distributed.device import compute_dtype, is_spread, pick_device
 from upcycle.distributed.shards import placement, put
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import is_adapter, read_adapter_config
-from upcycle.experts.autocast import follow_autocast
 from upcycle.experts.bottleneck import BOTTLENECK
 from upcycle.experts.ffn import FFN, FULL
+from upcycle.experts.grouped import use_own_products
 from upcycle.experts.kind import Kind, Load
 from upcycle.experts.lora import ADAPTER, LORA
 from upcycle.experts.mixture import mixture_of
@@ -108,7 +108,7 @@ def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str, devi
     model = load_model(folder, dtype, base=base, four_bit=four_bit, where=where).train()
     freeze(model, {fixed, *kind.frozen})
     if not where:  # shards are gathered in the dtype that they are multiplied in
-        follow_autocast(model)
+        use_own_products(model)
     return model
 
 

@@ -1,7 +1,7 @@
 """Will it fit, and how long: what the trainings of a recipe need on given devices, before anything is spent."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,38 +92,18 @@ def forecasts(
         mapping: from the dense model to the MoE.
         length: tokens of the longest row.
     """
+    from upcycle.experts.trained import posttrained, prepared
     from upcycle.training.forecast import forecast
 
-    config, devices, lora = mapping.config, recipe.devices, recipe.prepare.shares_base
-    inner = config["hidden_size"] + config["intermediate_size"]
-    adapter = config["num_hidden_layers"] * recipe.lora.rank * len(recipe.lora.targets) * inner
-    moe = mapping.moe_config(recipe.assemble.num_experts_per_tok, "float32")
-    if recipe.tunes:
-        added = adapter if lora else 0
+    stages = {PREPARE: (recipe.prepare, prepared)} if recipe.tunes else {}
+    for stage, (settings, of) in (stages | {POSTTRAIN: (recipe.posttrain, posttrained)}).items():
+        what = of(recipe, mapping)
         yield (
-            PREPARE,
-            forecast(config, recipe.prepare, length, devices, processes, _prepared(recipe), accelerator, added),
+            stage,
+            forecast(
+                what.config, settings, length, recipe.devices, processes, what.names, accelerator, added=what.added
+            ),
         )
-    added = adapter * recipe.expand.num_experts if lora else 0
-    trained = _posttrained(recipe)
-    yield (
-        POSTTRAIN,
-        forecast(config if lora else moe, recipe.posttrain, length, devices, processes, trained, accelerator, added),
-    )
-
-
-def _prepared(recipe: Recipe) -> Callable[[str], bool]:
-    return (lambda name: ".mlp." in name) if recipe.prepare.trains_ffns_alone else (lambda _: True)
-
-
-def _posttrained(recipe: Recipe) -> Callable[[str], bool]:
-    frozen = recipe.posttrain.freeze
-
-    def part(name: str) -> str:
-        router = name.endswith("gate.weight") or ".router." in name
-        return "router" if router else "experts" if ".experts." in name else "shared"
-
-    return lambda name: part(name) != frozen
 
 
 def say_fit(run: Run, mapping: "upcycle.architectures.mapping.Mapping") -> None:

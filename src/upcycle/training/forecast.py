@@ -102,10 +102,9 @@ def _norms(name: str) -> bool:
 
 def _sizes(config: Config) -> dict[str, int]:
     """Parameters of each tensor of the model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    values = dict(config)
-    made = AutoConfig.for_model(values.pop("model_type"), **values)
+    made = CONFIG_MAPPING[config["model_type"]](**config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     return {name: parameter.numel() for name, parameter in model.named_parameters()}

@@ -89,16 +89,17 @@ def activations(config: Config, step: Step, trained: Callable[[str], bool]) -> t
 
 
 def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str], bool]) -> int:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
     cut = {**config, "num_hidden_layers": layers}
     if isinstance(cut.get("layer_types"), list):
         cut["layer_types"] = cut["layer_types"][:layers]
-    made = AutoConfig.for_model(cut.pop("model_type"), **cut)
+    made = CONFIG_MAPPING[cut["model_type"]](**cut)
     dtype = torch.bfloat16 if step.bf16 and step.sharded else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True), _products_without_values(), _head(step.bf16, config["vocab_size"]):
-        model: Model = AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False).train()
+        model: Model = AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False)
+        model.train()
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if step.checkpointing:
             model.activation_checkpointing_enable()

@@ -1,0 +1,130 @@
+"""A plain MoE's experts as one grouped product a weight, for training: transformers' own, with less beside it.
+
+torch has no autocast rule for grouped products: within autocast the weights are cast here, as those of linear layers
+are, else fp32 would be multiplied. Slots are brought into the order of their experts by a permutation, whose gradient
+is the inverse one; and of gate and up nothing but the products themselves is kept.
+
+Legend: T tokens, k experts per token, S = T k slots, H hidden, I channels, E experts.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from upcycle.types import Model
+
+GROUPED = "grouped_mm"
+OURS = "upcycle_grouped_mm"
+"""Our name among transformers' implementations of experts."""
+SILU = (nn.SiLU, SiLUActivation)
+
+
+def use_own_products(model: Model) -> None:
+    """Have a plain MoE's experts computed here; where transformers chose something else than grouped products, no."""
+    if getattr(model.config, "_experts_implementation", None) == GROUPED:
+        model.set_experts_implementation(OURS)
+
+
+def _forward(
+    experts: nn.Module, hidden: Float[Tensor, "T H"], indices: Int[Tensor, "T k"], weights: Float[Tensor, "T k"]
+) -> Float[Tensor, "T H"]:
+    dtype = _autocast_dtype(hidden)
+    if not _is_plain(experts):
+        return _transformers(experts, hidden, indices, weights, dtype)
+    up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
+    dtype = dtype or up.dtype
+    chosen = indices.reshape(-1)
+    order = chosen.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    ends = chosen.bincount(minlength=len(up)).cumsum(0, dtype=torch.int32)
+    slots = hidden[:, None].expand(-1, indices.shape[1], -1).reshape(len(chosen), -1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        inputs = _permuted(slots.to(dtype), order, inverse)
+        inner = _gated(torch.nn.functional.grouped_mm(inputs, up.to(dtype).mT, offs=ends))
+        outputs = torch.nn.functional.grouped_mm(inner, down.to(dtype).mT, offs=ends)
+        mixed = _permuted(outputs, inverse, order).view(*indices.shape, -1) * weights[:, :, None].to(dtype)
+        return mixed.sum(dim=1).to(hidden.dtype)
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _is_plain(experts: Any) -> bool:
+    """Gate and up side by side, no biases, no norm, all experts here, the usual activation."""
+    odd = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm or experts._is_expert_parallel
+    usual = experts.has_gate and experts.is_concatenated and isinstance(experts.act_fn, SILU)
+    return usual and not odd
+
+
+def _transformers(experts: nn.Module, *inputs: Any) -> Tensor:
+    *tensors, dtype = inputs
+    output: Tensor = grouped_mm_experts_forward(_Cast(experts, dtype) if dtype else experts, *tensors)
+    return output
+
+
+class _Cast:
+    """A module of experts whose weights are in another dtype; gradients go to the weights themselves."""
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
+        self._experts = experts
+        self._dtype = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
+
+
+def _permuted(rows: Float[Tensor, "S n"], order: Int[Tensor, " S"], inverse: Int[Tensor, " S"]) -> Float[Tensor, "S n"]:
+    apply: Any = _Permute.apply
+    permuted: Tensor = apply(rows, order, inverse)
+    return permuted
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order: a gather both ways, where autograd would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, *ctx.saved_tensors), None, None
+
+
+def _gated(both: Float[Tensor, "S J"]) -> Float[Tensor, "S I"]:
+    apply: Any = _SwiGlu.apply
+    inner: Tensor = apply(both)
+    return inner
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) * up of the two side by side; its gradient is written in its place, and only the input is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gradient = gradients[0]
+        gate, up = both.chunk(2, dim=-1)
+        result = torch.empty_like(both)
+        d_gate, d_up = result.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate)
+        torch.mul(gradient, activated, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=d_gate)
+        return result
+
+
+ALL_EXPERTS_FUNCTIONS.register(OURS, _forward)
