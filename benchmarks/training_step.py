@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from upcycle.architectures.mapping import map_model
 from upcycle.architectures.slices import Slicing
 from upcycle.console import say, table
-from upcycle.distributed.device import keep_freed_memory, pick_device
+from upcycle.distributed.device import pick_device
 from upcycle.experts.grouped import use_own_products
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.records.plan import ExpansionPlan, Expert
@@ -113,7 +113,6 @@ def make_step(model: Any, size: Size, recorders: ExitStack) -> Callable[[], None
 def measure(work: Path, size: Size) -> dict[str, float]:
     """Median seconds of a step of each model, in turn."""
     make_models(work, size)
-    keep_freed_memory()  # as every training does
     times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, *CHOICES)}
     with ExitStack() as recorders:
         models = {name: load_model(work / name, torch.float32, pick_device()).train() for name in times}

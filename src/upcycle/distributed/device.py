@@ -1,9 +1,7 @@
 """The device of this process, and the dtype that it computes in."""
 
-import ctypes
 import gc
 import os
-import platform
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,8 +9,6 @@ import torch
 
 from upcycle.distributed.world import world_size
 
-M_MMAP_MAX, M_TRIM_THRESHOLD, MOST_INT = -4, -1, 2**31 - 1
-"""Of glibc's malloc.h."""
 MOST_OF_A_DEVICE = 0.8
 """Share of its memory that a model's weights may take; the rest is for what it computes."""
 
@@ -55,17 +51,6 @@ def release() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-
-
-def keep_freed_memory() -> None:
-    """On a CPU under glibc: large tensors get the memory of those that were freed, which the system need not clear.
-
-    The gradients of a MoE are much memory and little arithmetic: its step takes two thirds of the time.
-    """
-    if not torch.accelerator.is_available() and platform.libc_ver()[0] == "glibc":
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_MMAP_MAX, 0)
-        glibc.mallopt(M_TRIM_THRESHOLD, MOST_INT)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ from transformers import PrinterCallback
 
 from upcycle.console import say
 from upcycle.data.chat import Sample
-from upcycle.distributed.device import idle_devices, keep_freed_memory
+from upcycle.distributed.device import idle_devices
 from upcycle.distributed.shards import check_resumable, is_sharded
 from upcycle.distributed.world import is_main, on_main, wait, world_size
 from upcycle.errors import UpcycleError
@@ -44,7 +44,6 @@ def fine_tune(
         UpcycleError: the loss or a weight is not finite, the checkpoints would be less than a step apart, or the rows
             of a step cannot be divided among the processes.
     """
-    keep_freed_memory()
     settings, bar = per_process(training.settings, world_size()), ShowProgress(training.title)
     training = replace(training, settings=settings, rows=len(samples))
     resume = on_main(lambda: last_checkpoint(training.out_dir))  # it removes what is half written
