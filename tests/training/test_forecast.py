@@ -81,8 +81,9 @@ def test_a_table_says_what_would_fit(base: Path, capsys: pytest.CaptureFixture[s
     mapping = map_model(base, ModelReader(base), 8)
     show_fit(str(base), mapping, 2, parse_devices("16x0.0001GB"))
     said = capsys.readouterr().out
-    assert "devices.fsdp=8 devices.replicate=2" in said  # eight experts are divided among eight at most
-    assert '"prepare.trainer={optim: adamw_8bit}"' in said
+    assert "devices.fsdp=8" in said
+    assert "devices.replicate=2" in said  # eight experts are divided among eight at most
+    assert "adamw_8bit" in said
     assert " yes" not in said
     assert "several cards of one machine" in said
     show_fit(str(base), mapping, 2, parse_devices("2xH100"))

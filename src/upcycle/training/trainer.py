@@ -124,11 +124,10 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         """Where processes would get unequal numbers of rows, some are given rows that count nothing."""
-        rows, at_once = self.training.rows, self.args.train_batch_size * world_size()
-        if rows % at_once == 0 or world_size() == 1:
+        if world_size() == 1:
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
-        return EvenRows(rows, at_once, self.args.data_seed)
+        return EvenRows(self.training.rows, self.args.train_batch_size * world_size(), self.args.data_seed)
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """No card per checkpoint: the run's own says where a model comes from."""
