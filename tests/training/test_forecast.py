@@ -14,6 +14,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 from conftest import make_dense
 from upcycle.architectures.mapping import map_model
+from upcycle.console import console
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import fit
 from upcycle.pipeline.fit import forecasts, parse_devices, say_fit, show_fit
@@ -77,13 +78,15 @@ def test_other_devices_are_refused(text: str) -> None:
         parse_devices(text)
 
 
-def test_a_table_says_what_would_fit(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_says_what_would_fit(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "width", 200)
     mapping = map_model(base, ModelReader(base), 8)
     show_fit(str(base), mapping, 2, parse_devices("16x0.0001GB"))
     said = capsys.readouterr().out
-    assert "devices.fsdp=8" in said
-    assert "devices.replicate=2" in said  # eight experts are divided among eight at most
-    assert "adamw_8bit" in said
+    assert "devices.fsdp=8 devices.replicate=2" in said  # eight experts are divided among eight at most
+    assert '"prepare.trainer={optim: adamw_8bit}"' in said
     assert " yes" not in said
     assert "several cards of one machine" in said
     show_fit(str(base), mapping, 2, parse_devices("2xH100"))
