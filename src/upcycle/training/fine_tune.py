@@ -56,6 +56,7 @@ def fine_tune(
         training = replace(training, moments=None)  # the checkpoint has its own
     if wanted := attention(settings):
         model.set_attn_implementation(wanted)
+    uneven = len(samples) % (settings.micro_batch_size * world_size()) > 0
     schedule = CheckpointSchedule(settings.epochs, settings.checkpoint_every)
     trainer = UpcyclingTrainer(
         model=model,
@@ -67,7 +68,7 @@ def fine_tune(
             settings.batch_size // (settings.micro_batch_size * world_size()),
             training.balance.report_to if training.balance else "none",
         ),
-        train_dataset=_dataset(samples, with_empty=world_size() > 1),
+        train_dataset=_dataset(samples, with_empty=world_size() > 1 and uneven),
         eval_dataset=_dataset(validation) if "eval_strategy" in settings.trainer else None,
         processing_class=tokenizer,
         data_collator=SideBySide(tokenizer.pad_token_id) if settings.pack_rows and can_pack(model) else None,
