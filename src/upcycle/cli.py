@@ -42,6 +42,8 @@ from upcycle.settings import MOST_EXPERTS
 
 ALMOST_FULL_BYTES = 32 << 20
 PICTURES = (".png", ".pdf", ".svg")
+SHARED = ("run", *stage_names(), "compare", "sweep", "benchmark")
+"""Verbs that several processes work on; of all others the first process is enough."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,7 +100,6 @@ for _stage in STAGES:
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML.")] = None) -> None:
     """List the shipped recipes, or print one."""
-    _alone()
     shipped = shipped_recipes()
     if name is None:
         for key, text in sorted(shipped.items()):
@@ -112,7 +113,6 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's
 @app.command()
 def settings() -> None:
     """List every setting of a recipe with its default and meaning."""
-    _alone()
     print(describe_settings(), end="")
 
 
@@ -128,7 +128,6 @@ def check(
     ] = None,
 ) -> None:
     """Say what a dense model would become, and what other choices cost: parameters, FLOPs, memory; or why it cannot."""
-    _alone()
     _check_dtype(dtype)
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
@@ -212,7 +211,6 @@ def inspect(
     figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),
 ) -> None:
     """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
-    _alone()
     check_writable(figure)
     if figure.suffix.lower() not in PICTURES:
         raise UpcycleError(f"--figure is {figure}, expected a name that ends in {', '.join(PICTURES)}")
@@ -270,7 +268,6 @@ def report(
 
     The report of a run that is part of a comparison shows the comparison too.
     """
-    _alone()
     if out is not None:
         check_writable(out)
     out = out or REPORT.of(folder)
@@ -304,7 +301,6 @@ def export(
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub, after asking.")] = None,
 ) -> None:
     """Write the finished model as a folder that stands alone, with its model card; upload it if wanted."""
-    _alone()
     _check_dtype(dtype)
     check_new(to, "--to")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
@@ -347,9 +343,7 @@ def _execute(
     world.start()
     run = Run(world.on_main(lambda: load_recipe(recipe, overrides or [])), folder)
     if dry_run:
-        print(dump_recipe(run.recipe))
-        for stage, todo in status(run):
-            print(f"{stage:10} {todo if stage in stages else 'not asked for'}")
+        world.on_main(lambda: _show_plan(run, stages))
         return
     _quiet_libraries()
     with _writing(folder):
@@ -358,6 +352,12 @@ def _execute(
         from upcycle.pipeline.summary import show_summary
 
         world.on_main(lambda: show_summary(run))
+
+
+def _show_plan(run: Run, stages: tuple[str, ...]) -> None:
+    print(dump_recipe(run.recipe))
+    for stage, todo in status(run):
+        print(f"{stage:10} {todo if stage in stages else 'not asked for'}")
 
 
 def _check_dtype(dtype: str) -> None:
@@ -412,12 +412,6 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses an older name
 
 
-def _alone() -> None:
-    """Of several processes the first alone goes on."""
-    if not world.is_main():
-        raise SystemExit
-
-
 def _stop(code: int, message: str) -> None:
     if world.may_speak():
         print(message, file=sys.stderr)
@@ -426,6 +420,8 @@ def _stop(code: int, message: str) -> None:
 
 def main() -> None:
     """Run the command that was typed; what a user can mend, or did, ends in one line without a traceback."""
+    if not world.is_main() and not set(sys.argv[1:2]) & set(SHARED):
+        return
     gc.set_threshold(100_000, 20, 20)  # importing torch and transformers makes millions of objects: 15% quicker
     try:
         for word in sys.argv[1:]:

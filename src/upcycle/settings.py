@@ -94,6 +94,11 @@ class TrainingSettings(Settings):
     trainer: dict[str, Any] = Field({})
     """Anything else that TRL's SFTConfig takes, by its own names: {optim: adamw_8bit, max_grad_norm: 0.5, ...}."""
 
+    def micro_batch(self, processes: int) -> int:
+        """Rows of a forward pass in each process: the most that divide its part of a step, and not more than asked."""
+        own = max(1, self.batch_size // processes)
+        return max(n for n in range(1, min(self.micro_batch_size, own) + 1) if own % n == 0)
+
     @field_validator("trainer")
     @classmethod
     def _not_what_a_setting_says(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -22,18 +22,17 @@ def pick_device() -> torch.device:
 
 def idle_devices() -> int:
     """Accelerators that this process sees and leaves alone: it uses one, and other processes may have the others."""
-    if world_size() > 1 or not torch.accelerator.is_available():
-        return 0
-    return torch.accelerator.device_count() - 1
+    return torch.accelerator.device_count() - 1 if world_size() == 1 and sees_several() else 0
+
+
+def sees_several() -> bool:
+    """Whether this process could use several accelerators."""
+    return torch.accelerator.is_available() and torch.accelerator.device_count() > 1
 
 
 def is_spread(num_parameters: int) -> bool:
-    """Whether a model is too large for one accelerator where this process sees several."""
-    if not torch.accelerator.is_available() or torch.accelerator.device_count() == 1:
-        return False
-    device = pick_device()
-    _, total = torch.accelerator.get_memory_info(device)
-    return num_parameters * compute_dtype(device).itemsize > MOST_OF_A_DEVICE * total
+    """Whether a model is too large for one accelerator."""
+    return num_parameters * compute_dtype(pick_device()).itemsize > MOST_OF_A_DEVICE * memory()
 
 
 def memory() -> int:

@@ -100,11 +100,10 @@ def check_resumable(checkpoint: Path, sharded: bool) -> None:
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     """Read what `save_optimizer` wrote."""
-    tensors = load_file(_part(folder, rank(), world_size()))
-    for name, parameter in model.named_parameters():
-        state = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-        if state:
-            optimizer.state[parameter] = {key: _like(parameter, value) for key, value in state.items()}
+    parameters = dict(model.named_parameters())
+    for place, value in load_file(_part(folder, rank(), world_size())).items():
+        name, _, key = place.rpartition("/")
+        optimizer.state[parameters[name]][key] = _like(parameters[name], value)
 
 
 def _part(folder: Path, number: int, count: int) -> Path:

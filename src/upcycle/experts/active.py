@@ -13,6 +13,9 @@ from upcycle.recipe import Recipe
 from upcycle.weights.base import Base
 from upcycle.weights.safetensors_io import ModelReader
 
+Addition = Callable[[int, int, Recipe], int]
+"""(hidden size, the FFN's inner size, recipe): parameters of an expert in a layer."""
+
 
 @dataclass(frozen=True)
 class Active:
@@ -31,12 +34,8 @@ def active_ffns(base: Base, recipe: Recipe) -> Active:
     return Active(mapping.num_dense - mapping.lookup, used - mapping.lookup)
 
 
-def active_additions(per_layer: Callable[[int, int, Recipe], int]) -> Callable[[Base, Recipe], Active]:
-    """Where every expert is an addition to the base's FFN.
-
-    Args:
-        per_layer: (hidden size, the FFN's inner size, recipe): parameters of an expert in a layer.
-    """
+def active_additions(per_layer: Addition) -> Callable[[Base, Recipe], Active]:
+    """Where every expert is an addition to the base's FFN."""
 
     def active(base: Base, recipe: Recipe) -> Active:
         mapping = _mapping(base, recipe)

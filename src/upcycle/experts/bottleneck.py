@@ -32,6 +32,7 @@ from upcycle.experts.mixture import (
     write_new,
 )
 from upcycle.merging.low_rank import fresh
+from upcycle.recipe import Recipe
 from upcycle.records.description import Description
 from upcycle.records.plan import ExpansionPlan, Gram
 from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
@@ -131,6 +132,11 @@ def describe(folder: Path) -> Description:
     return Description(f"A mixture of {count} bottlenecks (PESC; it needs its base and upcycle)", plain=False)
 
 
+def addition(hidden: int, _inner: int, recipe: Recipe) -> int:
+    """Parameters of an expert in a layer."""
+    return 2 * hidden * recipe.lora.rank
+
+
 BOTTLENECK = Kind(
     peft_types=(BOTTLENECK_MIXTURE,),
     frozen=frozenset({"shared"}),
@@ -148,6 +154,7 @@ BOTTLENECK = Kind(
     resume=load_tensors,
     router_keys=router_keys,
     fold=fold,
-    active=active_additions(lambda hidden, _, recipe: 2 * hidden * recipe.lora.rank),
+    active=active_additions(addition),
     describe=describe,
+    addition=addition,
 )

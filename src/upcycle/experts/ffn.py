@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +313,7 @@ def _sizes(folder: Path, config: Config, experts: int, slices: int) -> str:
     """Parameters in all and for a token, and FLOPs over the dense model's (scores of attention left out)."""
     reader, layers, hidden = ModelReader(folder), len(moe_layers(config)), config["hidden_size"]
     expert = layers * 3 * hidden * config[moe_of(config).size_field]
-    total = sum(prod(reader.spec(name).shape) for name in reader.names())
+    total = reader.num_parameters
     active = total - (experts - config["num_experts_per_tok"]) * expert
     dense = total - (experts - slices) * expert - layers * experts * hidden
     ratio = (active - looked_up(config)) / (dense - looked_up(config))

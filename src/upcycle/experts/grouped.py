@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from upcycle.experts.lora_ffn import SILU
 from upcycle.types import Model
 
 GROUPED = "grouped_mm"
 OURS = "upcycle_grouped_mm"
 """Our name among transformers' implementations of experts."""
-SILU = (nn.SiLU, SiLUActivation)
 
 
 def use_own_products(model: Model) -> None:
@@ -34,7 +33,9 @@ def _forward(
 ) -> Float[Tensor, "T H"]:
     dtype = _autocast_dtype(hidden)
     if not _is_plain(experts):
-        return _transformers(experts, hidden, indices, weights, dtype)
+        module = _Cast(experts, dtype) if dtype else experts
+        output: Tensor = grouped_mm_experts_forward(module, hidden, indices, weights)
+        return output
     up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
     dtype = dtype or up.dtype
     chosen = indices.reshape(-1)
@@ -60,12 +61,6 @@ def _is_plain(experts: Any) -> bool:
     odd = experts.has_bias or experts.is_transposed or experts.has_post_expert_norm or experts._is_expert_parallel
     usual = experts.has_gate and experts.is_concatenated and isinstance(experts.act_fn, SILU)
     return usual and not odd
-
-
-def _transformers(experts: nn.Module, *inputs: Any) -> Tensor:
-    *tensors, dtype = inputs
-    output: Tensor = grouped_mm_experts_forward(_Cast(experts, dtype) if dtype else experts, *tensors)
-    return output
 
 
 class _Cast:

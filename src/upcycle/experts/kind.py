@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from upcycle.experts.active import Active
+from upcycle.experts.active import Active, Addition
 from upcycle.experts.gram import Measure
 from upcycle.recipe import Recipe
 from upcycle.records.description import Description
@@ -104,3 +104,5 @@ class Kind:
     """Parameters that multiply a token."""
     describe: Callable[[Path], Description]
     """What a folder with a MoE of this kind is, in words."""
+    addition: Addition | None = None
+    """Parameters of an expert in a layer, if it is an addition to the base's FFN; None: it is an FFN of its own."""

@@ -1,14 +1,13 @@
 """The kinds of experts, a row each; and models and folders of any kind."""
 
 from collections.abc import Iterable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from upcycle.distributed.device import compute_dtype, is_spread, pick_device
+from upcycle.distributed.device import compute_dtype, is_spread, pick_device, sees_several
 from upcycle.distributed.shards import placement, put
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import is_adapter, read_adapter_config
@@ -80,12 +79,9 @@ def load_model(
 
 def must_spread(folders: Iterable[Path], base: Path) -> bool:
     """Whether one of these models is too large for one device, so that one process has to use several."""
-    return any(is_spread(_num_parameters(base if is_adapter(folder) else folder)) for folder in folders)
-
-
-def _num_parameters(folder: Path) -> int:
-    reader = ModelReader(folder)
-    return sum(prod(reader.spec(name).shape) for name in reader.names())
+    if not sees_several():
+        return False  # and no file need be read
+    return any(is_spread(ModelReader(base if is_adapter(folder) else folder).num_parameters) for folder in folders)
 
 
 def load_for_scoring(folder: Path, base: Path | None) -> Model:

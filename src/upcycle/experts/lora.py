@@ -50,6 +50,7 @@ from upcycle.experts.mixture import (
 from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
 from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
+from upcycle.recipe import Recipe
 from upcycle.records.description import Description
 from upcycle.records.files import MANIFEST
 from upcycle.records.plan import ExpansionPlan, Expert, Gram
@@ -305,6 +306,11 @@ def describe(folder: Path) -> Description:
     return Description(what, plain=False, folds=True)
 
 
+def addition(hidden: int, inner: int, recipe: Recipe) -> int:
+    """Parameters of an expert in a layer."""
+    return len(recipe.lora.targets) * recipe.lora.rank * (hidden + inner)
+
+
 LORA = Kind(
     peft_types=("LORA", LORA_MIXTURE),
     frozen=frozenset({"shared"}),
@@ -322,10 +328,9 @@ LORA = Kind(
     resume=load_tensors,
     router_keys=router_keys,
     fold=fold,
-    active=active_additions(
-        lambda hidden, inner, recipe: len(recipe.lora.targets) * recipe.lora.rank * (hidden + inner)
-    ),
+    active=active_additions(addition),
     describe=describe,
+    addition=addition,
 )
 """Adapters, and the mixture of them."""
 ADAPTER = replace(LORA, save_checkpoint=None, resume=None)

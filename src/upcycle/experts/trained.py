@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from upcycle.architectures.mapping import Mapping
+from upcycle.experts.kinds import KINDS
 from upcycle.recipe import Recipe
 from upcycle.types import Config
 
@@ -21,26 +22,28 @@ class Trained:
 
 def prepared(recipe: Recipe, mapping: Mapping) -> Trained:
     """In preparation."""
-    if recipe.prepare.shares_base:
-        return Trained(mapping.config, lambda _: False, _adapter(recipe, mapping.config))
+    if (added := _added(recipe, mapping.config)) is not None:
+        return Trained(mapping.config, lambda _: False, added)
     ffns = recipe.prepare.train == "ffn"
     return Trained(mapping.config, lambda name: not ffns or ".mlp." in name)
 
 
 def posttrained(recipe: Recipe, mapping: Mapping) -> Trained:
     """In post-training."""
-    if recipe.prepare.shares_base:
-        return Trained(mapping.config, lambda _: False, recipe.expand.num_experts * _adapter(recipe, mapping.config))
+    if (added := _added(recipe, mapping.config)) is not None:
+        return Trained(mapping.config, lambda _: False, recipe.expand.num_experts * added)
     moe, frozen = mapping.moe_config(recipe.assemble.num_experts_per_tok, "float32"), recipe.posttrain.freeze
     return Trained(moe, lambda name: _part(name) != frozen)
+
+
+def _added(recipe: Recipe, config: Config) -> int | None:
+    """Parameters of an expert that is an addition to the base."""
+    addition = KINDS[recipe.prepare.train].addition
+    layers, hidden, inner = (config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    return None if addition is None else layers * addition(hidden, inner, recipe)
 
 
 def _part(name: str) -> str:
     if name.endswith("gate.weight") or ".router." in name:
         return "router"
     return "experts" if ".experts." in name else "shared"
-
-
-def _adapter(recipe: Recipe, config: Config) -> int:
-    widths = int(config["hidden_size"]) + int(config["intermediate_size"])
-    return int(config["num_hidden_layers"]) * recipe.lora.rank * len(recipe.lora.targets) * widths

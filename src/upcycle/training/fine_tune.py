@@ -45,7 +45,7 @@ def fine_tune(
             of a step cannot be divided among the processes.
     """
     settings, bar = per_process(training.settings, world_size()), ShowProgress(training.title)
-    training = replace(training, settings=settings, rows=len(samples))
+    training = replace(training, settings=settings)
     resume = on_main(lambda: last_checkpoint(training.out_dir))  # it removes what is half written
     if idle := idle_devices():
         command = f"torchrun --nproc-per-node {idle + 1} -m upcycle run RECIPE --out FOLDER"
@@ -61,6 +61,7 @@ def fine_tune(
     trainer = UpcyclingTrainer(
         model=model,
         training=training,
+        rows=len(samples),
         args=config(
             settings,
             str(training.out_dir),
@@ -107,7 +108,7 @@ def per_process(settings: TrainingSettings, processes: int) -> TrainingSettings:
             f"batch_size is {settings.batch_size}, which {processes} processes cannot share evenly; set batch_size="
             f"{up}, or start {', '.join(map(str, near[-4:]))} processes"
         )
-    micro = max(n for n in range(1, min(settings.micro_batch_size, own) + 1) if own % n == 0)
+    micro = settings.micro_batch(processes)
     if micro != settings.micro_batch_size:
         say(f"micro_batch_size is {micro} in each of {processes} processes: batch_size={settings.batch_size} is global")
     return settings.model_copy(update={"micro_batch_size": micro})

@@ -75,15 +75,15 @@ def forecast(
         added: parameters of adapters, which alone are trained then.
     """
     sizes, shards = _sizes(config), devices.fsdp
-    own = settings.batch_size // processes or 1
-    micro = max(n for n in range(1, min(own, settings.micro_batch_size) + 1) if own % n == 0)
+    micro = settings.micro_batch(processes)
     step = Step(micro, length, accelerator, shards > 1, settings.gradient_checkpointing)
     learned = 0 if added else sum(size for name, size in sizes.items() if trained(name))
     moments = next((size for part, size in OPTIMIZERS.items() if part in settings.trainer.get("optim", "")), MOMENTS)
     total, kept = sum(sizes.values()), HALF if added and accelerator else FULL
     first, more = activations(config, step, _norms if added else trained)
     gradients = FULL * (learned / shards + added)
-    if accelerator and micro == own:  # layer by layer they take the place of activations, which a CPU's heap does not
+    # layer by layer they take the place of activations, which a CPU's heap does not
+    if accelerator and micro * processes >= settings.batch_size:
         more -= min(more, int(gradients))
     return Forecast(
         weights=kept * total / shards + FULL * added,

@@ -90,7 +90,6 @@ def activations(config: Config, step: Step, trained: Callable[[str], bool]) -> t
 
 def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str], bool]) -> int:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-    from trl.trainer.utils import add_fused_lm_head
 
     cut = {**config, "num_hidden_layers": layers}
     if isinstance(cut.get("layer_types"), list):
@@ -100,7 +99,7 @@ def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str],
     with FakeTensorMode(allow_non_fake_inputs=True), _products_without_values(), _head(step.bf16, config["vocab_size"]):
         model: Model = AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False)
         model.train()
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if step.checkpointing:
             model.activation_checkpointing_enable()
         for name, parameter in model.named_parameters():

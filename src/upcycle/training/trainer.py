@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from upcycle.distributed.shards import OPTIMIZER, is_sharded, load_optimizer, local, save_optimizer
-from upcycle.distributed.world import gathered, wait, world_size
+from upcycle.distributed.world import gathered, summed, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import kind_of
 from upcycle.experts.sharded import save_checkpoint
@@ -42,8 +42,13 @@ Inputs = dict[str, torch.Tensor]
 class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that resumes a MoE with its experts, balances its routers per layer and stops at NaN."""
 
-    def __init__(self, model: Model, training: Training, **arguments: Any):
+    def __init__(self, model: Model, training: Training, rows: int, **arguments: Any):
+        """
+        Args:
+            rows: of the data, without one that fills up.
+        """
         self.training = training
+        self.rows = rows
         self.balance = balance = training.balance
         self.recorder = RouterRecorder(model) if balance else None
         self.load_monitor = LoadMonitor() if balance else None
@@ -116,18 +121,23 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         if self.load_monitor is None or "loss" not in logs:
             super().log(logs, start_time)
             return
-        for name in ("balance_loss", "router_z_loss"):
-            values = gathered(self._metrics["train"][name])
-            self._metrics["train"][name] = [fmean(each) for each in zip(*values, strict=True)]
+        if world_size() > 1:
+            self._average_over_processes("balance_loss", "router_z_loss")
         super().log(logs | self.load_monitor.take(), start_time)
         self.state.log_history[-1]["load"] = self.load_monitor.load
+
+    def _average_over_processes(self, *names: str) -> None:
+        metrics = self._metrics["train"]
+        own = torch.tensor([fmean(metrics[name]) for name in names], device=self.args.device)
+        for name, total in zip(names, summed(own).tolist(), strict=True):
+            metrics[name] = [total / world_size()]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         """Where processes would get unequal numbers of rows, some are given rows that count nothing."""
         if world_size() == 1:
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
-        return EvenRows(self.training.rows, self.args.train_batch_size * world_size(), self.args.data_seed)
+        return EvenRows(self.rows, self.args.train_batch_size * world_size(), self.args.data_seed)
 
     def create_model_card(self, *_: object, **__: object) -> None:
         """No card per checkpoint: the run's own says where a model comes from."""

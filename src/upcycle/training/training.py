@@ -27,5 +27,3 @@ class Training:
     """Makes the optimizer state to begin with; None: a fresh one."""
     moments_to: Path | None = None
     """Where the optimizer's moments at the end are kept."""
-    rows: int = 0
-    """Of the data, as `fine_tune` counts them."""

@@ -79,6 +79,11 @@ class ModelReader:
     def names(self) -> list[str]:
         return sorted(self._where)
 
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all tensors."""
+        return sum(prod(self.spec(name).shape) for name in self.names())
+
     def spec(self, name: str) -> TensorSpec:
         return self._mapped(name).spec
 

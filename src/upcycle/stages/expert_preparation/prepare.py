@@ -46,10 +46,8 @@ def tune(
     """
     trainings = _trainings(train, recipe.prepare)
     for name, samples in trainings:
-        folder = out_dir / name
-        folder.mkdir(exist_ok=True)
-        if not on_main(partial(is_whole, folder, _is_rewritten)):  # else only the checkpoints are left to be finished
-            _train(kind, base, samples, recipe, folder, name, validation)
+        if not on_main(partial(is_whole, out_dir / name, _is_rewritten)):  # else checkpoints are left to be finished
+            _train(kind, base, samples, recipe, out_dir, name, validation)
             release()
     if is_main():
         _collect(kind, base, [name for name, _ in trainings], recipe.prepare, out_dir)
@@ -62,11 +60,12 @@ def _train(
     base: Base,
     samples: Sequence[Sample],
     recipe: Recipe,
-    folder: Path,
+    out_dir: Path,
     name: str,
     validation: Sequence[Sample],
 ) -> None:
-    settings, out_dir = recipe.prepare, folder if not name else folder.parent
+    settings, folder = recipe.prepare, out_dir / name
+    folder.mkdir(exist_ok=True)
     model = kind.trainable(base, recipe.lora, recipe.seed, recipe.devices)
     _require_space(kind, model, recipe, out_dir)
     title, span = f"prepare: instruction tuning {name}".strip(), (0.0, recipe.dense_share)
