@@ -1,18 +1,25 @@
-"""What training costs on this machine's device, in one call: steps, stages of whole runs, memory. Writes JSON.
+"""What training costs on this machine's device, in one call: steps, whole runs, memory, options. Writes JSON.
 
     python benchmarks/device.py --out results.json --work DIR                        # a GPU, or the CPU
-    python benchmarks/device.py --out results.json --work DIR --base SMOLLM2_FOLDER  # a run on a real model too
-    python benchmarks/device.py --out results.json --work DIR --toy                  # a minute anywhere: does it run?
+    python benchmarks/device.py --out results.json --work DIR --base SMOLLM2_FOLDER  # runs on a real model too
+    python benchmarks/device.py --out results.json --work DIR --toy                  # two minutes, anywhere
 
-A part that fails is recorded with its error, and the next one goes on. What is done already is not done again.
+Steps are timed alone; whole runs go side by side, as many as there are cores, so their seconds are no measure. A part
+that fails is recorded with its error, and the next one goes on. What is done already is not done again.
 """
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +28,203 @@ import training_step
 
 from upcycle.console import say
 from upcycle.disk import write_json
-from upcycle.distributed.device import pick_device
+from upcycle.distributed.device import memory, pick_device
+from upcycle.experts.grouped import use_own_products
+from upcycle.experts.kinds import load_model
 from upcycle.records.manifest import library_versions
 
 SIZES = (
-    training_step.Size(rows=8, length=1024),
+    training_step.Size(rows=1, length=1024),
+    training_step.Size(rows=2, length=1024),
+    training_step.Size(rows=16, length=1024),
     training_step.Size(rows=16, length=1024, hidden=1152, layers=12),
     training_step.Size(rows=4, length=4096, hidden=1152, layers=12),
 )
 TOY = (training_step.Size(rows=1, length=32, hidden=64, layers=1, rounds=1),)
-SHORT = "data.fraction=0.1 prepare.epochs=1 posttrain.epochs=1 data.max_validation=20"
-OPTIMIZERS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor")
+SHORT = "data.fraction=0.2 prepare.epochs=1 posttrain.epochs=1 data.max_validation=20"
+LEAST = "data.fraction=0.1 expand.num_experts=2 assemble.num_experts_per_tok=1 posttrain.freeze=router"
+ROWS = "data.train=builtin:train data.validation=builtin:validation data.max_validation=60 evaluate.exact_match=false"
+BATCH = " ".join(f"{stage}.batch_size=32 {stage}.micro_batch_size=16" for stage in ("prepare", "posttrain"))
+REAL = f"{ROWS} data.max_length=512 {BATCH}"
+TINY = f"base=builtin:tiny {ROWS} {SHORT} route.min_samples_per_expert=10"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+
+
+def optimizer(name: str) -> str:
+    return f"prepare.trainer={{optim: {name}}} posttrain.trainer={{optim: {name}}}"
+
+
+def both(name: str, value: str) -> str:
+    return f"prepare.trainer={{{name}: {value}}} posttrain.trainer={{{name}: {value}}}"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A command as a user types it."""
+
+    recipe: str
+    settings: str = ""
+    launcher: tuple[str, ...] = ()
+    real: bool = False
+    """Whether it is run on the base that is given."""
+
+
+WHOLE = {
+    "quickstart": Whole("quickstart"),
+    "as it is": Whole("quickstart", SHORT),
+    "again": Whole("quickstart", SHORT),
+    "torchrun": Whole("quickstart", SHORT, TORCHRUN),
+    "AdamW in 8 bits": Whole("quickstart", f"{SHORT} {optimizer('adamw_8bit')}"),
+    "AdamW in 8 bits, paged": Whole("quickstart", f"{SHORT} {optimizer('paged_adamw_8bit')}"),
+    "adafactor": Whole("quickstart", f"{SHORT} {optimizer('adafactor')}"),
+    "Liger": Whole("quickstart", f"{SHORT} {both('use_liger_kernel', 'true')}"),
+    "torch.compile": Whole("quickstart", f"{SHORT} {both('torch_compile', 'true')}"),
+    "rows padded": Whole("quickstart", f"{SHORT} prepare.pack_rows=false posttrain.pack_rows=false"),
+    "gradient checkpointing": Whole(
+        "quickstart", f"{SHORT} prepare.gradient_checkpointing=true posttrain.gradient_checkpointing=true"
+    ),
+    "slices": Whole("upit-fine", TINY),
+    "LoRA": Whole("upit-lora", TINY),
+    "LoRA of rank 4": Whole("upit-lora", f"{TINY} lora.rank=4"),
+    "real, full": Whole("smollm2-cpu", f"{REAL} data.fraction=0.1 prepare.train=full", real=True),
+    "real, FFN": Whole("smollm2-cpu", f"{REAL} data.fraction=0.1", real=True),
+    "real, FFN, checkpointing": Whole(
+        "smollm2-cpu",
+        f"{REAL} data.fraction=0.1 prepare.gradient_checkpointing=true posttrain.gradient_checkpointing=true",
+        real=True,
+    ),
+    "real, LoRA": Whole("smollm2-lora-cpu", f"{REAL} data.fraction=0.1", real=True),
+}
+TOYS = ("as it is", "torchrun", "LoRA")
 
 
 def machine() -> dict[str, Any]:
     device = pick_device()
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {"device": str(device), "gpu": gpu, "threads": torch.get_num_threads(), "versions": library_versions()}
+    gigabytes = round(memory() / 1e9, 1)
+    threads = torch.get_num_threads()
+    return {"device": str(device), "gpu": gpu, "gb": gigabytes, "threads": threads, "versions": library_versions()}
 
 
 def steps(work: Path, size: training_step.Size) -> dict[str, Any]:
-    """Milliseconds of a step, and what the device held at most, of dense models and MoEs in turn."""
+    """Milliseconds of a step of dense models and MoEs in turn."""
+    found = training_step.measure(work / f"step-{size.hidden}-{size.layers}", size)
+    return {"size": vars(size), "ms": {name: round(1e3 * seconds, 3) for name, seconds in found.items()}}
+
+
+def agreement(work: Path, size: training_step.Size) -> dict[str, Any]:
+    """Relative errors of a MoE's loss and gradients here, against transformers' eager experts in fp32 on the CPU."""
     folder = work / f"step-{size.hidden}-{size.layers}"
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    found = training_step.measure(folder, size)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
-    return {"size": vars(size), "ms": {name: 1e3 * seconds for name, seconds in found.items()}, "peak_gb": peak}
+    training_step.make_models(folder, size)
+    ids = torch.randint(8192, (2, min(size.length, 256)), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for choice in training_step.CHOICES:
+        loss, expected = passed(folder / choice, ids, torch.device("cpu"), ours=False, half=False)
+        for what, half in {"fp32": False, "bf16": True}.items():
+            here, gradients = passed(folder / choice, ids, pick_device(), ours=True, half=half)
+            error = norm(gradients[name] - gradient for name, gradient in expected.items()) / norm(expected.values())
+            found[f"{choice}, {what}"] = {"loss": abs(here - loss) / loss, "gradient": error}
+    return found
 
 
-def run(name: str, words: list[str], work: Path) -> dict[str, Any]:
-    """Seconds and memory of every stage of a whole command, and the losses at its end."""
-    folder = work / name
-    command = [sys.executable, "-m", "upcycle", "run", *words, "--run", str(folder)]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(float(tensor.square().sum()) for tensor in tensors) ** 0.5
+
+
+def passed(
+    folder: Path, ids: torch.Tensor, device: torch.device, ours: bool, half: bool
+) -> tuple[float, dict[str, torch.Tensor]]:
+    model = load_model(folder, torch.float32, device).train()
+    if ours:
+        use_own_products(model)
+    else:
+        model.set_experts_implementation("eager")
+    with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+        loss = model(input_ids=ids.to(device), labels=ids.to(device), use_cache=False).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def waits(work: Path, size: training_step.Size) -> dict[str, Any]:
+    """Where a step waits for the GPU, by the line that does."""
+    if pick_device().type != "cuda":
+        return {}
+    found = {}
+    for name in (training_step.DENSE, *training_step.CHOICES):
+        model = load_model(work / f"step-{size.hidden}-{size.layers}" / name, torch.float32, pick_device()).train()
+        with ExitStack() as recorders, warnings.catch_warnings(record=True) as caught:
+            step = training_step.make_step(model, size, recorders)
+            step()
+            torch.cuda.set_sync_debug_mode("warn")
+            warnings.simplefilter("always")
+            step()
+            torch.cuda.set_sync_debug_mode("default")
+        lines = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+        found[name] = {line: lines.count(line) for line in sorted(set(lines))}
+    return found
+
+
+def lora_step(work: Path, rows: int, length: int) -> dict[str, Any]:
+    """The table of benchmarks/lora_mixture_step.py."""
+    script, base = Path(__file__).with_name("lora_mixture_step.py"), next(work.glob("step-*")) / training_step.DENSE
+    shape = ["--rows", str(rows), "--length", str(length)]
+    command = [sys.executable, str(script), "--base", str(base), "--work", str(work / "lora"), *shape]
+    return {"table": subprocess.check_output(command, text=True, stderr=subprocess.STDOUT).splitlines()[-8:]}
+
+
+def run(name: str, whole: Whole, work: Path, more: str) -> dict[str, Any]:
+    """Seconds and memory of every stage of a whole command, what it forecast, and the losses at its end."""
+    folder = work / name.replace(" ", "-").replace(",", "")
+    words = [*split(whole.settings), *split(more), "--out", str(folder)]
+    launcher = whole.launcher or ("-m", "upcycle")
+    command = [sys.executable, *launcher, *(("-m", "upcycle") if whole.launcher else ()), "run", whole.recipe, *words]
+    said = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "400"})
     if said.returncode:
-        raise RuntimeError(said.stderr.strip() or said.stdout[-2000:])
+        raise RuntimeError(said.stderr.strip()[-1500:] or said.stdout[-1500:])
     scores = json.loads((folder / "evaluate" / "scores.json").read_text())
     log = json.loads((folder / "posttrain" / "log.json").read_text())
-    costs = json.loads((folder / "costs.json").read_text())
-    loss = {model: entry["loss"]["all"] for model, entry in scores.items()}
-    return {"command": command[2:], "costs": costs, "loss": loss, "posttrain_tokens": log["tokens"]}
+    return {
+        "command": command[1:],
+        "costs": json.loads((folder / "costs.json").read_text()),
+        "forecast": [line for line in said.stdout.splitlines() if ": needs about" in line],
+        "loss": {model: entry["loss"]["all"] for model, entry in scores.items()},
+        "posttrain_tokens": log["tokens"],
+    }
 
 
-def parts(work: Path, base: str | None, toy: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """What is measured, by name."""
-    for size in TOY if toy else SIZES:
+def split(settings: str) -> list[str]:
+    """Words; what is between braces is one."""
+    return re.findall(r"[^\s{]+(?:\{[^}]*\})?", settings)
+
+
+def alone(work: Path, toy: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """What is measured, by name, one after the other."""
+    sizes = TOY if toy else SIZES
+    yield "agreement", lambda: agreement(work, sizes[0])
+    yield "waits", lambda: waits(work, sizes[0])
+    for size in sizes:
         yield f"step {size.rows} x {size.length}, hidden {size.hidden}", lambda size=size: steps(work, size)
-    short = SHORT.split() if toy else []
-    experts = ["expand.num_experts=2", "assemble.num_experts_per_tok=1", "posttrain.freeze=router"] if toy else []
-    yield "quickstart", lambda: run("quickstart", ["quickstart", *short, *experts], work)
-    for optimizer in OPTIMIZERS[:1] if toy else OPTIMIZERS:
-        setting = f"posttrain.trainer={{optim: {optimizer}}}"
-        words = ["quickstart", *SHORT.split(), *experts, "data.fraction=0.2", setting]
-        yield f"optimizer {optimizer}", lambda words=words, o=optimizer: run(f"optimizer-{o}", words, work)
-    if base:
-        rows = ["data.train=builtin:train", "data.validation=builtin:validation", "data.max_validation=60"]
-        for kind in ("ffn", "lora"):
-            words = ["smollm2-cpu", f"base={base}", *rows, "data.fraction=0.1", "data.max_length=512"]
-            yield f"SmolLM2, {kind}", lambda words=words, k=kind: run(f"real-{k}", [*words, f"prepare.train={k}"], work)
+    yield "LoRA step", lambda: lora_step(work, *((1, 32) if toy else (16, 1024)))
+
+
+def together(
+    work: Path, base: str | None, names: list[str], toy: bool
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Whole runs, by name."""
+    for name in names:
+        whole = WHOLE[name]
+        if base or not whole.real:
+            more = f"base={base}" if whole.real else LEAST if toy and whole.recipe == "quickstart" else ""
+            yield name, lambda name=name, whole=whole, more=more: run(name, whole, work, more)
+
+
+def measured(name: str, measure: Callable[[], dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    say(f"{name} ...")
+    try:
+        return name, measure()
+    except Exception as error:  # whatever it is, the other parts are worth having
+        say(f"{name}: {error}")
+        return name, {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
 
 
 def main() -> None:
@@ -87,19 +232,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for models and runs")
     parser.add_argument("--base", help="a dense model for whole runs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these parts alone")
     parser.add_argument("--toy", action="store_true", help="everything as small as can be")
     arguments = parser.parse_args()
+    work, toy = arguments.work, arguments.toy
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"machine": machine(), "parts": {}}
-    for name, measure in parts(arguments.work, arguments.base, arguments.toy):
-        if "error" not in found["parts"].get(name, {"error": "not done"}):
-            continue
-        say(f"{name} ...")
-        try:
-            found["parts"][name] = measure()
-        except Exception as error:  # whatever it is, the other parts are worth having
-            found["parts"][name] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-            say(f"{name}: {error}")
+
+    def open_ones(parts: Iterator[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        wanted = [part for part in parts if arguments.only is None or part[0] in arguments.only]
+        return [part for part in wanted if "error" in found["parts"].get(part[0], {"error": "not done"})]
+
+    def keep(part: tuple[str, dict[str, Any]]) -> None:
+        found["parts"].update([part])
         write_json(arguments.out, found)
+
+    for part in open_ones(alone(work, toy)):
+        keep(measured(*part))
+    runs = open_ones(together(work, arguments.base, list(TOYS if toy else WHOLE), toy))
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        for part in pool.map(lambda part: measured(*part), runs):
+            keep(part)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@
     python benchmarks/evidence.py capacity core when --seeds 5     # goes on where it, or another machine, stopped
 
 Every cell (a variant with a seed) leaves its measures in `benchmarks/results/TESTBED/`; a table takes what is there and
-runs the rest. Tables share cells: a variant has one name on a testbed. One thread is enough (OMP_NUM_THREADS=1).
+runs the rest. Tables share cells: a variant has one name on a testbed. One thread is enough (OMP_NUM_THREADS=1). With
+`--jobs N`, so many seeds go at once, on as many cores or on one GPU.
 """
 
 import argparse
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 from upcycle.records.comparison import Cell
@@ -61,6 +65,16 @@ BEDS = {
         "data.validation=runs/testbeds/middle/search.jsonl",
         ("5e-4", "1e-3", "2e-3"),
         1.0,
+        2.0,
+    ),
+    "smollm2": Bed(
+        "base=runs/testbeds/smollm2/base data.train=runs/testbeds/smollm2/train.jsonl data.max_length=256 "
+        "evaluate.exact_match=false posttrain.checkpoint_every=2 "
+        + " ".join(f"{stage}.batch_size=64 {stage}.micro_batch_size=32" for stage in ("prepare", "posttrain")),
+        "data.validation=runs/testbeds/smollm2/validation.jsonl",
+        "data.validation=runs/testbeds/smollm2/search.jsonl",
+        ("3e-5", "1e-4", "3e-4"),
+        0.5,
         2.0,
     ),
 }
@@ -258,7 +272,7 @@ def best_rate(testbed: str, family: str) -> str:
     return min(BEDS[testbed].candidates, key=loss)
 
 
-def search(testbed: str, table: str, work: Path) -> None:
+def search(testbed: str, table: str, work: Path, jobs: int) -> None:
     """Held-out loss at each rate, for each family that a table has: of the method that stands for it."""
     bed, results = BEDS[testbed], RESULTS / f"{testbed}-search"
     for family, variant in FAMILIES.items():
@@ -266,8 +280,21 @@ def search(testbed: str, table: str, work: Path) -> None:
             words = f"{VARIANTS[variant].words(bed)} {bed.common} {bed.search} {dense_rate(testbed, family)}"
             texts = [f"{variant} {rate}: {words} posttrain.learning_rate={rate}" for rate in bed.candidates]
             folder = work / f"search-{family}-{'-'.join(bed.candidates)}"
-            compare(Study(texts, [SEARCH_SEED], folder, keep_models=False, results=results), force=True)
+            study = Study(texts, [SEARCH_SEED], folder, keep_models=False, results=results)
+            at_once([replace(study, texts=[text], out=folder / text.split(":")[0]) for text in texts], jobs)
+            compare(study, force=True)
             print(f"{family}: {best_rate(testbed, family)}")
+
+
+def at_once(studies: Sequence[Study], jobs: int) -> None:
+    """Have the cells of each study made, in processes of their own; with one job, nothing: they are made in turn."""
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            list(pool.map(_make, studies))
+
+
+def _make(study: Study) -> None:
+    compare(study, force=True)
 
 
 def main() -> None:
@@ -277,15 +304,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--search", action="store_true", help="only look for the learning rates that the table needs")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these variants of the tables alone")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at once, or rates in a search")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder for the runs")
     arguments = parser.parse_args()
-    testbed, work = arguments.testbed, arguments.work / arguments.testbed
+    testbed, work, jobs = arguments.testbed, arguments.work / arguments.testbed, arguments.jobs
     for table in arguments.tables:
-        search(testbed, table, work)
+        search(testbed, table, work, jobs)
         if not arguments.search:
             texts = [text(testbed, name) for name in arguments.only or TABLES[table]]
-            seeds, results = range(arguments.seeds), RESULTS / testbed
-            compare(Study(texts, seeds, work / table, keep_models=False, results=results), force=True)
+            seeds = range(arguments.seeds)
+            study = Study(texts, seeds, work / table, keep_models=False, results=RESULTS / testbed)
+            at_once([replace(study, seeds=[seed], out=work / table / f"seed-{seed}") for seed in seeds], jobs)
+            compare(study, force=True)
 
 
 if __name__ == "__main__":

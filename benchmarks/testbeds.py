@@ -2,12 +2,14 @@
 
     python benchmarks/testbeds.py capacity --data DATA_FOLDER --out runs/testbeds     # about five minutes on one core
     python benchmarks/testbeds.py middle --data DATA_FOLDER --out runs/testbeds       # about an hour and a half
+    python benchmarks/testbeds.py smollm2 --data DATA_FOLDER --out runs/testbeds      # rows alone, for a GPU
 
 DATA_FOLDER has `instruct/*.jsonl.gz`. Short rows of one question and one answer are split by the hash of the question
 into training, validation and search (learning rates are chosen on those alone); the base is pre-trained on the text of
 the longer rows. `capacity` is short of capacity: 20 training tokens and more for each parameter in four epochs of half
 the rows. `middle` is a model of some size with a vocabulary of its own. The weights of `capacity` are in this folder,
-since another machine's rounding would make another base; the rows are not.
+since another machine's rounding would make another base; the rows are not. `smollm2` is for SmolLM2-135M-Instruct: put
+it, or a link to it, at runs/testbeds/smollm2/base.
 """
 
 import argparse
@@ -65,6 +67,9 @@ TESTBEDS = {
         learning_rate=1e-3,
     ),
 }
+
+ROWS_ALONE = {"smollm2": 400}
+"""Testbeds whose base is made elsewhere, and how long their rows may be."""
 
 
 def read_rows(data: Path) -> Iterator[dict[str, Any]]:
@@ -158,17 +163,19 @@ def pretrain(testbed: Testbed, tokenizer: PreTrainedTokenizerFast, texts: list[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("testbed", choices=TESTBEDS)
+    parser.add_argument("testbed", choices=[*TESTBEDS, *ROWS_ALONE])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", action="store_true", help="train the base anew even if its weights are here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    testbed, out = TESTBEDS[arguments.testbed], arguments.out / arguments.testbed
+    testbed, out = TESTBEDS.get(arguments.testbed), arguments.out / arguments.testbed
     out.mkdir(parents=True, exist_ok=True)
     rows = list(read_rows(arguments.data))
     random.Random(0).shuffle(rows)
-    texts = write_rows(rows, testbed.longest, out)
+    texts = write_rows(rows, testbed.longest if testbed else ROWS_ALONE[arguments.testbed], out)
+    if testbed is None:
+        return
     kept = Path(__file__).parent / "testbeds" / arguments.testbed
     if kept.is_dir() and not arguments.base:
         print(f"the base is {kept}")

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "experts", "routing", "data", "weights", "distributed", *LEAVES},
     "pipeline": {
         *("pipeline", "evaluation", "experts", "architectures", "weights", "data", "distributed"),
-        *("training.trainer_settings", "training.forecast", *STAGES, *LEAVES),
+        *("training.trainer_settings", "training.forecast", "training.packing", *STAGES, *LEAVES),
     },
     "studies": {"studies", "pipeline", "evaluation", "weights", "distributed", *LEAVES},
     "reporting": {"reporting", "pipeline", "studies.statistics", "architectures.clients", *LEAVES},

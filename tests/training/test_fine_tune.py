@@ -6,22 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback, get_scheduler
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, get_scheduler
 
 from upcycle.data.chat import Sample
 from upcycle.data.splits import load_splits
 from upcycle.errors import UpcycleError
-from upcycle.experts.kinds import KINDS, load_model
+from upcycle.experts.kinds import KINDS, load_for_training, load_model
 from upcycle.recipe import Recipe
 from upcycle.records.files import note_sizes
 from upcycle.routing.load import slot_counts
-from upcycle.routing.routers import freeze
+from upcycle.routing.routers import RouterRecorder, freeze
 from upcycle.settings import DevicesSettings, LoraSettings, PosttrainSettings, PrepareSettings, TrainingSettings
 from upcycle.stages.expert_preparation.prepare import tune
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint, strip_resume_files
 from upcycle.training.fine_tune import fine_tune
 from upcycle.training.packing import can_pack
+from upcycle.training.trainer import UpcyclingTrainer
+from upcycle.training.trainer_settings import config
 from upcycle.training.training import Training
 from upcycle.weights.base import load_tokenizer
 from worlds import as_base, assembled, make_adapter, mixture
@@ -296,3 +299,31 @@ def test_dead_and_overloaded_experts_are_reported(capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "overloaded over the last 20 steps (load, 1 is balanced): layer 0 expert 0 (4.00)" in printed
     assert "dead over the last 20 steps" in printed
+
+
+def test_hooks_are_where_the_trainer_puts_the_model(
+    moe: Path, base: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes from the CPU; what the hooks keep or add must not stay there."""
+    monkeypatch.setattr(Trainer, "_move_model_to_device", lambda self, model, device: model.to("meta", torch.bfloat16))
+    settings = PosttrainSettings(balance_bias_rate=0.01, batch_size=8, micro_batch_size=8)
+    trainer = UpcyclingTrainer(
+        model=load_for_training(moe, base, False, "none", DevicesSettings()),
+        training=Training(settings, 0, "test", tmp_path, balance=settings),
+        rows=len(samples),
+        args=config(settings, str(tmp_path), 0, 1, "none"),
+        train_dataset=Dataset.from_list([{"input_ids": s.input_ids, "labels": s.labels} for s in samples]),
+        processing_class=load_tokenizer(base, None),
+    )
+    with trainer.watching():
+        trainer.model.eval()(torch.ones(2, 7, dtype=torch.long, device="meta"))
+    held = [*trainer.recorder.logits, *trainer.recorder.indices, trainer.bias.bias]
+    assert {tensor.device.type for tensor in held} == {"meta"}
+    trainer.bias.add(torch.ones_like(trainer.bias.bias))
+
+
+def test_a_recorder_follows_a_model_that_moves(moe: Path) -> None:
+    model = load_model(moe, torch.float32)
+    with RouterRecorder(model) as recorder:
+        model.to("meta", torch.bfloat16)(torch.ones(1, 5, dtype=torch.long, device="meta"))
+    assert {tensor.device.type for tensor in (*recorder.logits, *recorder.indices)} == {"meta"}

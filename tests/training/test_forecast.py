@@ -22,6 +22,7 @@ from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.settings import DevicesSettings, TrainingSettings
 from upcycle.training.forecast import forecast
+from upcycle.training.packing import largest_batch
 from upcycle.weights.safetensors_io import ModelReader
 
 ONE = DevicesSettings()
@@ -56,6 +57,16 @@ def test_activations_grow_with_rows_layers_and_length_and_shrink_by_recomputing(
     assert held(length=128) > 1.9 * held()
     assert held(layers=6) - held(layers=5) == pytest.approx(held(layers=5) - held(layers=4))
     assert held(gradient_checkpointing=True) < 0.6 * held()
+
+
+def test_the_largest_batch_is_of_rows_as_they_are_put_side_by_side() -> None:
+    lengths = [10] * 90 + [40] * 10
+    lines, width = largest_batch(lengths, 8, packed=True)
+    assert (lines, width) == max(((lines, width), (8, 10)), key=lambda shape: shape[0] * shape[1])
+    assert largest_batch(lengths, 8, packed=False) == (8, 40)
+    assert lines * width < 8 * 40
+    assert largest_batch([300], 8, packed=True) == (8, 300)
+    assert largest_batch([7, 9], 8, packed=False) == (8, 9)  # fewer rows than a micro-batch has
 
 
 @pytest.mark.parametrize(
@@ -159,8 +170,8 @@ def test_a_run_takes_what_was_forecast(shape: str, tmp_path: Path) -> None:
     costs = json.loads((tmp_path / "run" / "costs.json").read_text())
     run = Run(load_recipe(str(tmp_path / "recipe.yaml")), tmp_path / "run")
     mapping = map_model(base, ModelReader(base), 6)
-    length = max(len(sample.input_ids) for sample in run.splits.train)
-    for stage, found in forecasts(run.recipe, mapping, length, 1, accelerator=False):
+    lengths = [len(sample.input_ids) for sample in run.splits.train]
+    for stage, found in forecasts(run.recipe, mapping, lengths, 1, accelerator=False):
         assert found.device / 1e9 == pytest.approx(costs[stage]["memory_gb"], rel=0.15), stage
 
 

@@ -18,7 +18,7 @@ from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.records.files import LOG, POSTTRAIN, PREPARE
 from upcycle.settings import OWNED, DevicesSettings, TrainingSettings
-from upcycle.training.fine_tune import fine_tune, per_process
+from upcycle.training.fine_tune import classes_kept, fine_tune, per_process
 from upcycle.training.trainer import UpcyclingTrainer
 from upcycle.training.trainer_settings import check, config
 from upcycle.training.training import Training
@@ -166,3 +166,14 @@ def test_batch_size_is_that_of_all_processes(batch: int, micro: int, processes: 
     found = per_process(given, processes)
     assert found.micro_batch_size == expected
     assert found.batch_size == batch
+
+
+def test_classes_that_a_training_replaces_are_put_back(tmp_path: Path, base: Path, checkpoints: list[Path]) -> None:
+    """Liger's do, in the Python module of the model: models on a CPU could not use them afterwards."""
+    from transformers.models.mixtral import modeling_mixtral
+
+    before = modeling_mixtral.MixtralRMSNorm, modeling_mixtral.apply_rotary_pos_emb
+    model = load_model(assembled(base, checkpoints, tmp_path / "moe"), torch.float32)
+    with classes_kept(model):
+        modeling_mixtral.MixtralRMSNorm = modeling_mixtral.apply_rotary_pos_emb = None
+    assert (modeling_mixtral.MixtralRMSNorm, modeling_mixtral.apply_rotary_pos_emb) == before

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from upcycle.experts.lora_ffn import SILU
+from upcycle.experts.lora_ffn import SILU, by_expert
 from upcycle.types import Model
 
 GROUPED = "grouped_mm"
@@ -38,13 +38,10 @@ def _forward(
         return output
     up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
     dtype = dtype or up.dtype
-    chosen = indices.reshape(-1)
-    order = chosen.argsort(stable=True)
+    order, ends = by_expert(indices.reshape(-1), len(up))
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    ends = chosen.bincount(minlength=len(up)).cumsum(0, dtype=torch.int32)
-    slots = hidden[:, None].expand(-1, indices.shape[1], -1).reshape(len(chosen), -1)
     with torch.autocast(hidden.device.type, enabled=False):
-        inputs = _permuted(slots.to(dtype), order, inverse)
+        inputs = _dispatched(hidden.to(dtype), order, inverse, indices.shape[1])
         inner = _gated(torch.nn.functional.grouped_mm(inputs, up.to(dtype).mT, offs=ends))
         outputs = torch.nn.functional.grouped_mm(inner, down.to(dtype).mT, offs=ends)
         mixed = _permuted(outputs, inverse, order).view(*indices.shape, -1) * weights[:, :, None].to(dtype)
@@ -73,6 +70,29 @@ class _Cast:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._experts, name)
         return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
+
+
+def _dispatched(
+    hidden: Float[Tensor, "T H"], order: Int[Tensor, " S"], inverse: Int[Tensor, " S"], k: int
+) -> Float[Tensor, "S H"]:
+    apply: Any = _Dispatch.apply
+    slots: Tensor = apply(hidden, order, inverse, k)
+    return slots
+
+
+class _Dispatch(torch.autograd.Function):
+    """Each token as often as it has experts, in the order of the slots; the gradient is a gather too, and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return hidden.index_select(0, order // k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        slots = gradients[0].index_select(0, *ctx.saved_tensors)
+        return slots.view(-1, ctx.k, slots.shape[1]).sum(dim=1), None, None, None
 
 
 def _permuted(rows: Float[Tensor, "S n"], order: Int[Tensor, " S"], inverse: Int[Tensor, " S"]) -> Float[Tensor, "S n"]:

@@ -37,6 +37,14 @@ class DenseFfn(Protocol):
     act_fn: Callable[[Tensor], Tensor]
 
 
+def by_expert(experts: Int[Tensor, " S"], num_experts: int) -> tuple[Int[Tensor, " S"], Int[Tensor, " E"]]:
+    """The order that sorts slots by their expert, and where each expert's run ends."""
+    ordered, order = experts.sort(stable=True)
+    # not by counting, which would wait for an accelerator in every layer
+    numbers = torch.arange(num_experts, device=experts.device)
+    return order, torch.searchsorted(ordered, numbers, right=True, out_int32=True)
+
+
 @dataclass(frozen=True)
 class Factors:
     """Low-rank parts of all experts."""
@@ -60,8 +68,7 @@ class Slots:
 
     @classmethod
     def of(cls, experts: Int[Tensor, " T"], num_experts: int) -> "Slots":
-        ends = experts.bincount(minlength=num_experts).cumsum(0, dtype=torch.int32)
-        return cls(experts.argsort(stable=True), ends)
+        return cls(*by_expert(experts, num_experts))
 
     def product(self, values: Float[Tensor, "T i"], matrices: Float[Tensor, "E i o"]) -> Float[Tensor, "T o"]:
         """Each slot's values times the matrix of its expert."""

@@ -1,7 +1,7 @@
 """Will it fit, and how long: what the trainings of a recipe need on given devices, before anything is spent."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,26 +84,30 @@ def parse_devices(text: str) -> Devices:
 
 
 def forecasts(
-    recipe: Recipe, mapping: "upcycle.architectures.mapping.Mapping", length: int, processes: int, accelerator: bool
+    recipe: Recipe,
+    mapping: "upcycle.architectures.mapping.Mapping",
+    lengths: Sequence[int],
+    processes: int,
+    accelerator: bool,
 ) -> Iterator[tuple[str, "upcycle.training.forecast.Forecast"]]:
     """Of each stage that trains.
 
     Args:
         mapping: from the dense model to the MoE.
-        length: tokens of the longest row.
+        lengths: tokens of the rows; a single one is that of all.
     """
     from upcycle.experts.trained import posttrained, prepared
     from upcycle.training.forecast import forecast
+    from upcycle.training.packing import MASKED, largest_batch
+    from upcycle.training.trainer_settings import attention
 
     stages = {PREPARE: (recipe.prepare, prepared)} if recipe.tunes else {}
     for stage, (settings, of) in (stages | {POSTTRAIN: (recipe.posttrain, posttrained)}).items():
         what = of(recipe, mapping)
-        yield (
-            stage,
-            forecast(
-                what.config, settings, length, recipe.devices, processes, what.names, accelerator, added=what.added
-            ),
-        )
+        packed = settings.pack_rows and attention(settings) in (None, *MASKED)
+        rows, length = largest_batch(lengths, settings.micro_batch(processes), packed)
+        where = (settings, length, recipe.devices, processes, what.names, accelerator)
+        yield stage, forecast(what.config, *where, added=what.added, rows=rows)
 
 
 def say_fit(run: Run, mapping: "upcycle.architectures.mapping.Mapping") -> None:
@@ -117,10 +121,10 @@ def say_fit(run: Run, mapping: "upcycle.architectures.mapping.Mapping") -> None:
 
     if mapping.num_dense < SMALL:
         return
-    length = max(len(sample.input_ids) for sample in run.splits.train)
+    lengths = [len(sample.input_ids) for sample in run.splits.train]
     accelerator = pick_device().type != "cpu"
     there = memory()
-    for stage, found in forecasts(run.recipe, mapping, length, world_size(), accelerator):
+    for stage, found in forecasts(run.recipe, mapping, lengths, world_size(), accelerator):
         say(f"{stage}: needs {found}; {there / 1e9:.1f} GB are there")
         certain = found.weights + found.gradients + found.optimizer
         if accelerator and certain > there:
@@ -146,7 +150,7 @@ def show_fit(model: str, mapping: "upcycle.architectures.mapping.Mapping", k: in
         ]
         overrides = [setting for setting in overrides if setting != "devices.replicate=1"]
         recipe = _recipe(model, m, k, devices, overrides)
-        found = dict(forecasts(recipe, mapping, recipe.data.max_length, devices.count, accelerator=True))
+        found = dict(forecasts(recipe, mapping, [recipe.data.max_length], devices.count, accelerator=True))
         fits = all(forecast.device <= devices.usable for forecast in found.values())
         sizes = [f"{forecast.device / 1e9:,.1f}" for forecast in found.values()]
         host = max(forecast.host for forecast in found.values())

@@ -143,7 +143,6 @@ class RouterRecorder:
 
     def __init__(self, model: Model) -> None:
         self._gates = router_modules(model)
-        self._device = model.device
         self.granularity = granularity(model)
         self._handles: list[RemovableHandle] = []
         self.logits: list[Float[Tensor, "T E"]] = []
@@ -167,8 +166,9 @@ class RouterRecorder:
         self.logits, self.indices = [], []
 
     def _record(self, _module: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
-        self.logits.append(outputs[0].to(self._device))  # layers may lie on several devices
-        self.indices.append(outputs[2].to(self._device))
+        device = self.logits[0].device if self.logits else outputs[0].device  # layers may lie on several
+        self.logits.append(outputs[0].to(device))
+        self.indices.append(outputs[2].to(device))
 
 
 def random_routers(num_layers: int, num_experts: int, hidden: int, std: float, seed: int) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """Supervised fine-tuning of a dense model or a MoE with TRL's SFTTrainer, resumable to the byte."""
 
-from collections.abc import Sequence
-from contextlib import closing
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from datasets import Dataset
@@ -58,31 +59,32 @@ def fine_tune(
         model.set_attn_implementation(wanted)
     uneven = len(samples) % (settings.micro_batch_size * world_size()) > 0
     schedule = CheckpointSchedule(settings.epochs, settings.checkpoint_every)
-    trainer = UpcyclingTrainer(
-        model=model,
-        training=training,
-        rows=len(samples),
-        args=config(
-            settings,
-            str(training.out_dir),
-            training.seed,
-            settings.batch_size // (settings.micro_batch_size * world_size()),
-            training.balance.report_to if training.balance else "none",
-        ),
-        train_dataset=_dataset(samples, with_empty=world_size() > 1 and uneven),
-        eval_dataset=_dataset(validation) if "eval_strategy" in settings.trainer else None,
-        processing_class=tokenizer,
-        data_collator=SideBySide(tokenizer.pad_token_id) if settings.pack_rows and can_pack(model) else None,
-        callbacks=[schedule, bar, StripOlder(training.newest_alone)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if trainer.bias:
-        trainer.add_callback(StepBias(trainer.bias))
-    with trainer.watching(), closing(bar):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if training.newest_alone and is_main():
-        leave_newest(training.out_dir)
-    wait()
+    with classes_kept(model):
+        trainer = UpcyclingTrainer(
+            model=model,
+            training=training,
+            rows=len(samples),
+            args=config(
+                settings,
+                str(training.out_dir),
+                training.seed,
+                settings.batch_size // (settings.micro_batch_size * world_size()),
+                training.balance.report_to if training.balance else "none",
+            ),
+            train_dataset=_dataset(samples, with_empty=world_size() > 1 and uneven),
+            eval_dataset=_dataset(validation) if "eval_strategy" in settings.trainer else None,
+            processing_class=tokenizer,
+            data_collator=SideBySide(tokenizer.pad_token_id) if settings.pack_rows and can_pack(model) else None,
+            callbacks=[schedule, bar, StripOlder(training.newest_alone)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if trainer.bias:
+            trainer.add_callback(StepBias(trainer.bias))
+        with trainer.watching(), closing(bar):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if training.newest_alone and is_main():
+            leave_newest(training.out_dir)
+        wait()
     log = [log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingRecord(
         rows=len(samples),
@@ -92,6 +94,18 @@ def fine_tune(
         log=log,
         evaluations=[Evaluation.of(entry) for entry in trainer.state.log_history if "eval_loss" in entry] or None,
     )
+
+
+@contextmanager
+def classes_kept(model: Model) -> Iterator[None]:
+    """Liger's kernels replace classes of a model's Python modules, for all models to come; here they are put back."""
+    names = {type(part).__module__ for part in model.modules()}
+    before = {name: dict(vars(sys.modules[name])) for name in names if name.startswith("transformers.models.")}
+    try:
+        yield
+    finally:
+        for name, values in before.items():
+            vars(sys.modules[name]).update(values)
 
 
 def per_process(settings: TrainingSettings, processes: int) -> TrainingSettings:

@@ -64,19 +64,21 @@ def forecast(
     trained: Callable[[str], bool] = lambda _: True,
     accelerator: bool = False,
     added: int = 0,
+    rows: int | None = None,
 ) -> Forecast:
     """Of a training of all, or of some of the parameters of a model.
 
     Args:
         config: the model's config.json.
-        length: tokens of the longest row; all rows are taken to be as long.
+        length: tokens of a line of a micro-batch; all lines are taken to be as long.
         trained: whether a parameter, by its name, is.
         accelerator: whether it computes in bf16; a base that adapters leave as it is is then kept in it.
         added: parameters of adapters, which alone are trained then.
+        rows: lines of a micro-batch, where rows lie side by side; none given: a line a row.
     """
     sizes, shards = _sizes(config), devices.fsdp
     micro = settings.micro_batch(processes)
-    step = Step(micro, length, accelerator, shards > 1, settings.gradient_checkpointing)
+    step = Step(rows or micro, length, accelerator, shards > 1, settings.gradient_checkpointing)
     learned = 0 if added else sum(size for name, size in sizes.items() if trained(name))
     moments = next((size for part, size in OPTIMIZERS.items() if part in settings.trainer.get("optim", "")), MOMENTS)
     total, kept = sum(sizes.values()), HALF if added and accelerator else FULL

@@ -3,6 +3,7 @@
 Legend: N lines, S tokens of a line.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,11 @@ from upcycle.types import Model
 
 TOKEN_MASK = "token_mask"
 """1 for a token of a row, 0 for padding; no model takes it, unlike `attention_mask`."""
+
+MASKED = ("sdpa", "eager")
+"""Implementations of attention with a mask, which tells rows of several lines apart; flash attention mixes them."""
+DRAWN = 100
+"""Micro-batches, to find the largest."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,24 @@ class SideBySide:
 
 
 def can_pack(model: Model) -> bool:
-    """Whether its attention has a mask, which tells rows apart in several lines; flash attention would mix them."""
-    return model.config._attn_implementation in ("sdpa", "eager")
+    """Whether rows may lie side by side in what it trains on."""
+    return model.config._attn_implementation in MASKED
+
+
+def largest_batch(lengths: Sequence[int], rows: int, packed: bool) -> tuple[int, int]:
+    """Lines, and tokens of a line, of the largest of some micro-batches drawn at random.
+
+    Args:
+        lengths: tokens of the rows; a single one is that of all.
+        rows: of a micro-batch.
+        packed: whether rows lie side by side.
+    """
+    if len(lengths) == 1:
+        return rows, lengths[0]
+    draw = random.Random(0)
+    batches = (draw.sample(lengths, min(rows, len(lengths))) for _ in range(DRAWN))
+    shapes = ((len(fill_lines(batch)) if packed else rows, max(batch)) for batch in batches)
+    return max(shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def fill_lines(lengths: Sequence[int]) -> list[list[int]]:

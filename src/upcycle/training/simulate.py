@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
+from upcycle.experts.grouped import use_own_products
 from upcycle.types import Config, Model
 
 CACHED = 64
@@ -99,6 +100,7 @@ def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str],
     with FakeTensorMode(allow_non_fake_inputs=True), _products_without_values(), _head(step.bf16, config["vocab_size"]):
         model: Model = AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False)
         model.train()
+        use_own_products(model)
         utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if step.checkpointing:
             model.activation_checkpointing_enable()

@@ -50,14 +50,15 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         self.training = training
         self.rows = rows
         self.balance = balance = training.balance
-        self.recorder = RouterRecorder(model) if balance else None
         self.load_monitor = LoadMonitor() if balance else None
         self.step_load = StepLoad()
-        rate = balance.balance_bias_rate if balance else 0.0
-        self.bias = LossFreeBias(model, rate) if rate else None
         arguments["args"].save_only_model = is_sharded(model)  # else refused: what is saved besides is ours
         super().__init__(model=model, **arguments)
         self.args.save_only_model = False
+        # now the model is where it trains
+        self.recorder = RouterRecorder(model) if balance else None
+        rate = balance.balance_bias_rate if balance else 0.0
+        self.bias = LossFreeBias(model, rate) if rate else None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The part of the schedule that this training takes."""
