@@ -316,8 +316,8 @@ def test_hooks_are_where_the_trainer_puts_the_model(
         processing_class=load_tokenizer(base, None),
     )
     with trainer.watching():
-        ids = torch.ones(2, 7, dtype=torch.long, device="meta")
-        trainer.model.model.layers[0].mlp(trainer.model.model.embed_tokens(ids))
+        gate = trainer.model.model.layers[0].mlp.gate
+        gate(torch.ones(7, gate.weight.shape[1], dtype=gate.weight.dtype, device="meta"))
     held = [*trainer.recorder.logits, *trainer.recorder.indices, trainer.bias.bias]
     assert len(held) == 3
     assert {tensor.device.type for tensor in held} == {"meta"}
