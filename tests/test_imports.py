@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "stopping": set(),
     "console": set(),
     "types": set(),
-    "settings": set(),
+    "settings": {"errors"},
     "disk": {"errors"},
     "reading": {"errors"},
     "recipe": {"errors", "reading", "settings"},

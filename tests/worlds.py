@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from upcycle.data.chat import Sample
+from upcycle.data.formats import Row
+from upcycle.data.sources import read_rows
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.recipe import Recipe, load_recipe, parse_recipe
 from upcycle.records.plan import ExpansionPlan, Expert
 from upcycle.routing.routers import ForcedRouter, RowExperts, granularity, random_routers, swapped_routers
-from upcycle.settings import AssembleSettings, LoraSettings
+from upcycle.settings import AssembleSettings, LoraSettings, Source
 from upcycle.types import Model
 from upcycle.weights.base import Base
 
@@ -116,3 +118,8 @@ def assert_experts_are(folders: list[Path], moe: Path) -> None:
     for expert, folder in enumerate(folders):
         found = forced_logits(model, [expert, expert], len(folders))
         torch.testing.assert_close(found, logits(folder), rtol=0, atol=1e-5)
+
+
+def rows_of(path: str | Path, max_bad: float = 0.0, **settings: Any) -> list[Row]:
+    """All rows of one source."""
+    return read_rows([Source(path=str(path), **settings)], max_bad)

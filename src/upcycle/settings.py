@@ -3,7 +3,9 @@
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from upcycle.errors import nearest
 
 MOST_EXPERTS = 4096
 """Per layer."""
@@ -15,12 +17,72 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class DataSettings(Settings):
-    """The instruction data D: chat rows with `messages` and, if there is one, a `domain` label."""
+COLUMNS = (
+    *("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history", "system"),
+    *("tools", "domain"),
+)
+"""Columns of rows that mean something."""
+AnyFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca"]
 
-    train: str | list[str] = Field(min_length=1)
-    """JSONL files (plain or .gz) with `messages`, a hub dataset name, or `builtin:train`."""
-    validation: str | list[str] | None = None
+
+class Source(Settings):
+    """Rows of one place, and what to make of them."""
+
+    path: str
+    """JSON or JSONL (plain, .gz, .zst, .xz, .bz2), CSV, Parquet or Arrow; a folder or a pattern of such files; a folder
+    of `save_to_disk`; a hub dataset (owner/name:config[split]); builtin:train."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How often its rows count: 2: each twice; 0.5: half of them, chosen by the hash of the question."""
+    domain: str | None = None
+    """The domain of all its rows; `{file}` is the name of the file."""
+    format: AnyFormat = "auto"
+    """How its rows spell a chat; auto: found by their columns."""
+    columns: dict[str, str] = {}
+    """Our name of a column to its name there: {domain: category}."""
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, values: dict[str, str]) -> dict[str, str]:
+        return known_columns(values)
+
+
+Sources = str | Source | list[str | Source]
+
+
+def known_columns(values: dict[str, str]) -> dict[str, str]:
+    """Raises ValueError for a name that is not one of ours."""
+    for name in values:
+        if name not in COLUMNS:
+            raise ValueError(f"{name} is no column, expected some of {', '.join(COLUMNS)}{nearest(name, COLUMNS)}")
+    return values
+
+
+def _source(value: Any) -> Any:
+    """A name, or a `Source`.
+
+    Raises:
+        ValueError: it is neither, or a setting of it is wrong.
+    """
+    if value is None or isinstance(value, Source) or (isinstance(value, str) and value):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("expected a file, folder, pattern or hub dataset, {path: ..., ...}, or a list of these")
+    if unknown := next((name for name in value if name not in Source.model_fields), None):
+        raise ValueError(f"{unknown} is no setting of a source{nearest(str(unknown), Source.model_fields)}")
+    try:
+        return Source.model_validate(value)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg'].removeprefix('Value error, ')}") from None
+
+
+class DataSettings(Settings):
+    """The instruction data D: chats, in whatever format, and perhaps a `domain` label."""
+
+    train: Sources
+    """Files, folders, patterns, hub datasets or `builtin:train`: one, a list, or with settings of their own: {path:
+    ..., weight: ..., domain: ..., format: ..., columns: ...}"""
+    validation: Sources | None = None
     """Held-out rows for the evaluation; without them a share of `train` is held out."""
     validation_fraction: float = Field(0.02, gt=0, lt=0.5)
     """Share of `train` held out for evaluation when `validation` is not given."""
@@ -29,9 +91,39 @@ class DataSettings(Settings):
     max_validation: int | None = Field(None, ge=1)
     """At most this many validation rows, chosen by the hash of the question."""
     max_length: int = Field(1024, ge=8)
-    """Longest sample in tokens; longer ones are left out, counted and reported."""
+    """Longest sample in tokens; `too_long` says what becomes of longer ones."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template, or `chatml` for the plain one shipped here."""
+    format: AnyFormat = "auto"
+    """How rows spell a chat, where their source does not say; auto: found by their columns."""
+    columns: dict[str, str] = {}
+    """Our name of a column to its name in the data, where their source does not say: {domain: category}."""
+    max_bad: float = Field(0.0, ge=0, le=1)
+    """Share of the rows that may be unusable; they are counted by reason and left out."""
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        return [_source(one) for one in value] if isinstance(value, list) and value else _source(value)
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, values: dict[str, str]) -> dict[str, str]:
+        return known_columns(values)
+
+    def sources(self, given: Sources) -> list[Source]:
+        """`train` or `validation`, with what all have alike."""
+        listed = given if isinstance(given, list) else [given]
+        found = [Source(path=one) if isinstance(one, str) else one for one in listed]
+        return [
+            one.model_copy(
+                update={
+                    "format": self.format if one.format == "auto" else one.format,
+                    "columns": {**self.columns, **one.columns},
+                }
+            )
+            for one in found
+        ]
 
 
 _INSTEAD = {

@@ -7,10 +7,11 @@ import pytest
 
 from conftest import make_tokenizer
 from upcycle.data.chat import encode
-from upcycle.data.sources import Row, read_rows, to_row
+from upcycle.data.formats import Row, to_row
 from upcycle.errors import UpcycleError
 from upcycle.routing.batch import IGNORED
 from upcycle.weights.base import load_tokenizer, template_text
+from worlds import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +80,20 @@ def test_a_malformed_line_is_named(line: str, message: str, tmp_path: Path) -> N
     good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     (tmp_path / "rows.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(UpcycleError, match=message):
-        read_rows(str(tmp_path / "rows.jsonl"))
+        rows_of(tmp_path / "rows.jsonl")
 
 
 def test_a_missing_file_and_an_empty_one_are_named(tmp_path: Path) -> None:
     with pytest.raises(UpcycleError, match=r"gone\.jsonl does not exist"):
-        read_rows(str(tmp_path / "gone.jsonl"))
+        rows_of(tmp_path / "gone.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UpcycleError, match="no rows"):
-        read_rows(str(tmp_path / "empty.jsonl"))
+        rows_of(tmp_path / "empty.jsonl")
 
 
 def test_gzip_is_read_like_plain(tmp_path: Path, rows: Path) -> None:
     import gzip
 
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(rows.read_bytes()))
-    plain, packed = read_rows(str(rows)), read_rows(str(tmp_path / "rows.jsonl.gz"))
+    plain, packed = rows_of(rows), rows_of(tmp_path / "rows.jsonl.gz")
     assert [r.messages for r in plain] == [r.messages for r in packed]

@@ -8,11 +8,12 @@ import pytest
 
 from conftest import make_tokenizer
 from upcycle.data.chat import encode
-from upcycle.data.sources import read_rows, to_row
+from upcycle.data.formats import to_row
 from upcycle.errors import UpcycleError
 from upcycle.routing.batch import IGNORED
 from upcycle.types import Tokenizer
 from upcycle.weights.base import load_tokenizer
+from worlds import rows_of
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 # thoughts in the last turn only, as Qwen3 renders them
@@ -81,13 +82,13 @@ def test_half_a_character_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": CHAT}) + "\n" + json.dumps({"messages": turns("a\ud83d", "b")}) + "\n")
     with pytest.raises(UpcycleError, match=r"rows\.jsonl:2: holds \\ud83d, half of a surrogate pair"):
-        read_rows(str(path))
+        rows_of(path)
 
 
 def test_fields_that_mean_nothing_here_are_named_once(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": CHAT, "id": i, "source": "x"}) + "\n" for i in range(3)))
-    assert len(read_rows(str(path))) == 3
+    assert len(rows_of(path)) == 3
     assert capsys.readouterr().out.count("fields of rows that are not read: id, source") == 1
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upcycle.data.sources import Message, Row
+from upcycle.data.formats import Message, Row
 from upcycle.errors import UpcycleError
 from upcycle.routing.batch import IGNORED
 from upcycle.types import Tokenizer

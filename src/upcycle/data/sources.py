@@ -1,180 +1,350 @@
-"""Instruction rows from JSONL files, the hub, or the generators in the package."""
+"""Instruction rows from files, folders, the hub, or the generators in the package."""
 
-import gzip
+import csv
+import glob
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
-from upcycle.console import say
+from upcycle.console import say, warn
+from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, to_row
 from upcycle.disk import digest, hash_file
 from upcycle.errors import UpcycleError
-from upcycle.reading import brief, parse_json
+from upcycle.reading import parse_json
+from upcycle.settings import Source
 
 BUILTIN = "builtin:"
-ROLES = ("system", "user", "assistant", "tool")
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[^\[\]]+)\])?")
+"""owner/name:config[split]"""
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""One of them lies in a folder of `save_to_disk`."""
+Decoded = Iterator[tuple[Any, str]]
+"""Rows as they were read, each with its place."""
 
 
-READ = {"messages", "domain", "tools"}
-"""Fields of a row that mean something here."""
+@dataclass
+class Tally:
+    """What was read, and what could not be used."""
 
-
-Message = dict[str, Any]
-"""`role` and `content`; of an answer perhaps `weight` or `train`, which say whether it is learned."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A chat: its messages, its domain label, and where it was read."""
-
-    messages: tuple[Message, ...]
-    domain: str
-    where: str
-    tools: tuple[Any, ...] = ()
-    """Schemas that the chat template shows to the model."""
-    unread: frozenset[str] = frozenset()
-    """Further fields, which mean nothing here."""
+    name: str
+    rows: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    domains: Counter[str] = field(default_factory=Counter)
+    unread: set[str] = field(default_factory=set)
+    unusable: dict[str, list[str]] = field(default_factory=dict)
+    """Reason to what was said of each row."""
 
     @property
-    def question(self) -> str:
-        """Everything before the first answer to a user: what training and held-out rows must not share."""
-        before, asked = [], False
-        for message in self.messages:
-            if message["role"] == "assistant" and asked:
-                break
-            asked = asked or message["role"] == "user"
-            before.append(str(message["content"]))
-        return "\n".join(before)
+    def num_unusable(self) -> int:
+        return sum(map(len, self.unusable.values()))
 
-    @property
-    def has_answer(self) -> bool:
-        return any(message["role"] == "assistant" for message in self.messages)
+    def __str__(self) -> str:
+        found = ", ".join(f"{count:,} {title}" for title, count in self.formats.most_common())
+        domains = f", {len(self.domains)} domains" if len(self.domains) > 1 else ""
+        return f"{self.name}: {found} rows{domains}"
+
+    def check(self, max_bad: float) -> None:
+        """Say what is left out.
+
+        Raises:
+            UpcycleError: more than that share of the rows.
+        """
+        if not self.num_unusable:
+            return
+        total = self.rows + self.num_unusable
+        reasons = [
+            f"{len(said):,} {reason} (first: {said[0]})" if len(self.unusable) > 1 or max_bad else said[0]
+            for reason, said in self.unusable.items()
+        ]
+        what = f"{self.num_unusable:,} of {total:,} rows"
+        if self.num_unusable > max_bad * total:
+            allowed = f"data.max_bad={max_bad:g} is the share that may be left out"
+            raise UpcycleError(f"{'; '.join(reasons)} ({what} cannot be used; {allowed})")
+        warn(f"{self.name}: left out {what} that cannot be used: {'; '.join(reasons)}")
 
 
-def read_rows(sources: str | list[str]) -> list[Row]:
-    """All rows of one or several sources, in order.
+def read_rows(sources: Sequence[Source], max_bad: float = 0.0) -> list[Row]:
+    """All rows of one or several sources, in order; says what was found.
 
     Raises:
-        UpcycleError: a missing file, or a malformed line (named by file and line number).
+        UpcycleError: a missing file, a damaged one, or more unusable rows than allowed (the first of each kind is named
+            by file and line).
     """
-    names = [sources] if isinstance(sources, str) else sources
-    rows = [row for name in names for row in _read(name)]
+    rows: list[Row] = []
+    unread: set[str] = set()
+    for source in sources:
+        tally = Tally(source.path)
+        found = list(usable_rows(source, tally))
+        tally.check(max_bad)
+        unread |= tally.unread
+        if tally.rows and not source.path.startswith(BUILTIN):
+            say(f"data: {tally}")
+        rows += _weighed(found, source.weight)
     if not rows:
-        raise UpcycleError(f"{', '.join(names)}: no rows; expected JSONL with a 'messages' list per line")
-    if unread := sorted({field for row in rows for field in row.unread}):
-        say(f"data: fields of rows that are not read: {', '.join(unread[:8])}{' ...' * (len(unread) > 8)}")
+        raise UpcycleError(
+            f"{', '.join(s.path for s in sources)}: no rows; expected chats, such as a 'messages' list each"
+        )
+    if unread:
+        named = sorted(unread)
+        say(f"data: fields of rows that are not read: {', '.join(named[:8])}{' ...' * (len(named) > 8)}")
     return rows
 
 
-def hash_sources(sources: str | list[str]) -> str:
+def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
+    """The chats of a source; those that cannot be used are counted. All have the format of the first."""
+    form = source.format
+    for value, where in _decoded(source.path):
+        try:
+            if form == "auto" and isinstance(value, dict):
+                columns = {ours: value.get(theirs) for ours, theirs in source.columns.items()}
+                form = cast(Any, format_of({**value, **columns}, where))
+            row = to_row(value, where, source.model_copy(update={"format": form, "domain": _domain(source, where)}))
+        except UnusableError as error:
+            tally.unusable.setdefault(error.reason, []).append(str(error))
+            continue
+        tally.rows += 1
+        tally.formats[FORMATS[form].title] += 1
+        tally.domains[row.domain] += 1
+        tally.unread |= row.unread
+        yield row
+
+
+def _domain(source: Source, where: str) -> str | None:
+    if source.domain is None or "{file}" not in source.domain:
+        return source.domain
+    stem = Path(where.rpartition(":")[0]).name.split(".")[0]
+    return source.domain.replace("{file}", stem)
+
+
+def _weighed(rows: list[Row], weight: float) -> list[Row]:
+    """Every row `weight` times; of what is left over those whose question's hash is below it."""
+    whole, rest = int(weight), weight % 1
+    some = [row for row in rows if rest and _place(row.question) < rest]
+    return [*(rows * whole), *some]
+
+
+def _place(question: str) -> float:
+    return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest()) / 2**64
+
+
+def hash_sources(sources: Sequence[Source]) -> str:
     """A hash of the rows' content, the same wherever the files lie."""
-    names = [sources] if isinstance(sources, str) else sources
-    places = [(name, Path(name).expanduser()) for name in names]
-    return digest([hash_file(path) if path.is_file() else _hash_rows(_read(name)) for name, path in places])
+    return digest([_hash_source(source) for source in sources])
 
 
-def _hash_rows(rows: Iterable[Row]) -> str:
+def _hash_source(source: Source) -> str:
+    files = files_of(source.path)
+    if len(files) == 1:
+        return hash_file(files[0])
+    return digest([hash_file(path) for path in files]) if files else _hash_values(_decoded(source.path))
+
+
+def _hash_values(values: Decoded) -> str:
     content = hashlib.sha256()
-    for row in rows:
-        content.update(json.dumps([row.messages, row.domain]).encode())
+    for value, _ in values:
+        content.update(json.dumps(list(value.values()), default=str).encode())
     return content.hexdigest()
 
 
-def _read(name: str) -> Iterator[Row]:
-    path = Path(name).expanduser()
+def files_of(name: str) -> list[Path]:
+    """The local files that a name means, in order; none for built-in data and for the hub.
+
+    Raises:
+        UpcycleError: there is no such file, or none in the folder or of the pattern.
+    """
     if name.startswith(BUILTIN):
-        return _read_builtin(name)
+        return []
+    path = Path(name).expanduser()
     if path.is_file():
-        return _read_file(path)
-    if path.suffix or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UpcycleError(f"data file {name} does not exist (paths are relative to the current folder)")
-    return _read_hub(name)
+        return [path]
+    saved = _saved(name)
+    if saved:
+        return sorted(file for file in saved[0].rglob("*.arrow"))
+    if path.is_dir():
+        return _readable(sorted(p for p in path.iterdir() if p.is_file()), f"in the folder {name}")
+    if glob.has_magic(name) and not HUB.fullmatch(name):
+        base, inner = (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (Path(), path)
+        return _readable(sorted(base.glob(str(inner))), f"of the pattern {name}")
+    if HUB.fullmatch(name) and not path.suffix and not name.startswith((".", "~")):
+        return []
+    raise UpcycleError(f"data file {name} does not exist (paths are relative to the current folder)")
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    return (to_row(value, where) for value, where in read_jsonl(path))
+def _readable(paths: list[Path], where: str) -> list[Path]:
+    found = [path for path in paths if _kind(path) in READERS]
+    if not found:
+        raise UpcycleError(f"there is no file {where} that can be read; expected {', '.join(READERS)}, plain or packed")
+    return found
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
-    """The decoded lines of a JSONL file, plain or .gz, each with its place; empty lines are passed over.
+def _kind(path: Path) -> str:
+    """The suffix that says how a file is read, packed or not."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _decoded(name: str) -> Decoded:
+    if name.startswith(BUILTIN):
+        yield from _read_builtin(name)
+    elif saved := _saved(name):
+        yield from _read_saved(*saved)
+    elif files := files_of(name):
+        for path in files:
+            yield from READERS.get(_kind(path), read_jsonl)(path)
+    else:
+        yield from _read_hub(name)
+
+
+def read_jsonl(path: Path) -> Decoded:
+    """The decoded lines of a JSONL file, plain or packed, each with its place; empty lines are passed over.
 
     Raises:
         UpcycleError: no such file, a line that is not JSON, or a file that is not UTF-8.
     """
+    with _opened(path, "JSONL") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
+
+
+def _read_json(path: Path) -> Decoded:
+    """One list of rows, or a row a line."""
+    with _opened(path, "JSON") as file:
+        begin = file.read(64).lstrip()
+    if not begin.startswith("["):
+        yield from read_jsonl(path)
+        return
+    with _opened(path, "JSON") as file:
+        values = parse_json(file.read(), str(path))
+    yield from ((value, f"{path}:{number}") for number, value in enumerate(values, start=1))
+
+
+def _read_csv(path: Path) -> Decoded:
+    """Cells are text; empty ones are none."""
+    csv.field_size_limit(sys.maxsize)
+    with _opened(path, "CSV") as file:
+        try:
+            for number, row in enumerate(
+                csv.DictReader(file, delimiter="\t" if _kind(path) == ".tsv" else ","), start=1
+            ):
+                if None in row:
+                    raise UpcycleError(f"{path}:{number}: has more cells than the first line has columns")
+                yield {name: cell or None for name, cell in row.items()}, f"{path}:{number}"
+        except csv.Error as error:
+            raise UpcycleError(f"{path} cannot be read as CSV: {error}") from None
+
+
+def _read_table(path: Path) -> Decoded:
+    """Parquet or Arrow, a batch at a time."""
+    from datasets import load_dataset
+
+    try:
+        kind = "parquet" if _kind(path) == ".parquet" else "arrow"
+        rows = iter(load_dataset(kind, data_files=str(path), split="train", streaming=True))
+        yield from ((value, f"{path}:{number}") for number, value in enumerate(rows, start=1))
+    except UpcycleError:
+        raise
+    except Exception as error:  # of pyarrow, of datasets, of the system
+        raise UpcycleError(f"{path} cannot be read as {kind}: {_first_line(error)}") from None
+
+
+READERS: dict[str, Callable[[Path], Decoded]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_table,
+    ".arrow": _read_table,
+}
+"""By suffix; a single file with another one is read as JSONL."""
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[IO[str]]:
+    """A text file, packed or not."""
+    import fsspec
+
     if not path.is_file():  # a pipe or a device would never end
         raise UpcycleError(f"{path} is not a file that can be read")
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of them
-        raise UpcycleError(f"{path} cannot be read as UTF-8 JSONL: {error}") from None
+        with fsspec.open(str(path), "rt", encoding="utf-8-sig", newline="", compression=_compression(path)) as file:
+            yield file
+    except UpcycleError:
+        raise
+    except Exception as error:  # a damaged file raises any of its codec's errors
+        raise UpcycleError(f"{path} cannot be read as UTF-8 {what}: {_first_line(error)}") from None
 
 
-def to_row(value: Any, where: str) -> Row:
-    """Check one decoded row.
+def _compression(path: Path) -> str | None:
+    from fsspec.compression import compr
 
-    Raises:
-        UpcycleError: `messages` is missing or a message is not a role with text.
-    """
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or not messages:
-        found = f"fields {sorted(value)}" if isinstance(value, dict) else type(value).__name__
-        raise UpcycleError(f"{where}: expected an object with a non-empty 'messages' list, found {found}")
-    for i, message in enumerate(messages):
-        if not (isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)):
-            raise UpcycleError(
-                f"{where}: messages[{i}] is {brief(message)}, expected a 'role' "
-                f"({', '.join(ROLES)}) and a text 'content'"
-            )
-    tools = value.get("tools") or ()
-    if not isinstance(tools, (list, tuple)):
-        raise UpcycleError(f"{where}: 'tools' is {brief(tools)}, expected a list of schemas")
-    check_encodable([messages, value.get("domain"), tools], where)
-    unread = frozenset(map(str, value)) - READ
-    return Row(tuple(messages), _domain(value.get("domain"), where), where, tuple(tools), unread)
+    name = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}.get(path.suffix.lower())
+    if name is not None and name not in compr:
+        raise UpcycleError(f"{path} is packed with {name}, which this Python cannot read")
+    return name
 
 
-def _domain(label: object, where: str) -> str:
-    """A label as text; `all` for a row that has none."""
-    if label is None:
-        return "all"
-    if not isinstance(label, (str, int, float)):
-        raise UpcycleError(f"{where}: 'domain' is {brief(label)}, expected a text or a number")
-    return str(label)
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def check_encodable(value: Any, where: str) -> None:
-    """Raises UpcycleError for half of a surrogate pair, which JSON may spell and no text can hold."""
+def _saved(name: str) -> tuple[Path, str | None] | None:
+    """A folder of `save_to_disk`, perhaps with the split in brackets."""
+    found = re.fullmatch(r"(.+?)(?:\[([^\[\]]+)\])?", name)
+    folder = Path(found[1]).expanduser() if found else Path(name)
+    if found is None or not any((folder / file).is_file() for file in SAVED):
+        return None
+    return (folder / found[2] if found[2] else folder), found[2]
+
+
+def _read_saved(folder: Path, split: str | None) -> Decoded:
+    from datasets import DatasetDict, load_from_disk
+
+    if split and not folder.is_dir():
+        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
+        raise UpcycleError(f"{folder.parent} has no split {split}; it has {', '.join(there)}")
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UpcycleError(f"{where}: holds {half}, half of a surrogate pair: no character; repair the row") from None
+        rows = load_from_disk(str(folder))
+    except Exception as error:
+        raise UpcycleError(f"{folder} cannot be read as a saved dataset: {_first_line(error)}") from None
+    if isinstance(rows, DatasetDict):
+        if "train" not in rows and len(rows) > 1:
+            raise UpcycleError(f"{folder} has the splits {', '.join(rows)}; name one: {folder}[{next(iter(rows))}]")
+        rows = rows.get("train") or next(iter(rows.values()))
+    yield from ((value, f"{folder}:{number}") for number, value in enumerate(rows, start=1))
 
 
-def _read_builtin(name: str) -> Iterator[Row]:
+def _read_builtin(name: str) -> Decoded:
     from upcycle.data.generators import quickstart_rows
 
     split = name.removeprefix(BUILTIN)
     if split not in ("train", "validation"):
         raise UpcycleError(f"'{name}': the built-in data are builtin:train and builtin:validation")
     rows = quickstart_rows(cast(Literal["train", "validation"], split))
-    return (to_row(value, f"{name}:{i}") for i, value in enumerate(rows, start=1))
+    yield from ((value, f"{name}:{i}") for i, value in enumerate(rows, start=1))
 
 
-def _read_hub(name: str) -> Iterator[Row]:
+def _read_hub(name: str) -> Decoded:
     from datasets import load_dataset
 
+    found = HUB.fullmatch(name)
+    assert found is not None  # `files_of` has seen to it
     try:
-        rows = load_dataset(name, split="train")
+        rows: Iterable[Any] = load_dataset(found["name"], found["config"], split=found["split"] or "train")
     except Exception as error:
         raise UpcycleError(
-            f"'{name}' is neither a local file nor a hub dataset that can be read here: {error}"
+            f"'{name}' is neither a local file nor a hub dataset that can be read here (owner/name:config[split]): "
+            f"{_first_line(error)}"
         ) from None
-    return (to_row(value, f"{name}:{i}") for i, value in enumerate(rows, start=1))
+    yield from ((value, f"{name}:{i}") for i, value in enumerate(rows, start=1))

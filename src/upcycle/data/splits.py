@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from upcycle.console import say, track, warn
 from upcycle.data.chat import Sample, encode
-from upcycle.data.sources import Row, read_rows
+from upcycle.data.formats import Row
+from upcycle.data.sources import read_rows
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
 from upcycle.types import Tokenizer
@@ -42,8 +43,10 @@ def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Sp
         UpcycleError: unreadable data, or too few rows for the seed data that the recipe asks for.
     """
     data, limit = recipe.data, min(recipe.data.max_length, context_length)
-    rows = in_hash_order(read_rows(data.train), recipe.seed)
-    held_out = in_hash_order(read_rows(data.validation), recipe.seed) if data.validation else []
+    rows = in_hash_order(read_rows(data.sources(data.train), data.max_bad), recipe.seed)
+    held_out = []
+    if data.validation:
+        held_out = in_hash_order(read_rows(data.sources(data.validation), data.max_bad), recipe.seed)
     if not data.validation:
         held_out, rows = split_questions(rows, math.ceil(len(rows) * data.validation_fraction))
     rows = _without_questions(rows, held_out)

@@ -17,7 +17,8 @@ from typing import Any
 from datasets import Dataset
 
 from upcycle.console import say, warn
-from upcycle.data.sources import check_encodable, read_jsonl
+from upcycle.data.formats import check_encodable
+from upcycle.data.sources import read_jsonl
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.code import WARNING, passes
 from upcycle.reading import brief

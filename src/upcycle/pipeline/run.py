@@ -169,8 +169,8 @@ class Run:
         from upcycle.data.sources import hash_sources
 
         data = self.recipe.data
-        validation = hash_sources(data.validation) if data.validation else ""
-        return digest([hash_sources(data.train), validation])
+        validation = hash_sources(data.sources(data.validation)) if data.validation else ""
+        return digest([hash_sources(data.sources(data.train)), validation])
 
     @cached_property
     def given_checkpoints(self) -> list[tuple[Path, str]]:

@@ -15,6 +15,7 @@ from upcycle.records.description import Description
 from upcycle.records.files import CARD, LINEAGE, MANIFEST, RESULT, SCORES
 from upcycle.records.record import ALL
 from upcycle.records.scores import ModelScores, standard_error
+from upcycle.settings import DataSettings
 
 PAPER = """@inproceedings{hui2025upcycling,
   title = {Upcycling Instruction Tuning from Dense to Mixture-of-Experts via Parameter Merging},
@@ -88,7 +89,7 @@ Children: {plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed}. Similarity
 
 ## Licence and data
 
-{inherited} Training data: {_listed(recipe.data.train)}.
+{inherited} Training data: {_listed(recipe.data)}.
 
 ## Reproduce
 
@@ -155,6 +156,6 @@ def _exact(entry: ModelScores) -> str:
     return f"{share:.1%} +- {standard_error(share, entry.exact_match_rows):.1%}"
 
 
-def _listed(sources: str | list[str]) -> str:
-    names = [sources] if isinstance(sources, str) else sources
+def _listed(data: DataSettings) -> str:
+    names = [source.path for source in data.sources(data.train)]
     return ", ".join(f"`{Path(name).name if Path(name).exists() else name}`" for name in names)

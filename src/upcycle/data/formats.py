@@ -1,0 +1,275 @@
+"""Rows as people have them, to chats: a format is a row of `FORMATS`, found by its columns."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle.errors import UpcycleError, nearest
+from upcycle.reading import brief, parse_json
+from upcycle.settings import COLUMNS, AnyFormat, Source
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SAID_BY = {
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
+    "system": "system",
+    "developer": "developer",
+}
+"""ShareGPT's speakers, with LLaMA-Factory's and axolotl's, to roles."""
+
+Message = dict[str, Any]
+"""`role` and `content`; of an answer perhaps `weight` or `train`, which say whether it is learned."""
+Values = Mapping[str, Any]
+"""A row as it was read."""
+
+
+class UnusableError(UpcycleError):
+    """A row that cannot be trained on."""
+
+    def __init__(self, where: str, reason: str, detail: str) -> None:
+        """
+        Args:
+            reason: what it is counted under.
+            detail: what was found in this row, and what was expected.
+        """
+        super().__init__(f"{where}: {detail}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Row:
+    """A chat: its messages, its domain label, and where it was read."""
+
+    messages: tuple[Message, ...]
+    domain: str
+    where: str
+    tools: tuple[Any, ...] = ()
+    """Schemas that the chat template shows to the model."""
+    unread: frozenset[str] = frozenset()
+    """Further fields, which mean nothing here."""
+
+    @property
+    def question(self) -> str:
+        """Everything before the first answer to a user: what training and held-out rows must not share."""
+        before, asked = [], False
+        for message in self.messages:
+            if message["role"] == "assistant" and asked:
+                break
+            asked = asked or message["role"] == "user"
+            before.append(message["content"] or "")
+        return "\n".join(before)
+
+    @property
+    def has_answer(self) -> bool:
+        return any(message["role"] == "assistant" for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a chat is spelt."""
+
+    title: str
+    needs: tuple[str, ...]
+    """Columns that it is known by."""
+    messages: Callable[[Values], list[Any]]
+    also: tuple[str, ...] = ()
+    """Columns that it may have."""
+
+    @property
+    def expected(self) -> str:
+        named = " and ".join(f"'{column}'" for column in self.needs)
+        return "an object with a non-empty 'messages' list" if self.needs == ("messages",) else named
+
+
+def _chat(values: Values) -> list[Any]:
+    return _listed(values["messages"], "messages")
+
+
+def _sharegpt(values: Values) -> list[Any]:
+    """`from` and `value`; some spell `conversations` with `role` and `content`."""
+    turns = _listed(values["conversations"], "conversations")
+    return [*_system(values), *(_turn(turn) if isinstance(turn, dict) else turn for turn in turns)]
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    if "from" not in turn:
+        return turn
+    said_by, rest = turn["from"], {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": SAID_BY.get(said_by, said_by), "content": turn.get("value"), **rest}
+
+
+def _prompt_completion(values: Values) -> list[Any]:
+    """Texts, or lists of messages, as TRL documents them."""
+    return [
+        *_system(values),
+        *_side(values["prompt"], "user", "prompt"),
+        *_side(values["completion"], "assistant", "completion"),
+    ]
+
+
+def _side(value: Any, role: str, column: str) -> list[Any]:
+    is_list = isinstance(value, list) or (isinstance(value, str) and value.startswith('[{"'))
+    return _listed(value, column) if is_list else [{"role": role, "content": value}]
+
+
+def _alpaca(values: Values) -> list[Any]:
+    """Instruction and input on lines of their own; `history` has pairs of earlier turns (LLaMA-Factory)."""
+    asked = "\n".join(text for text in (values["instruction"], values.get("input")) if text)
+    pairs = _listed(values.get("history") or [], "history")
+    earlier = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    last = [{"role": "user", "content": asked}, {"role": "assistant", "content": values["output"]}]
+    return [*_system(values), *earlier, *last]
+
+
+def _system(values: Values) -> list[Message]:
+    return [{"role": "system", "content": values["system"]}] if values.get("system") else []
+
+
+def _listed(value: Any, column: str) -> list[Any]:
+    """A list, which a CSV cell spells as JSON."""
+    found = parse_json(value, column) if isinstance(value, str) else value
+    if not isinstance(found, list):
+        raise UpcycleError(f"'{column}' is {brief(found)}, expected a list")
+    return found
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format("messages", ("messages",), _chat),
+    "sharegpt": Format("ShareGPT", ("conversations",), _sharegpt, ("system",)),
+    "prompt_completion": Format("prompt and completion", ("prompt", "completion"), _prompt_completion, ("system",)),
+    "alpaca": Format("Alpaca", ("instruction", "output"), _alpaca, ("input", "history", "system")),
+}
+"""The first one whose columns a row has is its format."""
+ALWAYS = ("domain", "tools")
+"""Columns of every format."""
+
+
+def to_row(value: Any, where: str, source: Source | None = None) -> Row:
+    """Check and convert one decoded row.
+
+    Args:
+        source: what a recipe says of its format, columns and domain.
+
+    Raises:
+        UnusableError: it has no format that is known, or a message is not a role with text.
+    """
+    source = source or Source(path="")
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise UnusableError(where, "is no object", f"expected an object with a non-empty 'messages' list, found {kind}")
+    values = {**value, **{ours: value.get(theirs) for ours, theirs in source.columns.items()}}
+    form = FORMATS[format_of(values, where, source.format)]
+    try:
+        turns = form.messages(values)
+    except (UpcycleError, ValueError, TypeError) as error:
+        raise UnusableError(where, f"columns of {form.title} that do not hold a chat", str(error)) from None
+    messages = tuple(_message(turn, f"messages[{i}]", where) for i, turn in enumerate(turns))
+    if not messages:
+        raise UnusableError(where, "has no message", "expected an object with a non-empty 'messages' list, found []")
+    tools = _tools(values.get("tools"), where)
+    domain = values.get("domain") if source.domain is None else source.domain
+    _check_encodable([messages, domain, tools], where)
+    read = {*form.needs, *form.also, *ALWAYS, *source.columns.values()}
+    return Row(messages, _domain(domain, where), where, tools, frozenset(map(str, value)) - read)
+
+
+def format_of(values: Values, where: str, chosen: AnyFormat = "auto") -> str:
+    """The name of a row's format, by its columns.
+
+    Raises:
+        UnusableError: the row has not the columns of the chosen one, or of any.
+    """
+    there = {column for column, value in values.items() if value is not None}
+    names = list(FORMATS) if chosen == "auto" else [chosen]
+    for name in names:
+        if there.issuperset(FORMATS[name].needs):
+            return name
+    expected = ", or ".join(FORMATS[name].expected for name in names)
+    if "text" in there:
+        reason = "holds 'text', which does not say what is an answer"
+        raise UnusableError(where, reason, f"{reason}; expected {expected}")
+    hint = next((near for column in sorted(there - set(COLUMNS)) if (near := nearest(column, COLUMNS))), "")
+    found = f"found fields {sorted(there)} (data.columns says what ours are called there{hint})"
+    raise UnusableError(where, "has no format that is known", f"expected {expected}, {found}")
+
+
+def _message(turn: Any, name: str, where: str) -> Message:
+    found = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
+    if found.get("role") not in ROLES:
+        raise UnusableError(
+            where,
+            "a message has no known role",
+            f"{name} is {brief(turn)}, expected a 'role' ({', '.join(ROLES)}) and a text 'content'",
+        )
+    return {**found, "content": _content(found, name, where)}
+
+
+def _content(message: Message, name: str, where: str) -> str | None:
+    """Text; of several text parts, all of it; None where an answer calls tools and says nothing."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+        return None
+    if isinstance(content, list) and content:
+        kinds = [part.get("type", "text") if isinstance(part, dict) else type(part).__name__ for part in content]
+        odd = next((kind for kind in kinds if kind != "text"), None)
+        if odd is not None:
+            raise UnusableError(
+                where, f"a message holds {odd}", f"{name} holds a part of type {odd}; only text is read"
+            )
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    raise UnusableError(
+        where,
+        "a message has no text",
+        f"{name} is {brief(message)}, expected a 'role' ({', '.join(ROLES)}) and a text 'content'",
+    )
+
+
+def _tools(value: Any, where: str) -> tuple[Any, ...]:
+    """A list of schemas, or its JSON text; fields that are null are left out, as table formats fill them in."""
+    try:
+        found = _listed(value or [], "tools")
+    except UpcycleError as error:
+        detail = str(error).replace("expected a list", "expected a list of schemas")
+        raise UnusableError(where, "'tools' is no list", detail) from None
+    return tuple(map(_without_nulls, found))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _domain(label: object, where: str) -> str:
+    """A label as text; `all` for a row that has none."""
+    if label is None:
+        return "all"
+    if not isinstance(label, (str, int, float)):
+        raise UnusableError(where, "'domain' is no text", f"'domain' is {brief(label)}, expected a text or a number")
+    return str(label)
+
+
+def _check_encodable(value: Any, where: str) -> None:
+    try:
+        check_encodable(value, where)
+    except UpcycleError as error:
+        raise UnusableError(where, "holds half of a surrogate pair", str(error).removeprefix(f"{where}: ")) from None
+
+
+def check_encodable(value: Any, where: str) -> None:
+    """Raises UpcycleError for half of a surrogate pair, which JSON may spell and no text can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UpcycleError(f"{where}: holds {half}, half of a surrogate pair: no character; repair the row") from None

@@ -1,0 +1,279 @@
+"""Rows in every format come out as the plain ones do."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from datasets import Dataset, DatasetDict
+
+from upcycle.data.formats import to_row
+from upcycle.data.sources import hash_sources
+from upcycle.errors import UpcycleError
+from upcycle.settings import Source
+from worlds import rows_of
+
+CHATS = [
+    {"system": None, "pairs": [("What is 2+2?", "4")], "domain": "math"},
+    {"system": "Be brief.", "pairs": [("Say hi", "hi"), ("Again", "hi, 007")], "domain": "talk"},
+    {"system": None, "pairs": [('Zeile\nzwei, "quoted"', "äöü; 12")], "domain": "math"},
+]
+
+
+def chat(spec: dict[str, Any]) -> list[dict[str, str]]:
+    start = [{"role": "system", "content": spec["system"]}] if spec["system"] else []
+    return start + [
+        {"role": role, "content": text}
+        for pair in spec["pairs"]
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def plain(spec: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": chat(spec), "domain": spec["domain"]}
+
+
+def in_parts(spec: dict[str, Any]) -> dict[str, Any]:
+    messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat(spec)]
+    return {"messages": messages, "domain": spec["domain"]}
+
+
+def sharegpt(spec: dict[str, Any]) -> dict[str, Any]:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in chat(spec)]
+    return {"conversations": turns, "domain": spec["domain"]}
+
+
+def sharegpt_with_system(spec: dict[str, Any]) -> dict[str, Any]:
+    turns = [t for t in sharegpt(spec)["conversations"] if t["from"] != "system"]
+    return {"conversations": turns, "system": spec["system"], "domain": spec["domain"]}
+
+
+def alpaca(spec: dict[str, Any]) -> dict[str, Any]:
+    *history, (instruction, output) = spec["pairs"]
+    first, _, rest = instruction.partition("\n")
+    return {
+        "instruction": first,
+        "input": rest,
+        "output": output,
+        "history": [list(pair) for pair in history],
+        "system": spec["system"],
+        "domain": spec["domain"],
+    }
+
+
+def prompt_completion(spec: dict[str, Any]) -> dict[str, Any]:
+    *prompt, answer = chat(spec)
+    return {"prompt": prompt, "completion": [answer], "domain": spec["domain"]}
+
+
+SPELLINGS = [plain, in_parts, sharegpt, sharegpt_with_system, alpaca, prompt_completion]
+
+
+def expected() -> list[tuple[Any, str]]:
+    return [(tuple(chat(spec)), spec["domain"]) for spec in CHATS]
+
+
+def found(path: str | Path, **settings: Any) -> list[tuple[Any, str]]:
+    return [(row.messages, row.domain) for row in rows_of(path, **settings)]
+
+
+def jsonl(values: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+@pytest.mark.parametrize("spell", SPELLINGS)
+def test_every_format_is_the_same_chat(spell: Callable[[Any], dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(jsonl([spell(spec) for spec in CHATS]))
+    assert found(path) == expected()
+
+
+@pytest.mark.parametrize("spell", SPELLINGS)
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
+def test_every_format_in_a_table(spell: Callable[[Any], dict[str, Any]], kind: str, tmp_path: Path) -> None:
+    """Whose columns fill in nulls."""
+    rows = Dataset.from_list([spell(spec) for spec in CHATS])
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        rows.to_parquet(path)
+    elif kind == "saved":
+        rows.save_to_disk(path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.data.table.schema) as writer:
+            writer.write_table(rows.data.table)
+    assert found(path) == expected()
+
+
+@pytest.mark.parametrize("spell", [plain, sharegpt, alpaca, prompt_completion])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_csv_cells_are_text_and_lists_json(
+    spell: Callable[[Any], dict[str, Any]], delimiter: str, tmp_path: Path
+) -> None:
+    values = [spell(spec) for spec in CHATS]
+    path = tmp_path / ("rows.csv" if delimiter == "," else "rows.tsv")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(values[0]), delimiter=delimiter)
+        writer.writeheader()
+        cells = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in value.items()} for value in values]
+        writer.writerows(cells)
+    assert found(path) == expected()
+
+
+def test_a_number_in_a_csv_cell_stays_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("instruction,output\nagent?,007\nyear?,1.50\n")
+    assert [row.messages[1]["content"] for row in rows_of(tmp_path / "rows.csv")] == ["007", "1.50"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress), ("", bytes)]
+)
+def test_packed_files_are_read_like_plain_ones(suffix: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(pack(jsonl([plain(spec) for spec in CHATS]).encode()))
+    assert found(path) == expected()
+
+
+def test_zst_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl.zst").write_bytes(zstandard.compress(jsonl([plain(spec) for spec in CHATS]).encode()))
+    assert found(tmp_path / "rows.jsonl.zst") == expected()
+
+
+def test_json_may_be_a_list_or_lines(tmp_path: Path) -> None:
+    values = [plain(spec) for spec in CHATS]
+    (tmp_path / "list.json").write_text("\n " + json.dumps(values, indent=1))
+    (tmp_path / "lines.json").write_text(jsonl(values))
+    assert found(tmp_path / "list.json") == found(tmp_path / "lines.json") == expected()
+
+
+def test_folders_patterns_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, spec in enumerate(CHATS):
+        (tmp_path / f"part-{number}.jsonl").write_text(jsonl([plain(spec)]))
+    (tmp_path / "README.md").write_text("no rows")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    names = [str(tmp_path), f"{tmp_path}/*.jsonl", "~/part-*.jsonl", "part-[0-9].jsonl"]
+    assert all(found(name) == expected() for name in names)
+    assert len({hash_sources([Source(path=name)]) for name in names}) == 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UpcycleError, match=r"there is no file in the folder .* that can be read; expected \.jsonl"):
+        found(tmp_path / "empty")
+    with pytest.raises(UpcycleError, match=r"there is no file of the pattern gone-\*\.jsonl"):
+        found("gone-*.jsonl")
+
+
+def test_a_split_of_a_saved_dataset_is_named(tmp_path: Path) -> None:
+    rows = Dataset.from_list([plain(spec) for spec in CHATS])
+    DatasetDict({"train": rows, "rest": rows.select([0])}).save_to_disk(tmp_path / "both")
+    assert found(tmp_path / "both") == expected()
+    assert found(f"{tmp_path / 'both'}[rest]") == expected()[:1]
+    with pytest.raises(UpcycleError, match="has no split tset; it has rest, train"):
+        found(f"{tmp_path / 'both'}[tset]")
+    DatasetDict({"a": rows, "b": rows}).save_to_disk(tmp_path / "odd")
+    with pytest.raises(UpcycleError, match=r"has the splits a, b; name one: .*odd\[a\]"):
+        found(tmp_path / "odd")
+
+
+def test_columns_domain_and_weight_of_a_source(tmp_path: Path) -> None:
+    values = [{"q": f"question {i}", "a": "yes", "topic": i % 2} for i in range(200)]
+    path = tmp_path / "qa.jsonl"
+    path.write_text(jsonl(values))
+    columns = {"instruction": "q", "output": "a", "domain": "topic"}
+    assert [row.domain for row in rows_of(path, columns=columns)][:3] == ["0", "1", "0"]
+    assert {row.domain for row in rows_of(path, columns=columns, domain="{file}")} == {"qa"}
+    assert len(rows_of(path, columns=columns, weight=2)) == 400
+    half, more = ({row.where for row in rows_of(path, columns=columns, weight=w)} for w in (0.5, 0.7))
+    assert half < more
+    assert 70 < len(half) < 130
+    with pytest.raises(UpcycleError, match=r"found fields \['a', 'q', 'topic'\]"):
+        rows_of(path)
+
+
+def test_what_was_found_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(jsonl([sharegpt(spec) for spec in CHATS]))
+    rows_of(path)
+    assert f"data: {path}: 3 ShareGPT rows, 2 domains" in " ".join(capsys.readouterr().out.split())
+
+
+def test_developer_tools_and_calls(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [
+        {"role": "developer", "content": "d"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "done", "name": None},
+    ]
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "int", "enum": None}}}}
+    row = to_row({"messages": messages, "tools": json.dumps([schema])}, "here:1")
+    assert row.messages[2] == messages[2]
+    assert "name" not in row.messages[4]
+    assert row.tools[0]["function"]["parameters"] == {"x": {"type": "int"}}
+    assert row.question == "d\nu"
+
+
+BAD = {
+    '{"text": "a"}': "holds 'text', which does not say what is an answer",
+    '{"mesages": []}': "did you mean 'messages'",
+    '{"messages": []}': "found \\[\\]",
+    '{"conversations": [{"from": "alien", "value": "x"}]}': "messages\\[0\\] is .*alien.*expected a 'role'",
+    '{"instruction": "x", "output": 3}': "messages\\[1\\] is .*expected a 'role'",
+    '{"prompt": "x", "completion": null}': "found fields \\['prompt'\\]",
+    '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}': "holds a part of type image",
+    '{"messages": "none"}': "is not JSON|not JSON",
+    '{"instruction": "x", "output": "y", "history": [["a"]]}': "shorter|argument",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_an_unusable_row_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UpcycleError, match=rf"rows\.jsonl:1: .*({BAD[line]}).*1 of 1 rows cannot be used"):
+        rows_of(path)
+
+
+def test_unusable_rows_are_counted_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    bad = [{"text": "x"}, {"messages": [{"role": "bot", "content": "x"}]}, {"text": "y"}]
+    path.write_text(jsonl([plain(CHATS[0])] * 7 + bad))
+    with pytest.raises(UpcycleError) as caught:
+        rows_of(path, max_bad=0.2)
+    assert "3 of 10 rows cannot be used" in str(caught.value)
+    assert f"2 holds 'text', which does not say what is an answer (first: {path}:8: " in str(caught.value)
+    assert len(rows_of(path, max_bad=0.3)) == 7
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out 3 of 10 rows that cannot be used: 2 holds 'text'" in said
+    assert "1 a message has no known role" in said
+
+
+def test_mixed_formats_in_one_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(jsonl([plain(CHATS[0]), alpaca(CHATS[0])]))
+    with pytest.raises(UpcycleError, match=r"rows\.jsonl:2: expected .*'messages' list, found fields"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow", ".jsonl.gz", ".jsonl.xz"])
+def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
+    rows, path = Dataset.from_list([plain(spec) for spec in CHATS * 50]), tmp_path / f"rows{kind}"
+    if kind == ".parquet":
+        pq.write_table(rows.data.table, path)
+    elif kind == ".arrow":
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.data.table.schema) as writer:
+            writer.write_table(rows.data.table)
+    else:
+        pack = gzip.compress if kind.endswith("gz") else lzma.compress
+        path.write_bytes(pack(jsonl(list(rows)).encode()))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(UpcycleError, match=r"rows[.a-z]* cannot be read as"):
+        rows_of(path)
