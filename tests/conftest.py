@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ MODULES = {
 }
 # shapes and types of every function are checked whenever a test calls it
 install_import_hook(sorted(MODULES - UNCHECKED), "typechecking.check")
+
+CACHE = tempfile.TemporaryDirectory(prefix="upcycle-tests-")
+os.environ["UPCYCLE_CACHE"] = CACHE.name
 
 from upcycle.recipe import Recipe, parse_recipe  # noqa: E402
 

@@ -8,7 +8,7 @@ import torch
 
 from upcycle.data.chat import Sample
 from upcycle.data.formats import Row
-from upcycle.data.sources import read_rows
+from upcycle.data.rows import open_rows
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.recipe import Recipe, load_recipe, parse_recipe
 from upcycle.records.plan import ExpansionPlan, Expert
@@ -122,4 +122,6 @@ def assert_experts_are(folders: list[Path], moe: Path) -> None:
 
 def rows_of(path: str | Path, max_bad: float = 0.0, **settings: Any) -> list[Row]:
     """All rows of one source."""
-    return read_rows([Source(path=str(path), **settings)], max_bad)
+    rows = open_rows([Source(path=str(path), **settings)], max_bad)
+    copies = rows.table["copies"].to_pylist()
+    return [row for row, count in zip(rows.take(range(len(rows))), copies, strict=True) for _ in range(count)]

@@ -92,6 +92,10 @@ class DataSettings(Settings):
     """At most this many validation rows, chosen by the hash of the question."""
     max_length: int = Field(1024, ge=8)
     """Longest sample in tokens; `too_long` says what becomes of longer ones."""
+    too_long: Literal["leave_out", "truncate", "refuse"] = "leave_out"
+    """Leave longer rows out, counted and reported; cut them from the left; or stop."""
+    turns: Literal["all", "last"] = "all"
+    """Which answers of a chat are learned: all (but those with `weight: 0` or `train: false`), or the last."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template, or `chatml` for the plain one shipped here."""
     format: AnyFormat = "auto"

@@ -70,7 +70,7 @@ def test_a_tokenizer_without_template_is_refused_unless_one_is_given(tmp_path: P
     ("line", "message"),
     [
         ("{broken", r"rows\.jsonl:2: not JSON"),
-        ('{"text": "a"}', r"rows\.jsonl:2: expected an object with a non-empty 'messages' list, found fields"),
+        ('{"a": "a"}', r"rows\.jsonl:2: expected an object with a non-empty 'messages' list, found fields"),
         ('{"messages": [{"role": "user"}]}', r"rows\.jsonl:2: messages\[0\] is .*expected a 'role'"),
         ('{"messages": [{"role": "bot", "content": "a"}]}', r"rows\.jsonl:2: messages\[0\]"),
         ("[1]", r"rows\.jsonl:2: expected an object"),

@@ -1,7 +1,18 @@
-"""Chat rows to tokens, with a label on the assistant's tokens only."""
+"""Chat rows to tokens, with a label on the assistant's tokens only.
 
+Where the answers stand in a rendered chat is learned from a chat of the same shape whose texts are markers that occur
+nowhere else: what the template writes between them is the shape's skeleton. A row whose one rendering equals the
+skeleton with the row's texts in it has its answers where the skeleton has them.
+"""
+
+import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any, Literal
 
 from upcycle.data.formats import Message, Row
 from upcycle.errors import UpcycleError
@@ -9,7 +20,25 @@ from upcycle.routing.batch import IGNORED
 from upcycle.types import Tokenizer
 from upcycle.weights.base import load_tokenizer
 
-__all__ = ["Sample", "encode", "is_learned", "load_tokenizer"]
+__all__ = ["Sample", "encode", "encode_rows", "is_learned", "load_tokenizer"]
+
+Turns = Literal["all", "last"]
+"""Which assistant turns of a chat are learned."""
+Span = tuple[int, int]
+"""First character and the one behind the last."""
+Division = dict[str, tuple[str, ...]]
+"""The texts of a message by field, each in pieces that are fixed and free in turn; markers replace the free ones."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that hold thoughts; transformers takes them for one."""
+NO_TEXT = {"role", "weight", "train"}
+"""Fields that no template prints with a message's text."""
+THOUGHTS_END = "</think>"
+THOUGHTS_BEGIN = re.compile(r"\s*(?:<think>)?")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ROWS_AT_ONCE = 1024
+"""Tokenised together; the tokenizer keeps far more of a text than is used."""
+MAX_SKELETONS = 1024
 
 
 @dataclass(frozen=True)
@@ -21,37 +50,97 @@ class Sample:
     domain: str
     question: str
     answer: str
-    """Text of the last assistant turn."""
+    """Text of the last assistant turn, as far as the template shows it."""
     answer_start: int
     """Index of the last turn's first token: `input_ids[:answer_start]` is the prompt for generation."""
     where: str
+    dropped: int = 0
+    """Number of assistant turns of which the template left text out, such as earlier thoughts."""
 
     @property
     def num_answer_tokens(self) -> int:
         return sum(label != IGNORED for label in self.labels)
 
 
-def encode(row: Row, tokenizer: Tokenizer) -> Sample:
-    """Render and tokenise a chat; every assistant turn, its end-of-turn token included, gets labels.
+@dataclass(frozen=True)
+class _Chat:
+    """A rendered row, and where its assistant turns stand."""
 
-    A turn with `weight: 0` or `train: false` gets none.
+    text: str
+    spans: dict[int, list[Span]]
+    """By message. A turn is in several pieces only where the template itself marks several."""
+    answer: str
+    dropped: int
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """A rendered chat without its free texts."""
+
+    pieces: list[str]
+    """What the template writes, with an empty piece for every free text: piece `2 * i + 1` is the text `slots[i]`."""
+    slots: list[int]
+    spans: dict[int, tuple[tuple[int, int], tuple[int, int]]]
+    """Begin and end of the assistant turns that could be told, each as a piece and a distance from where it begins."""
+    dropped: int
+
+    def fit(self, texts: Sequence[str], rendered: str, free_head: bool = False) -> dict[int, list[Span]] | None:
+        """The turns' spans in a rendering, or None if it is not this skeleton around `texts`.
+
+        Args:
+            free_head: what stands before the first answer may differ (a template that prints the time).
+        """
+        pieces = self.pieces.copy()
+        pieces[1::2] = [texts[slot] for slot in self.slots]
+        rebuilt = "".join(pieces)
+        starts = [0, *accumulate(map(len, pieces))]
+        shift = len(rendered) - len(rebuilt)
+        spans = {
+            turn: (starts[first] + ahead + shift, starts[last] + behind + shift)
+            for turn, ((first, ahead), (last, behind)) in self.spans.items()
+        }
+        head = min((begin for begin, _ in spans.values()), default=0)
+        same = free_head and head >= 0 and rendered[head:] == rebuilt[head - shift :]
+        if rebuilt != rendered and not same:
+            return None
+        return {turn: [(begin, begin + len(rendered[begin:end].rstrip()))] for turn, (begin, end) in spans.items()}
+
+
+def encode(row: Row, tokenizer: Tokenizer, turns: Turns = "all") -> Sample:
+    """One row of `encode_rows`."""
+    return encode_rows([row], tokenizer, turns)[0]
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns = "all") -> list[Sample]:
+    """Render and tokenise chats; the assistant turns, their end-of-turn token included, get labels.
+
+    A turn with `weight: 0` or `train: false` gets none. Rows of one shape cost one rendering each: give many at once.
+
+    Args:
+        turns: `last` learns the last assistant turn only.
 
     Raises:
-        UpcycleError: an answer is not where it can be found in the rendered chat.
+        UpcycleError: a template that cannot render a row, an answer that is not where it can be found in the rendered
+            chat, or a tokenizer that gives no character offsets.
     """
-    text = _render(tokenizer, row, row.messages)
-    spans = _spans(tokenizer, row, text)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    learned = [spans[turn] for turn in spans if is_learned(row.messages[turn])]
-    labels = [
-        token if any(begin <= first and last <= end for begin, end in learned) else IGNORED
-        for token, (first, last) in zip(ids, offsets, strict=True)
-    ]
-    last_turn = max(spans)
-    start = next((i for i, (first, _) in enumerate(offsets) if first >= spans[last_turn][0]), len(ids))
-    answer = str(row.messages[last_turn]["content"])
-    return Sample(ids, labels, row.domain, row.question, answer.strip(), start, row.where)
+    if not tokenizer.is_fast:
+        raise UpcycleError(f"{type(tokenizer).__name__} is not a fast tokenizer, which the answer mask needs")
+    skeletons: dict[Any, _Skeleton | None] = {}
+    samples: list[Sample] = []
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        batch = rows[first : first + ROWS_AT_ONCE]
+        chats = [_read_chat(row, tokenizer, skeletons) for row in batch]
+        # as quick as the backend's encode_batch, whose padding and truncation may be anyone's
+        encoded = tokenizer(
+            [chat.text for chat in chats],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        tokens = zip(batch, chats, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        samples += [_sample(row, chat, ids, offsets, turns) for row, chat, ids, offsets in tokens]
+    return samples
 
 
 def is_learned(message: Message) -> bool:
@@ -59,50 +148,321 @@ def is_learned(message: Message) -> bool:
     return message.get("weight") != 0 and message.get("train") is not False
 
 
-def _spans(tokenizer: Tokenizer, row: Row, text: str) -> dict[int, tuple[int, int]]:
-    """Character range of every assistant turn: from behind the generation prompt to its end-of-turn token.
+def _sample(row: Row, chat: _Chat, ids: list[int], offsets: list[Span], turns: Turns) -> Sample:
+    """A token is learned if all its characters are in the span of a learned turn."""
+    last_turn = max(chat.spans)
+    labels = [IGNORED] * len(ids)
+    for turn, spans in chat.spans.items():
+        if is_learned(row.messages[turn]) and (turns == "all" or turn == last_turn):
+            for begin, end in spans:
+                # offsets never go back, though tokens may share a character or have none
+                inside = slice(bisect_left(offsets, (begin,)), bisect_right(offsets, end, key=itemgetter(1)))
+                labels[inside] = ids[inside]
+    start = bisect_left(offsets, (chat.spans[last_turn][0][0],))
+    return Sample(ids, labels, row.domain, row.question, chat.answer, start, row.where, chat.dropped)
 
-    Where a template renders a turn in another way once others follow (Qwen3 drops an earlier turn's thoughts), the
-    turn is found by its content, and ends as the last one does.
+
+def _read_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, _Skeleton | None]) -> _Chat:
+    if not any(message["role"] == "assistant" for message in row.messages):
+        raise UpcycleError(f"{row.where}: no assistant turn, so there is nothing to learn")
+    if _marks_generations(_template(row, tokenizer)):
+        return _marked_chat(row, tokenizer)
+    text = _render(tokenizer, row, row.messages)
+    divisions = [_divide(message) for message in row.messages]
+    shape = _shape(row, divisions)
+    if shape not in skeletons:
+        if len(skeletons) == MAX_SKELETONS:
+            skeletons.clear()
+        skeletons[shape] = _skeleton(tokenizer, row, divisions)
+    skeleton = skeletons[shape]
+    spans = skeleton and skeleton.fit(_free_texts(divisions), text)
+    if skeleton and spans and len(spans) == len(_turns(row)):
+        return _Chat(text, spans, _answer(row, tokenizer, text, spans), skeleton.dropped)
+    return _searched_chat(row, tokenizer, text)
+
+
+def _searched_chat(row: Row, tokenizer: Tokenizer, text: str) -> _Chat:
+    """A chat whose template looks at the texts: only answers are replaced by markers, or nothing at all."""
+    lost = _turns(row)[0]
+    answers, nothing = [_divide_answer(message) for message in row.messages], [Division() for _ in row.messages]
+    for divisions, free_head in ((answers, False), (answers, True), (nothing, False)):
+        skeleton = _skeleton(tokenizer, row, divisions)
+        spans = (skeleton and skeleton.fit(_free_texts(divisions), text, free_head)) or {}
+        hidden = _first_hidden(row, text, spans)
+        if hidden is None:
+            answer = _answer(row, tokenizer, text, spans)
+            return _Chat(text, spans, answer, _count_dropped(row, text, spans))
+        lost = hidden if spans else lost
+    raise _rewritten(row, lost)
+
+
+def _rewritten(row: Row, turn: int) -> UpcycleError:
+    return UpcycleError(
+        f"{row.where}: the chat template rewrites message {turn}, so the answer's tokens cannot be told apart; "
+        "give a plainer data.chat_template, or single-turn rows"
+    )
+
+
+def _turns(row: Row) -> list[int]:
+    return [turn for turn, message in enumerate(row.messages) if message["role"] == "assistant"]
+
+
+# --- texts of messages
+
+
+def _glued(text: str) -> tuple[str, ...]:
+    """A text between its outer white space, which templates strip or keep: a fixed, a free and a fixed piece."""
+    core = text.strip()
+    if not core:
+        return (text,)
+    ahead = len(text) - len(text.lstrip())
+    return text[:ahead], core, text[ahead + len(core) :]
+
+
+def _divide(message: Message) -> Division:
+    """Everything in a message that differs between rows of one shape, thoughts apart from the answer behind them."""
+    content = message.get("content")
+    is_answer = message["role"] == "assistant"
+    division: Division = {}
+    if isinstance(content, str):
+        division["content"] = _glued(content)
+        if is_answer and THOUGHTS_END in content:
+            division["content"] = _divide_thoughts(content)
+    if is_answer and (field := _reasoning(message)) is not None:
+        division[field] = _glued(message[field])
+    return division
+
+
+def _divide_thoughts(content: str) -> tuple[str, ...]:
+    head, closing, answer = content.rpartition(THOUGHTS_END)
+    opening = THOUGHTS_BEGIN.match(head)
+    length = opening.end() if opening else 0
+    *first, behind = _glued(head[length:])
+    ahead, *rest = _glued(answer)
+    pieces = [*first, behind + closing + ahead, *rest]
+    return head[:length] + pieces[0], *pieces[1:]
+
+
+def _divide_answer(message: Message) -> Division:
+    """The visible answer, even an empty one; thoughts and other messages' texts are fixed."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return {}
+    answer = _behind_thoughts(content)
+    ahead = content.rindex(answer) if answer else len(content)
+    return {"content": (content[:ahead], answer, content[ahead + len(answer) :])}
+
+
+def _behind_thoughts(content: str) -> str:
+    return content.rpartition(THOUGHTS_END)[2].strip()
+
+
+def _reasoning(message: Message) -> str | None:
+    return next((field for field in REASONING if isinstance(message.get(field), str)), None)
+
+
+def _free_texts(divisions: Sequence[Division]) -> list[str]:
+    return [text for division in divisions for pieces in division.values() for text in pieces[1::2]]
+
+
+def _shape(row: Row, divisions: Sequence[Division]) -> tuple[Any, ...]:
+    """All that a template sees of a row but the free texts: rows of the same shape share a skeleton."""
+    messages = []
+    for message, division in zip(row.messages, divisions, strict=True):
+        fixed = [(field, pieces[::2]) for field, pieces in division.items()]
+        others = [(key, message[key]) for key in message if key not in division and key not in NO_TEXT]
+        messages.append((message["role"], *fixed, repr(others) if others else ""))
+    return repr(row.tools) if row.tools else "", *messages
+
+
+# --- skeletons
+
+
+def _skeleton(tokenizer: Tokenizer, row: Row, divisions: Sequence[Division]) -> _Skeleton | None:
+    """Render a row with markers for its free texts; None where the template refuses them or hides an answer."""
+    marker = _unused(row)
+    messages = _with_markers(row.messages, divisions, marker)
+    text = _try_render(tokenizer, row, messages)
+    if text is None:
+        return None
+    owners = [turn for turn, division in enumerate(divisions) for _ in _free_texts([division])]
+    places = [(int(found[1]), found.span()) for found in re.finditer(rf"{marker}(\d+)x", text)]
+    pieces = re.split(rf"{marker}\d+x", text)
+    spans = {}
+    for turn in _turns(row):
+        own = [place for slot, place in places if owners[slot] == turn]
+        span = _span(tokenizer, row, messages, turn, text, own, marker)
+        if span and _holds_its_own(span, turn, divisions[turn], [(owners[slot], place) for slot, place in places]):
+            spans[turn] = _as_places(span, [place for _, place in places], len(text))
+    dropped = {turn for slot, turn in enumerate(owners) if slot not in {slot for slot, _ in places}} & set(_turns(row))
+    between = [piece for literal in pieces for piece in (literal, "")][:-1]
+    return _Skeleton(between, [slot for slot, _ in places], spans, len(dropped))
+
+
+def _unused(row: Row) -> str:
+    """A word of letters, which no template treats in a special way and which the row does not have."""
+    marker, content = "Slot", repr(row.messages)
+    while marker in content:
+        marker += "q"
+    return f"{marker}Q"
+
+
+def _with_markers(messages: Sequence[Message], divisions: Sequence[Division], marker: str) -> list[Message]:
+    marked, count = [], 0
+    for message, division in zip(messages, divisions, strict=True):
+        fields = {}
+        for field, pieces in division.items():
+            texts = list(pieces)
+            texts[1::2] = [f"{marker}{count + i}x" for i in range(len(pieces) // 2)]
+            count += len(pieces) // 2
+            fields[field] = "".join(texts)
+        marked.append({**message, **fields})
+    return marked
+
+
+def _span(
+    tokenizer: Tokenizer, row: Row, messages: list[Message], turn: int, text: str, own: list[Span], marker: str
+) -> Span | None:
+    """A turn from behind the generation prompt to its end-of-turn token.
+
+    Where a template renders a turn in another way once others follow (Qwen3 drops an earlier turn's thoughts), or opens
+    thoughts in the generation prompt, the turn begins at its first marker, with the spaces that tokens join to a word,
+    and ends as a plain answer in its place does.
+
+    Args:
+        own: where the turn's markers stand in `text`.
     """
-    turns = [turn for turn, message in enumerate(row.messages) if message["role"] == "assistant"]
-    by_prefix = {turn: _by_prefix(tokenizer, row, turn, text) for turn in turns}
-    spans: dict[int, tuple[int, int]] = {}
-    cursor = 0
-    for turn, message in enumerate(row.messages):
-        content = str(message["content"]).strip()
-        place = text.find(content, cursor)
-        if turn in by_prefix and (span := by_prefix[turn] or _by_content(row, turn, text, place)) is not None:
-            spans[turn] = span
-            cursor = span[1]
-        elif turn in by_prefix:
-            raise UpcycleError(
-                f"{row.where}: the chat template rewrites message {turn}, so the answer's tokens cannot be told apart; "
-                "give a plainer data.chat_template, or single-turn rows"
-            )
-        elif place >= 0:
-            cursor = place + len(content)
-    return spans
-
-
-def _by_prefix(tokenizer: Tokenizer, row: Row, turn: int, text: str) -> tuple[int, int] | None:
-    """The range of a turn that renders the same whatever follows it."""
-    before = _render(tokenizer, row, row.messages[:turn], add_generation_prompt=True)
-    until = _render(tokenizer, row, row.messages[: turn + 1])
-    if until.startswith(before) and text.startswith(until):
+    before = _try_render(tokenizer, row, messages[:turn], add_generation_prompt=True)
+    until = text if turn == len(messages) - 1 else _try_render(tokenizer, row, messages[: turn + 1])
+    follows = before is not None and text.startswith(before)
+    if before is not None and until is not None and until.startswith(before) and text.startswith(until):
         return len(before), len(until.rstrip())
+    content = messages[turn].get("content")
+    if not own and (not follows or (isinstance(content, str) and content.strip())):
+        return None
+    begin = len(before) if before is not None and follows else len(text[: own[0][0]].rstrip(" "))
+    ending = _ending(tokenizer, row, messages[:turn], marker)
+    if not ending and (ending is None or not own):
+        return None
+    found = text.find(ending, own[-1][1] if own else begin)
+    return (begin, found + len(ending)) if found >= 0 else None
+
+
+def _ending(tokenizer: Tokenizer, row: Row, before: list[Message], marker: str) -> str | None:
+    """What the template writes behind an answer."""
+    text = _try_render(tokenizer, row, [*before, {"role": "assistant", "content": marker}])
+    _, found, ending = (text or "").rpartition(marker)
+    return ending.rstrip() if found else None
+
+
+def _holds_its_own(span: Span, turn: int, division: Division, places: list[tuple[int, Span]]) -> bool:
+    """Whether the markers in a span are the turn's own, with its answer once."""
+    inside = [owner for owner, (begin, end) in places if span[0] <= begin and end <= span[1]]
+    own = [owner for owner, _ in places if owner == turn]
+    has_answer = len(division.get("content", ())) > 1
+    return set(inside) <= {turn} and len(inside) == len(own) and len(inside) >= has_answer
+
+
+def _as_places(span: Span, markers: list[Span], length: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A span's begin and end as pieces of a skeleton and distances: a begin ahead of markers, an end behind them."""
+    begins = [0, *(end for _, end in markers)]
+    ends = [*(begin for begin, _ in markers), length]
+    first = bisect_left(ends, span[0])
+    last = bisect_right(begins, span[1]) - 1
+    return (2 * first, span[0] - begins[first]), (2 * last, span[1] - begins[last])
+
+
+# --- what the template shows of an answer
+
+
+def _answer(row: Row, tokenizer: Tokenizer, text: str, spans: dict[int, list[Span]]) -> str:
+    """The last turn's text; of a call of a tool, which has none, what the template writes."""
+    turn = max(spans)
+    content = row.messages[turn].get("content")
+    covered = _covered(text, spans[turn])
+    if not isinstance(content, str):
+        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        ending = next((token for token in special if covered.endswith(token)), "")
+        return covered.removesuffix(ending).strip()
+    return content.strip() if THOUGHTS_END not in content else _visible(row.messages[turn], covered) or ""
+
+
+def _covered(text: str, spans: list[Span]) -> str:
+    return "".join(text[begin:end] for begin, end in spans)
+
+
+def _visible(message: Message, covered: str) -> str | None:
+    """What the template shows of a content: all of it, or what is behind the thoughts; None if neither is there."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return covered.strip()
+    texts = (content.strip(), _behind_thoughts(content))
+    return next((text for text in texts if text in covered or _squeezed(text) in _squeezed(covered)), None)
+
+
+def _squeezed(text: str) -> str:
+    """Without white space, which templates change at the borders of texts and thoughts."""
+    return "".join(text.split())
+
+
+def _first_hidden(row: Row, text: str, spans: dict[int, list[Span]]) -> int | None:
+    """The first assistant turn that has no span, or whose visible text is not in it."""
+    for turn in _turns(row):
+        if turn not in spans or _visible(row.messages[turn], _covered(text, spans[turn])) is None:
+            return turn
     return None
 
 
-def _by_content(row: Row, turn: int, text: str, place: int) -> tuple[int, int] | None:
-    """The range of an earlier turn whose content stands at `place`, with what ends the last turn behind its content."""
-    last = str(row.messages[-1]["content"]).strip()
-    content = str(row.messages[turn]["content"]).strip()
-    if place < 0 or not content or not last or row.messages[-1]["role"] != "assistant":
-        return None
-    ending = text[text.rfind(last) + len(last) :].rstrip()
-    end = place + len(content)
-    return (place, end + len(ending)) if text.startswith(ending, end) else None
+def _count_dropped(row: Row, text: str, spans: dict[int, list[Span]]) -> int:
+    """Number of turns with text that is not between the turn before and their own end.
+
+    A generation prompt may hold the first of it, such as the tag that opens thoughts.
+    """
+    count, begin = 0, 0
+    for turn in sorted(spans):
+        message = row.messages[turn]
+        end = max((end for _, end in spans[turn]), default=begin)
+        texts = [message.get("content"), message.get(_reasoning(message) or "")]
+        shown = _squeezed(text[begin:end])
+        count += any(_squeezed(part) not in shown for part in texts if isinstance(part, str))
+        begin = end
+    return count
+
+
+# --- templates that mark the answers themselves
+
+
+@lru_cache(maxsize=16)
+def _marks_generations(template: str) -> bool:
+    return GENERATION.search(template) is not None
+
+
+def _marked_chat(row: Row, tokenizer: Tokenizer) -> _Chat:
+    """A chat whose template has `{% generation %}` blocks."""
+    text, marks = _render_marked(tokenizer, row, row.messages)
+    turns = _turns(row)
+    counts = [1] * len(turns)
+    if len(marks) != len(turns):
+        totals = [len(_render_marked(tokenizer, row, row.messages[: turn + 1])[1]) for turn in turns]
+        counts = [total - before for total, before in zip(totals, [0, *totals], strict=False)]
+    ends = list(accumulate(counts))
+    blocks = {turn: marks[end - count : end] for turn, count, end in zip(turns, counts, ends, strict=True)}
+    spans = {turn: block for turn, block in blocks.items() if block}
+    hidden = _first_hidden(row, text, spans)
+    if hidden is not None or ends[-1] != len(marks):
+        raise _rewritten(row, turns[-1] if hidden is None else hidden)
+    answer = _answer(row, tokenizer, text, spans)
+    return _Chat(text, spans, answer, _count_dropped(row, text, spans))
+
+
+# --- renderings
+
+
+def _template(row: Row, tokenizer: Tokenizer) -> str:
+    try:
+        return str(tokenizer.get_chat_template(None, list(row.tools) or None))
+    except ValueError as error:
+        raise UpcycleError(f"{row.where}: {error}") from None
 
 
 def _render(tokenizer: Tokenizer, row: Row, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -117,3 +477,31 @@ def _render(tokenizer: Tokenizer, row: Row, messages: Sequence[Message], add_gen
         )
     except Exception as error:  # jinja2 raises its own and the template's exceptions
         raise UpcycleError(f"{row.where}: the chat template cannot render this chat: {error}") from None
+
+
+def _try_render(
+    tokenizer: Tokenizer, row: Row, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str | None:
+    """A part of a chat, or one with markers, which a template may refuse although it renders the row."""
+    try:
+        return _render(tokenizer, row, messages, add_generation_prompt)
+    except UpcycleError:
+        return None
+
+
+def _render_marked(tokenizer: Tokenizer, row: Row, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    """As `apply_chat_template` renders, with the character ranges that its mask of assistant's tokens is made from."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        texts, marks = render_jinja_template(
+            [given],
+            tools=list(row.tools) or None,
+            chat_template=_template(row, tokenizer),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as error:  # as above
+        raise UpcycleError(f"{row.where}: the chat template cannot render this chat: {error}") from None
+    return str(texts[0]), [(int(begin), int(end)) for begin, end in marks[0]]

@@ -7,15 +7,14 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from upcycle.console import say, warn
 from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, to_row
-from upcycle.disk import digest, hash_file
+from upcycle.disk import digest, hash_file, inside
 from upcycle.errors import UpcycleError
 from upcycle.reading import parse_json
 from upcycle.settings import Source
@@ -39,63 +38,41 @@ class Tally:
     formats: Counter[str] = field(default_factory=Counter)
     domains: Counter[str] = field(default_factory=Counter)
     unread: set[str] = field(default_factory=set)
-    unusable: dict[str, list[str]] = field(default_factory=dict)
-    """Reason to what was said of each row."""
+    unusable: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    first: dict[str, str] = field(default_factory=dict)
+    """Reason to what was said of the first such row."""
 
     @property
     def num_unusable(self) -> int:
-        return sum(map(len, self.unusable.values()))
+        return self.unusable.total()
 
     def __str__(self) -> str:
         found = ", ".join(f"{count:,} {title}" for title, count in self.formats.most_common())
         domains = f", {len(self.domains)} domains" if len(self.domains) > 1 else ""
         return f"{self.name}: {found} rows{domains}"
 
+    def lines(self) -> list[str]:
+        """What to say of it."""
+        builtin = self.name.startswith(BUILTIN)
+        found = [] if builtin or not self.rows else [f"data: {self}"]
+        return [*found, f"warning: {self.name}: {self._left_out()}"] if self.num_unusable else found
+
     def check(self, max_bad: float) -> None:
-        """Say what is left out.
-
-        Raises:
-            UpcycleError: more than that share of the rows.
-        """
-        if not self.num_unusable:
-            return
+        """Raises UpcycleError for more unusable rows than that share."""
         total = self.rows + self.num_unusable
-        reasons = [
-            f"{len(said):,} {reason} (first: {said[0]})" if len(self.unusable) > 1 or max_bad else said[0]
-            for reason, said in self.unusable.items()
-        ]
-        what = f"{self.num_unusable:,} of {total:,} rows"
         if self.num_unusable > max_bad * total:
+            several = len(self.unusable) > 1 or max_bad > 0
+            reasons = "; ".join(self._reasons()) if several else next(iter(self.first.values()))
             allowed = f"data.max_bad={max_bad:g} is the share that may be left out"
-            raise UpcycleError(f"{'; '.join(reasons)} ({what} cannot be used; {allowed})")
-        warn(f"{self.name}: left out {what} that cannot be used: {'; '.join(reasons)}")
+            raise UpcycleError(f"{reasons} ({self.num_unusable:,} of {total:,} rows cannot be used; {allowed})")
 
+    def _left_out(self) -> str:
+        total = self.rows + self.num_unusable
+        return f"left out {self.num_unusable:,} of {total:,} rows that cannot be used: {'; '.join(self._reasons())}"
 
-def read_rows(sources: Sequence[Source], max_bad: float = 0.0) -> list[Row]:
-    """All rows of one or several sources, in order; says what was found.
-
-    Raises:
-        UpcycleError: a missing file, a damaged one, or more unusable rows than allowed (the first of each kind is named
-            by file and line).
-    """
-    rows: list[Row] = []
-    unread: set[str] = set()
-    for source in sources:
-        tally = Tally(source.path)
-        found = list(usable_rows(source, tally))
-        tally.check(max_bad)
-        unread |= tally.unread
-        if tally.rows and not source.path.startswith(BUILTIN):
-            say(f"data: {tally}")
-        rows += _weighed(found, source.weight)
-    if not rows:
-        raise UpcycleError(
-            f"{', '.join(s.path for s in sources)}: no rows; expected chats, such as a 'messages' list each"
-        )
-    if unread:
-        named = sorted(unread)
-        say(f"data: fields of rows that are not read: {', '.join(named[:8])}{' ...' * (len(named) > 8)}")
-    return rows
+    def _reasons(self) -> list[str]:
+        return [f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in self.unusable.items()]
 
 
 def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
@@ -108,7 +85,8 @@ def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
                 form = cast(Any, format_of({**value, **columns}, where))
             row = to_row(value, where, source.model_copy(update={"format": form, "domain": _domain(source, where)}))
         except UnusableError as error:
-            tally.unusable.setdefault(error.reason, []).append(str(error))
+            tally.unusable[error.reason] += 1
+            tally.first.setdefault(error.reason, str(error))
             continue
         tally.rows += 1
         tally.formats[FORMATS[form].title] += 1
@@ -124,15 +102,10 @@ def _domain(source: Source, where: str) -> str | None:
     return source.domain.replace("{file}", stem)
 
 
-def _weighed(rows: list[Row], weight: float) -> list[Row]:
-    """Every row `weight` times; of what is left over those whose question's hash is below it."""
-    whole, rest = int(weight), weight % 1
-    some = [row for row in rows if rest and _place(row.question) < rest]
-    return [*(rows * whole), *some]
-
-
-def _place(question: str) -> float:
-    return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest()) / 2**64
+def weigh(question: str, weight: float) -> int:
+    """How often a row counts: a weight's whole part, and once more if the hash of its question is below the rest."""
+    place = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest()) / 2**64
+    return int(weight) + (place < weight % 1)
 
 
 def hash_sources(sources: Sequence[Source]) -> str:
@@ -144,13 +117,13 @@ def _hash_source(source: Source) -> str:
     files = files_of(source.path)
     if len(files) == 1:
         return hash_file(files[0])
-    return digest([hash_file(path) for path in files]) if files else _hash_values(_decoded(source.path))
-
-
-def _hash_values(values: Decoded) -> str:
+    if files:
+        return digest([hash_file(path) for path in files])
+    if not source.path.startswith(BUILTIN):
+        return str(_hub(source.path)._fingerprint)
     content = hashlib.sha256()
-    for value, _ in values:
-        content.update(json.dumps(list(value.values()), default=str).encode())
+    for value, _ in _read_builtin(source.path):
+        content.update(json.dumps(list(value.values())).encode())
     return content.hexdigest()
 
 
@@ -165,9 +138,8 @@ def files_of(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    saved = _saved(name)
-    if saved:
-        return sorted(file for file in saved[0].rglob("*.arrow"))
+    if saved := _saved(name):
+        return sorted(file for file in saved.rglob("*.arrow"))
     if path.is_dir():
         return _readable(sorted(p for p in path.iterdir() if p.is_file()), f"in the folder {name}")
     if glob.has_magic(name) and not HUB.fullmatch(name):
@@ -197,7 +169,7 @@ def _decoded(name: str) -> Decoded:
     if name.startswith(BUILTIN):
         yield from _read_builtin(name)
     elif saved := _saved(name):
-        yield from _read_saved(*saved)
+        yield from _read_saved(saved)
     elif files := files_of(name):
         for path in files:
             yield from READERS.get(_kind(path), read_jsonl)(path)
@@ -299,21 +271,27 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _saved(name: str) -> tuple[Path, str | None] | None:
-    """A folder of `save_to_disk`, perhaps with the split in brackets."""
+def _saved(name: str) -> Path | None:
+    """A folder of `save_to_disk`, perhaps with the split in brackets.
+
+    Raises:
+        UpcycleError: it has no such split.
+    """
     found = re.fullmatch(r"(.+?)(?:\[([^\[\]]+)\])?", name)
     folder = Path(found[1]).expanduser() if found else Path(name)
     if found is None or not any((folder / file).is_file() for file in SAVED):
         return None
-    return (folder / found[2] if found[2] else folder), found[2]
+    if not (split := found[2]):
+        return folder
+    if not inside(folder, split).is_dir():
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise UpcycleError(f"{folder} has no split {split}; it has {', '.join(there)}")
+    return folder / split
 
 
-def _read_saved(folder: Path, split: str | None) -> Decoded:
+def _read_saved(folder: Path) -> Decoded:
     from datasets import DatasetDict, load_from_disk
 
-    if split and not folder.is_dir():
-        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir())
-        raise UpcycleError(f"{folder.parent} has no split {split}; it has {', '.join(there)}")
     try:
         rows = load_from_disk(str(folder))
     except Exception as error:
@@ -336,15 +314,18 @@ def _read_builtin(name: str) -> Decoded:
 
 
 def _read_hub(name: str) -> Decoded:
+    yield from ((value, f"{name}:{i}") for i, value in enumerate(_hub(name), start=1))
+
+
+def _hub(name: str) -> Any:
     from datasets import load_dataset
 
     found = HUB.fullmatch(name)
     assert found is not None  # `files_of` has seen to it
     try:
-        rows: Iterable[Any] = load_dataset(found["name"], found["config"], split=found["split"] or "train")
+        return load_dataset(found["name"], found["config"], split=found["split"] or "train")
     except Exception as error:
         raise UpcycleError(
             f"'{name}' is neither a local file nor a hub dataset that can be read here (owner/name:config[split]): "
             f"{_first_line(error)}"
         ) from None
-    yield from ((value, f"{name}:{i}") for i, value in enumerate(rows, start=1))

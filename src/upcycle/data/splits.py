@@ -2,28 +2,33 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from upcycle.console import say, track, warn
-from upcycle.data.chat import Sample, encode
-from upcycle.data.formats import Row
-from upcycle.data.sources import read_rows
+import numpy as np
+from jaxtyping import Int
+
+from upcycle.console import say, warn
+from upcycle.data.chat import Sample
+from upcycle.data.encoding import encoded
+from upcycle.data.rows import Rows, open_rows
+from upcycle.data.samples import Encoded, Samples
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
+from upcycle.settings import DataSettings
 from upcycle.types import Tokenizer
 
-Asked = TypeVar("Asked", Row, Sample)
+MOST = 0.9
+"""Share of the rows from which on all are encoded, so that other seeds and settings find them encoded."""
 
 
 @dataclass(frozen=True)
 class SeedData:
     """Samples for the router's initialization."""
 
-    fit: list[Sample]
+    fit: Sequence[Sample]
     """The router is started from them."""
-    test: list[Sample]
+    test: Sequence[Sample]
     """They only measure it."""
 
 
@@ -31,9 +36,28 @@ class SeedData:
 class Splits:
     """Disjoint by question, except that `seed_from: train` leaves the seed data in `train`."""
 
-    train: list[Sample]
+    train: Sequence[Sample]
     seed: SeedData
-    validation: list[Sample]
+    validation: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a table, in an order."""
+
+    rows: Rows
+    numbers: list[int]
+    """A row that counts twice is there twice."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, some: slice) -> "Part":
+        return Part(self.rows, self.numbers[some])
+
+    @property
+    def questions(self) -> list[str]:
+        return [self.rows.questions[number] for number in self.numbers]
 
 
 def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Splits:
@@ -43,24 +67,33 @@ def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Sp
         UpcycleError: unreadable data, or too few rows for the seed data that the recipe asks for.
     """
     data, limit = recipe.data, min(recipe.data.max_length, context_length)
-    rows = in_hash_order(read_rows(data.sources(data.train), data.max_bad), recipe.seed)
-    held_out = []
+    train = in_hash_order(answered(open_rows(data.sources(data.train), data.max_bad), "training"), recipe.seed)
     if data.validation:
-        held_out = in_hash_order(read_rows(data.sources(data.validation), data.max_bad), recipe.seed)
-    if not data.validation:
-        held_out, rows = split_questions(rows, math.ceil(len(rows) * data.validation_fraction))
-    rows = _without_questions(rows, held_out)
-    rows = rows[: math.ceil(len(rows) * data.fraction)]
-    train = _encode_all(rows, tokenizer, limit, "training")
-    validation = _encode_all(held_out[: data.max_validation], tokenizer, limit, "validation")
-    seed, rest = _seed_data(train, recipe)
-    fit, test = split_questions(seed, seed_sizes(len(train), recipe)[0])
-    splits = Splits(rest if recipe.route.seed_from == "held_out" else train, SeedData(fit, test), validation)
+        rows = open_rows(data.sources(data.validation), data.max_bad)
+        held_out = in_hash_order(answered(rows, "validation"), recipe.seed)
+    else:
+        held_out, train = split_questions(train, math.ceil(len(train) * data.validation_fraction))
+    train = _without_questions(train, held_out)
+    train, held_out = train[: math.ceil(len(train) * data.fraction)], held_out[: data.max_validation]
+    encode = _encoder(train, held_out, tokenizer, data, limit)
+    training, validation = encode(train, "training"), encode(held_out, "validation")
+    seed, rest = _seed_data(training, recipe)
+    fit, test = cut_questions(seed, seed_sizes(len(training), recipe)[0])
+    splits = Splits(rest if recipe.route.seed_from == "held_out" else training, SeedData(fit, test), validation)
     say(
         f"data: {len(splits.train)} training rows, {len(fit)} + {len(test)} seed rows "
         f"({recipe.route.seed_from.replace('_', ' ')}), {len(validation)} validation rows"
     )
     return splits
+
+
+def answered(rows: Rows, name: str) -> Part:
+    """The rows that have an answer, as often as their source's weight says."""
+    there, copies = (rows.table[column].to_numpy() for column in ("answered", "copies"))
+    if missing := len(there) - int(there.sum()):
+        first = rows.table["where"][int(np.argmin(there))].as_py()
+        warn(f"left out {missing} {name} rows with no assistant turn (first: {first})")
+    return Part(rows, np.repeat(np.arange(len(rows)), np.where(there, copies, 0)).tolist())
 
 
 def seed_sizes(num_rows: int, recipe: Recipe) -> tuple[int, int]:
@@ -70,44 +103,86 @@ def seed_sizes(num_rows: int, recipe: Recipe) -> tuple[int, int]:
     return fit, round(fit * route.test_fraction / (1 - route.test_fraction))
 
 
-def in_hash_order(rows: Sequence[Row], seed: int) -> list[Row]:
+def in_hash_order(part: Part, seed: int) -> Part:
     """Shuffled by a keyed hash of the question: independent of file order, equal questions side by side."""
-    return sorted(rows, key=lambda row: hashlib.blake2b(f"{seed}\n{row.question}".encode()).digest())
+    keys = [hashlib.blake2b(f"{seed}\n{question}".encode()).digest() for question in part.questions]
+    return Part(part.rows, [part.numbers[place] for place in sorted(range(len(keys)), key=keys.__getitem__)])
 
 
-def split_questions(rows: Sequence[Asked], size: int) -> tuple[list[Asked], list[Asked]]:
+def split_questions(part: Part, size: int) -> tuple[Part, Part]:
     """The first `size` rows and the rest, the cut moved on so that no question is on both sides."""
-    while 0 < size < len(rows) and rows[size].question == rows[size - 1].question:
+    size = _cut(part.questions, size)
+    return part[:size], part[size:]
+
+
+def cut_questions(samples: Samples, size: int) -> tuple[Samples, Samples]:
+    """`split_questions` of samples."""
+    known, rows = samples.encoded.rows.questions, samples.encoded.numbers("row")[samples.chosen]
+    size = _cut([known[row] for row in rows], size)
+    return samples[:size], samples[size:]
+
+
+def _cut(questions: list[str], size: int) -> int:
+    while 0 < size < len(questions) and questions[size] == questions[size - 1]:
         size += 1
-    return list(rows[:size]), list(rows[size:])
+    return size
 
 
-def _without_questions(rows: list[Row], held_out: list[Row]) -> list[Row]:
-    questions = {row.question for row in held_out}
-    kept = [row for row in rows if row.question not in questions]
-    if len(kept) < len(rows):
-        warn(f"left out {len(rows) - len(kept)} training rows whose question is in the validation data")
-    return kept
+def _without_questions(part: Part, held_out: Part) -> Part:
+    asked = set(held_out.questions)
+    kept = [number for number, question in zip(part.numbers, part.questions, strict=True) if question not in asked]
+    if len(kept) < len(part):
+        warn(f"left out {len(part) - len(kept)} training rows whose question is in the validation data")
+    return Part(part.rows, kept)
 
 
-def _encode_all(rows: list[Row], tokenizer: Tokenizer, limit: int, name: str) -> list[Sample]:
-    answered = [row for row in rows if row.has_answer]
-    if len(answered) < len(rows):
-        first = next(row for row in rows if not row.has_answer)
-        warn(f"left out {len(rows) - len(answered)} {name} rows with no assistant turn (first: {first.where})")
-    samples = [encode(row, tokenizer) for row in track(answered, f"encoding {name} rows")]
-    fitting = [s for s in samples if len(s.input_ids) <= limit]
-    if len(fitting) < len(samples):
-        warn(f"left out {len(samples) - len(fitting)} {name} rows longer than {limit} tokens")
-    kept = [s for s in fitting if s.num_answer_tokens]
-    if len(kept) < len(fitting):
-        warn(f"left out {len(fitting) - len(kept)} {name} rows whose answer is empty")
-    if not kept:
-        raise UpcycleError(f"no {name} row is left of {len(rows)}; see the warnings above")
-    return kept
+def _encoder(
+    train: Part, held_out: Part, tokenizer: Tokenizer, data: DataSettings, limit: int
+) -> Callable[[Part, str], Samples]:
+    """What encodes a part: both parts of one table are encoded together."""
+    known: dict[str, Encoded] = {}
+
+    def tables(rows: Rows) -> Encoded:
+        if rows.key not in known:
+            parts = [part for part in (train, held_out) if part.rows.key == rows.key]
+            wanted = sorted({number for part in parts for number in part.numbers})
+            some = wanted if len(wanted) < MOST * len(rows) else None
+            most = limit if data.too_long == "truncate" else None
+            known[rows.key] = Encoded(rows, tuple(encoded(rows, some, tokenizer, data.turns, most)))
+        return known[rows.key]
+
+    return lambda part, name: _fitting(tables(part.rows), part, data, limit, name)
 
 
-def _seed_data(train: list[Sample], recipe: Recipe) -> tuple[list[Sample], list[Sample]]:
+def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: str) -> Samples:
+    places = np.array([table.places[number] for number in part.numbers], dtype=np.int64)
+    fits = table.lengths[places] <= limit
+    if not fits.all():
+        if data.too_long == "refuse":
+            raise UpcycleError(_too_long(table, places, limit, name))
+        warn(f"left out {(~fits).sum()} {name} rows longer than {limit} tokens")
+    places = places[fits]
+    learns = table.numbers("num_answer_tokens")[places] > 0
+    if not learns.all():
+        warn(f"left out {(~learns).sum()} {name} rows whose answer is empty")
+    places = places[learns]
+    if not len(places):
+        raise UpcycleError(f"no {name} row is left of {len(part)}; see the warnings above")
+    if dropped := int((table.numbers("dropped")[places] > 0).sum()):
+        say(f"data: the chat template leaves text of answers out of {dropped} {name} rows (earlier thoughts, mostly)")
+    return Samples(table, places)
+
+
+def _too_long(table: Encoded, places: Int[np.ndarray, " n"], limit: int, name: str) -> str:
+    lengths = table.lengths[places]
+    worst = table.sample(int(places[int(lengths.argmax())]))
+    return (
+        f"{(lengths > limit).sum()} {name} rows are longer than {limit} tokens (the longest: {worst.where}, "
+        f"{len(worst.input_ids)}); raise data.max_length, or set data.too_long=leave_out or truncate"
+    )
+
+
+def _seed_data(train: Samples, recipe: Recipe) -> tuple[Samples, Samples]:
     size = sum(seed_sizes(len(train), recipe))
     if size > len(train) // 2:
         raise UpcycleError(
@@ -115,4 +190,4 @@ def _seed_data(train: list[Sample], recipe: Recipe) -> tuple[list[Sample], list[
             f"route.min_samples_per_expert (now {recipe.route.min_samples_per_expert}), route.seed_fraction or "
             "expand.num_experts, or give more data"
         )
-    return split_questions(train, size)
+    return cut_questions(train, size)

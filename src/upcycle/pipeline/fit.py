@@ -121,10 +121,11 @@ def say_fit(run: Run, mapping: "upcycle.architectures.mapping.Mapping") -> None:
 
     if mapping.num_dense < SMALL:
         return
-    lengths = [len(sample.input_ids) for sample in run.splits.train]
+    from upcycle.data.samples import lengths
+
     accelerator = pick_device().type != "cpu"
     there = memory()
-    for stage, found in forecasts(run.recipe, mapping, lengths, world_size(), accelerator):
+    for stage, found in forecasts(run.recipe, mapping, lengths(run.splits.train), world_size(), accelerator):
         say(f"{stage}: needs {found}; {there / 1e9:.1f} GB are there")
         certain = found.weights + found.gradients + found.optimizer
         if accelerator and certain > there:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.disk import digest, inside
+from upcycle.distributed.world import on_main
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.manifest import read_manifest, verified
 from upcycle.pipeline.stage import Stage
@@ -123,7 +124,15 @@ class Run:
     def splits(self) -> "upcycle.data.splits.Splits":
         from upcycle.data.splits import load_splits
 
-        return load_splits(self.recipe, self.base.tokenizer, self.base.context_length)
+        found: list[upcycle.data.splits.Splits] = []
+
+        def load() -> None:
+            found.append(load_splits(self.recipe, self.base.tokenizer, self.base.context_length))
+
+        on_main(load)  # the others find everything encoded
+        if not found:
+            load()
+        return found[0]
 
     @cached_property
     def checkpoints(self) -> list[Checkpoint]:

@@ -79,11 +79,12 @@ def _assemble(run: Run, out: Path) -> None:
 
 
 def _route(run: Run, out: Path) -> None:
+    from upcycle.data.samples import domains
     from upcycle.stages.router_initialization.route import route
 
     names = [expert.name for expert in run.plan.experts]
     splits, recipe = run.splits, run.recipe
-    unseen = sorted({sample.domain for sample in splits.train} - {sample.domain for sample in splits.seed.fit})
+    unseen = sorted(set(domains(splits.train)) - set(domains(splits.seed.fit)))
     if unseen:
         warn(
             f"route: no seed sample is of {', '.join(unseen)}: no routing vector learns from such rows; raise "

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PrinterCallback
 
 from upcycle.console import say
 from upcycle.data.chat import Sample
+from upcycle.data.samples import dataset, lengths, num_answer_tokens
 from upcycle.distributed.device import idle_devices
 from upcycle.distributed.shards import check_resumable, is_sharded
 from upcycle.distributed.world import is_main, on_main, wait, world_size
@@ -88,8 +89,8 @@ def fine_tune(
     log = [log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingRecord(
         rows=len(samples),
-        tokens=round(settings.epochs * sum(len(s.input_ids) for s in samples)),
-        answer_tokens=round(settings.epochs * sum(s.num_answer_tokens for s in samples)),
+        tokens=round(settings.epochs * sum(lengths(samples))),
+        answer_tokens=round(settings.epochs * num_answer_tokens(samples)),
         steps=len(log),
         log=log,
         evaluations=[Evaluation.of(entry) for entry in trainer.state.log_history if "eval_loss" in entry] or None,
@@ -129,7 +130,5 @@ def per_process(settings: TrainingSettings, processes: int) -> TrainingSettings:
 
 
 def _dataset(samples: Sequence[Sample], with_empty: bool = False) -> Dataset:
-    empty = [EMPTY] if with_empty else []
-    return Dataset.from_dict(
-        {name: [*(getattr(s, name) for s in samples), *(row[name] for row in empty)] for name in EMPTY}
-    )
+    found: Dataset = dataset(samples, list(EMPTY))
+    return concatenate_datasets([found, Dataset.from_list([EMPTY], features=found.features)]) if with_empty else found

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from upcycle.data.chat import Sample
+from upcycle.data.samples import by_domain
 from upcycle.distributed.device import release
 from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.errors import UpcycleError
@@ -96,11 +97,12 @@ def _collect(kind: Kind, base: Base, names: Sequence[str], settings: PrepareSett
     CHECKPOINTS.write(out_dir, checkpoints)
 
 
-def _trainings(train: Sequence[Sample], settings: PrepareSettings) -> list[tuple[str, list[Sample]]]:
+def _trainings(train: Sequence[Sample], settings: PrepareSettings) -> list[tuple[str, Sequence[Sample]]]:
     """(folder, samples) of each training: one over all, or one for each domain."""
     if not settings.by_domain:
-        return [("", list(train))]
-    domains = sorted({sample.domain for sample in train})
+        return [("", train)]
+    parts = by_domain(train)
+    domains = list(parts)
     if len(domains) < 2:
         raise UpcycleError(
             f"prepare.by_domain: the {len(train)} training rows have one domain, '{domains[0]}'; give rows a field "
@@ -108,7 +110,7 @@ def _trainings(train: Sequence[Sample], settings: PrepareSettings) -> list[tuple
         )
     folders = [f"domain-{re.sub(r'[^A-Za-z0-9_-]+', '_', domain)}" for domain in domains]
     unique = [name if folders.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(folders)]
-    return [(name, [s for s in train if s.domain == d]) for name, d in zip(unique, domains, strict=True)]
+    return list(zip(unique, parts.values(), strict=True))
 
 
 def _require_space(kind: Kind, model: Model, recipe: Recipe, out_dir: Path) -> None:

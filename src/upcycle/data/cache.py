@@ -1,0 +1,51 @@
+"""What is made of data once, and read again by every stage, run and comparison of the same data."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from upcycle.console import warn
+from upcycle.disk import scratch_folder
+
+VARIABLE = "UPCYCLE_CACHE"
+"""Names another folder."""
+
+
+def cache_folder() -> Path:
+    """`$UPCYCLE_CACHE`, or `upcycle` in the user's folder of caches."""
+    given = os.environ.get(VARIABLE)
+    return (
+        Path(given).expanduser()
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "upcycle"
+    )
+
+
+def cached(key: str, make: Callable[[Path], None]) -> Path:
+    """The folder of that key: there already, or filled by `make`. It appears whole or not at all.
+
+    Where the cache cannot be written, a folder that this process alone has.
+    """
+    folder = cache_folder() / "data" / key
+    if folder.is_dir():
+        with suppress(OSError):
+            os.utime(folder)  # so that what is long unused can be told and deleted
+        return folder
+    try:
+        scratch = scratch_folder(folder)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}), so data are encoded again"
+        warn(f"{cache_folder()} {why}; ${VARIABLE} names another folder")
+        scratch = Path(tempfile.mkdtemp(prefix="upcycle-"))
+        make(scratch)
+        return scratch
+    try:
+        make(scratch)
+        with suppress(OSError):  # another process has been quicker
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
