@@ -52,6 +52,7 @@ MAY_IMPORT = {
         "experts",
         "architectures",
         "distributed",
+        "data",
         "stages.model_upcycling",
         "__init__",
         *LEAVES,

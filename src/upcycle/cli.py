@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import os
 import re
 import shutil
@@ -114,6 +115,33 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's
 def settings() -> None:
     """List every setting of a recipe with its default and meaning."""
     print(describe_settings(), end="")
+
+
+@app.command()
+def data(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, patterns, hub datasets; data.FIELD=VALUE.")
+    ],
+    base: Annotated[str, typer.Option(help="The model whose tokenizer and chat template are used.")],
+    html: Annotated[Path | None, typer.Option(help="Write what is printed as a page too.")] = None,
+) -> None:
+    """Say what data hold: format, rows and tokens by domain, what is left out and why, samples with what is learned."""
+    if html is not None:
+        check_writable(html)
+    _quiet_libraries()
+    from upcycle.console import console
+    from upcycle.data.overview import overview
+    from upcycle.data.splits import load_parts
+
+    settings = [word for word in sources if word.startswith("data.")]
+    names = [word for word in sources if word not in settings]
+    run = Run(load_recipe("upit", [f"base={base}", f"data.train={json.dumps(names)}", *settings]), Path())
+    console.record = html is not None
+    train, _ = load_parts(run.recipe, run.base.tokenizer, run.base.context_length)
+    overview(train, run.base.tokenizer)
+    if html is not None:
+        console.save_html(str(html))
+        say(f"written: {html}")
 
 
 @app.command()

@@ -94,6 +94,11 @@ class DataSettings(Settings):
     """Longest sample in tokens; `too_long` says what becomes of longer ones."""
     too_long: Literal["leave_out", "truncate", "refuse"] = "leave_out"
     """Leave longer rows out, counted and reported; cut them from the left; or stop."""
+    decontaminate: Literal["exact", "ngram"] = "exact"
+    """Which training rows are left out for a held-out question: those that ask the same, or also those that share 13
+    words in a row with one (a shorter question: all its words)."""
+    decontaminate_with: list[str] = []
+    """Further files whose questions must not be trained on: benchmarks (`question` or `prompt`) or chats."""
     turns: Literal["all", "last"] = "all"
     """Which answers of a chat are learned: all (but those with `weight: 0` or `train: false`), or the last."""
     chat_template: str | None = None

@@ -493,6 +493,15 @@ def test_a_row_is_rendered_once(tokenizer: Any, monkeypatch: Any) -> None:
     assert count <= 100 + 6
 
 
+def test_what_was_asked_of_the_tokenizer_before_changes_nothing(tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML
+    rows = [talk("a", "<|im_end|>b"), talk("a" * 40, "b")]
+    tokenizer.pad_token = "</s>"
+    tokenizer(["a", "b c"], padding="max_length", max_length=8, truncation=True, split_special_tokens=True)
+    samples = encode_rows(rows, tokenizer)
+    assert samples == [by_beginnings(row, tokenizer) for row in rows]
+
+
 def test_a_slow_tokenizer_and_a_row_without_answer_are_refused(tokenizer: Any, monkeypatch: Any) -> None:
     with pytest.raises(UpcycleError, match="here:1: no assistant turn"):
         encode(chat(("user", "a")), tokenizer)

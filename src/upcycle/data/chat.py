@@ -36,7 +36,7 @@ NO_TEXT = {"role", "weight", "train"}
 THOUGHTS_END = "</think>"
 THOUGHTS_BEGIN = re.compile(r"\s*(?:<think>)?")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256
 """Tokenised together; the tokenizer keeps far more of a text than is used."""
 MAX_SKELETONS = 1024
 
@@ -125,21 +125,13 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns = "all")
     """
     if not tokenizer.is_fast:
         raise UpcycleError(f"{type(tokenizer).__name__} is not a fast tokenizer, which the answer mask needs")
-    skeletons: dict[Any, _Skeleton | None] = {}
+    skeletons = _skeletons(repr(tokenizer.chat_template), repr(tokenizer.special_tokens_map))
     samples: list[Sample] = []
     for first in range(0, len(rows), ROWS_AT_ONCE):
         batch = rows[first : first + ROWS_AT_ONCE]
         chats = [_read_chat(row, tokenizer, skeletons) for row in batch]
-        # as quick as the backend's encode_batch, whose padding and truncation may be anyone's
-        encoded = tokenizer(
-            [chat.text for chat in chats],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        tokens = zip(batch, chats, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        samples += [_sample(row, chat, ids, offsets, turns) for row, chat, ids, offsets in tokens]
+        encodings = _tokenise(tokenizer, [chat.text for chat in chats])
+        samples += [_sample(*row, turns) for row in zip(batch, chats, encodings, strict=True)]
     return samples
 
 
@@ -148,9 +140,19 @@ def is_learned(message: Message) -> bool:
     return message.get("weight") != 0 and message.get("train") is not False
 
 
-def _sample(row: Row, chat: _Chat, ids: list[int], offsets: list[Span], turns: Turns) -> Sample:
+def _tokenise(tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
+    """By the backend, which is quicker than the tokenizer's own call and its lists of all texts' offsets at once."""
+    backend = tokenizer.backend_tokenizer
+    # as a call of the tokenizer would, whatever was asked of the last one
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return list(backend.encode_batch(texts, add_special_tokens=False))
+
+
+def _sample(row: Row, chat: _Chat, encoding: Any, turns: Turns) -> Sample:
     """A token is learned if all its characters are in the span of a learned turn."""
-    last_turn = max(chat.spans)
+    ids, offsets, last_turn = encoding.ids, encoding.offsets, max(chat.spans)
     labels = [IGNORED] * len(ids)
     for turn, spans in chat.spans.items():
         if is_learned(row.messages[turn]) and (turns == "all" or turn == last_turn):
@@ -278,6 +280,12 @@ def _shape(row: Row, divisions: Sequence[Division]) -> tuple[Any, ...]:
 # --- skeletons
 
 
+@lru_cache(maxsize=8)
+def _skeletons(template: str, special_tokens: str) -> dict[Any, _Skeleton | None]:
+    """Those known of a template by shape, None for a shape that has none. A stale one does no harm: it does not fit."""
+    return {}
+
+
 def _skeleton(tokenizer: Tokenizer, row: Row, divisions: Sequence[Division]) -> _Skeleton | None:
     """Render a row with markers for its free texts; None where the template refuses them or hides an answer."""
     marker = _unused(row)
@@ -287,21 +295,21 @@ def _skeleton(tokenizer: Tokenizer, row: Row, divisions: Sequence[Division]) -> 
         return None
     owners = [turn for turn, division in enumerate(divisions) for _ in _free_texts([division])]
     places = [(int(found[1]), found.span()) for found in re.finditer(rf"{marker}(\d+)x", text)]
-    pieces = re.split(rf"{marker}\d+x", text)
+    slots = [slot for slot, _ in places]
     spans = {}
     for turn in _turns(row):
         own = [place for slot, place in places if owners[slot] == turn]
         span = _span(tokenizer, row, messages, turn, text, own, marker)
-        if span and _holds_its_own(span, turn, divisions[turn], [(owners[slot], place) for slot, place in places]):
+        if span and _holds_its_own(span, turn, owners, len(divisions[turn].get("content", ())) // 2, places):
             spans[turn] = _as_places(span, [place for _, place in places], len(text))
-    dropped = {turn for slot, turn in enumerate(owners) if slot not in {slot for slot, _ in places}} & set(_turns(row))
-    between = [piece for literal in pieces for piece in (literal, "")][:-1]
-    return _Skeleton(between, [slot for slot, _ in places], spans, len(dropped))
+    dropped = {turn for slot, turn in enumerate(owners) if slot not in slots} & set(_turns(row))
+    pieces = [piece for fixed in re.split(rf"{marker}\d+x", text) for piece in (fixed, "")]
+    return _Skeleton(pieces[:-1], slots, spans, len(dropped))
 
 
 def _unused(row: Row) -> str:
     """A word of letters, which no template treats in a special way and which the row does not have."""
-    marker, content = "Slot", repr(row.messages)
+    marker, content = "Slot", repr((row.messages, row.tools))
     while marker in content:
         marker += "q"
     return f"{marker}Q"
@@ -350,17 +358,22 @@ def _span(
 
 def _ending(tokenizer: Tokenizer, row: Row, before: list[Message], marker: str) -> str | None:
     """What the template writes behind an answer."""
-    text = _try_render(tokenizer, row, [*before, {"role": "assistant", "content": marker}])
-    _, found, ending = (text or "").rpartition(marker)
+    answer = f"{marker}end"
+    text = _try_render(tokenizer, row, [*before, {"role": "assistant", "content": answer}])
+    _, found, ending = (text or "").rpartition(answer)
     return ending.rstrip() if found else None
 
 
-def _holds_its_own(span: Span, turn: int, division: Division, places: list[tuple[int, Span]]) -> bool:
-    """Whether the markers in a span are the turn's own, with its answer once."""
-    inside = [owner for owner, (begin, end) in places if span[0] <= begin and end <= span[1]]
-    own = [owner for owner, _ in places if owner == turn]
-    has_answer = len(division.get("content", ())) > 1
-    return set(inside) <= {turn} and len(inside) == len(own) and len(inside) >= has_answer
+def _holds_its_own(span: Span, turn: int, owners: list[int], num_free: int, places: list[tuple[int, Span]]) -> bool:
+    """Whether the markers in a span are the turn's own and all of them, its answer among them.
+
+    Args:
+        owners: the message of each marker.
+        num_free: number of markers for the turn's content, the last of them its answer.
+    """
+    inside = {slot for slot, (begin, end) in places if span[0] < end and begin < span[1]}
+    own = {slot for slot, _ in places if owners[slot] == turn}
+    return inside == own and (not num_free or owners.index(turn) + num_free - 1 in own)
 
 
 def _as_places(span: Span, markers: list[Span], length: int) -> tuple[tuple[int, int], tuple[int, int]]:

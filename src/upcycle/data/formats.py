@@ -269,7 +269,7 @@ def _check_encodable(value: Any, where: str) -> None:
 def check_encodable(value: Any, where: str) -> None:
     """Raises UpcycleError for half of a surrogate pair, which JSON may spell and no text can hold."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()  # quicker than to look at every text
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise UpcycleError(f"{where}: holds {half}, half of a surrogate pair: no character; repair the row") from None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,17 @@ class Rows:
     def take(self, numbers: Sequence[int]) -> Iterator[Row]:
         """Rows by their numbers, some at a time."""
         for begin in range(0, len(numbers), ROWS_AT_ONCE):
-            part = self.table.take(pa.array(numbers[begin : begin + ROWS_AT_ONCE], pa.int64()))
+            part = self._part(numbers[begin : begin + ROWS_AT_ONCE])
             columns = (part[name].to_pylist() for name in ("messages", "domain", "where", "tools"))
             for messages, domain, where, tools in zip(*columns, strict=True):
                 yield Row(tuple(json.loads(messages)), domain, where, tuple(json.loads(tools)))
+
+    def _part(self, numbers: Sequence[int]) -> pa.Table:
+        """A slice where they follow each other, which copies nothing."""
+        begin, end = numbers[0], numbers[-1] + 1
+        if end - begin == len(numbers) and list(numbers) == list(range(begin, end)):
+            return self.table.slice(begin, len(numbers))
+        return self.table.take(pa.array(numbers, pa.int64()))
 
 
 def open_rows(sources: Sequence[Source], max_bad: float = 0.0) -> Rows:
@@ -108,22 +116,17 @@ def _write(sources: Sequence[Source], max_bad: float, out: Path) -> None:
 
 
 def _batches(rows: Iterator[Row], weight: float) -> Iterator[pa.RecordBatch]:
-    waiting: list[dict[str, Any]] = []
-    for row in rows:
-        question = row.question
-        waiting.append(
-            {
-                "question": question,
-                "domain": row.domain,
-                "where": row.where,
-                "messages": json.dumps(row.messages, ensure_ascii=False),
-                "tools": json.dumps(row.tools, ensure_ascii=False),
-                "answered": row.has_answer,
-                "copies": weigh(question, weight),
-            }
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        questions = [row.question for row in some]
+        columns: list[list[Any]] = [
+            questions,
+            [row.domain for row in some],
+            [row.where for row in some],
+            [json.dumps(row.messages, ensure_ascii=False) for row in some],
+            [json.dumps(row.tools, ensure_ascii=False) for row in some],
+            [row.has_answer for row in some],
+            [weigh(question, weight) for question in questions],
+        ]
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(values, kind.type) for values, kind in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
         )
-        if len(waiting) == ROWS_AT_ONCE:
-            yield pa.RecordBatch.from_pylist(waiting, SCHEMA)
-            waiting = []
-    if waiting:
-        yield pa.RecordBatch.from_pylist(waiting, SCHEMA)

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -77,29 +77,25 @@ class Tally:
 
 def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
     """The chats of a source; those that cannot be used are counted. All have the format of the first."""
-    form = source.format
-    for value, where in _decoded(source.path):
+    by_file = source.domain is not None and "{file}" in source.domain
+    for value, where in decoded_rows(source.path):
         try:
-            if form == "auto" and isinstance(value, dict):
+            if source.format == "auto" and isinstance(value, dict):
                 columns = {ours: value.get(theirs) for ours, theirs in source.columns.items()}
-                form = cast(Any, format_of({**value, **columns}, where))
-            row = to_row(value, where, source.model_copy(update={"format": form, "domain": _domain(source, where)}))
+                source = source.model_copy(update={"format": format_of({**value, **columns}, where)})
+            row = to_row(value, where, source)
         except UnusableError as error:
             tally.unusable[error.reason] += 1
             tally.first.setdefault(error.reason, str(error))
             continue
+        if by_file:
+            stem = Path(where.rpartition(":")[0]).name.split(".")[0]
+            row = replace(row, domain=row.domain.replace("{file}", stem))
         tally.rows += 1
-        tally.formats[FORMATS[form].title] += 1
+        tally.formats[FORMATS[source.format].title] += 1
         tally.domains[row.domain] += 1
         tally.unread |= row.unread
         yield row
-
-
-def _domain(source: Source, where: str) -> str | None:
-    if source.domain is None or "{file}" not in source.domain:
-        return source.domain
-    stem = Path(where.rpartition(":")[0]).name.split(".")[0]
-    return source.domain.replace("{file}", stem)
 
 
 def weigh(question: str, weight: float) -> int:
@@ -165,7 +161,8 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _decoded(name: str) -> Decoded:
+def decoded_rows(name: str) -> Decoded:
+    """The rows that a name means, as they are, each with its place."""
     if name.startswith(BUILTIN):
         yield from _read_builtin(name)
     elif saved := _saved(name):

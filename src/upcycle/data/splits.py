@@ -11,6 +11,7 @@ from jaxtyping import Int
 from upcycle.console import say, warn
 from upcycle.data.chat import Sample
 from upcycle.data.encoding import encoded
+from upcycle.data.overlap import Alike, questions_of
 from upcycle.data.rows import Rows, open_rows
 from upcycle.data.samples import Encoded, Samples
 from upcycle.errors import UpcycleError
@@ -66,17 +67,7 @@ def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Sp
     Raises:
         UpcycleError: unreadable data, or too few rows for the seed data that the recipe asks for.
     """
-    data, limit = recipe.data, min(recipe.data.max_length, context_length)
-    train = in_hash_order(answered(open_rows(data.sources(data.train), data.max_bad), "training"), recipe.seed)
-    if data.validation:
-        rows = open_rows(data.sources(data.validation), data.max_bad)
-        held_out = in_hash_order(answered(rows, "validation"), recipe.seed)
-    else:
-        held_out, train = split_questions(train, math.ceil(len(train) * data.validation_fraction))
-    train = _without_questions(train, held_out)
-    train, held_out = train[: math.ceil(len(train) * data.fraction)], held_out[: data.max_validation]
-    encode = _encoder(train, held_out, tokenizer, data, limit)
-    training, validation = encode(train, "training"), encode(held_out, "validation")
+    training, validation = load_parts(recipe, tokenizer, context_length)
     seed, rest = _seed_data(training, recipe)
     fit, test = cut_questions(seed, seed_sizes(len(training), recipe)[0])
     splits = Splits(rest if recipe.route.seed_from == "held_out" else training, SeedData(fit, test), validation)
@@ -85,6 +76,25 @@ def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Sp
         f"({recipe.route.seed_from.replace('_', ' ')}), {len(validation)} validation rows"
     )
     return splits
+
+
+def load_parts(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> tuple[Samples, Samples]:
+    """What is trained on, seed data included, and what is held out; says what was left out and why.
+
+    Raises:
+        UpcycleError: unreadable data.
+    """
+    data, limit = recipe.data, min(recipe.data.max_length, context_length)
+    train = in_hash_order(answered(open_rows(data.sources(data.train), data.max_bad), "training"), recipe.seed)
+    if data.validation:
+        rows = open_rows(data.sources(data.validation), data.max_bad)
+        held_out = in_hash_order(answered(rows, "validation"), recipe.seed)
+    else:
+        held_out, train = split_questions(train, math.ceil(len(train) * data.validation_fraction))
+    train = _without_questions(train, held_out, data)
+    train, held_out = train[: math.ceil(len(train) * data.fraction)], held_out[: data.max_validation]
+    encode = _encoder(train, held_out, tokenizer, data, limit)
+    return encode(train, "training"), encode(held_out, "validation")
 
 
 def answered(rows: Rows, name: str) -> Part:
@@ -128,12 +138,19 @@ def _cut(questions: list[str], size: int) -> int:
     return size
 
 
-def _without_questions(part: Part, held_out: Part) -> Part:
-    asked = set(held_out.questions)
-    kept = [number for number, question in zip(part.numbers, part.questions, strict=True) if question not in asked]
-    if len(kept) < len(part):
-        warn(f"left out {len(part) - len(kept)} training rows whose question is in the validation data")
-    return Part(part.rows, kept)
+def _without_questions(part: Part, held_out: Part, data: DataSettings) -> Part:
+    """Without the rows that ask what is held out, and perhaps without those that nearly do."""
+    asked = {"the validation data": held_out.questions}
+    if data.decontaminate_with:
+        asked[", ".join(data.decontaminate_with)] = questions_of(data.decontaminate_with)
+    for where, questions in asked.items():
+        known = Alike(questions) if data.decontaminate == "ngram" else set(questions)
+        kept = [number for number in part.numbers if part.rows.questions[number] not in known]
+        if len(kept) < len(part):
+            like = "is like one" if data.decontaminate == "ngram" else "is"
+            warn(f"left out {len(part) - len(kept)} training rows whose question {like} in {where}")
+        part = Part(part.rows, kept)
+    return part
 
 
 def _encoder(

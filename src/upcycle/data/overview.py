@@ -1,0 +1,59 @@
+"""What data hold, before anything is trained on them: what one looks at first."""
+
+import statistics
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.text import Text
+
+from upcycle.console import console, say, table
+from upcycle.data.chat import Sample
+from upcycle.data.samples import by_domain, lengths, num_answer_tokens
+from upcycle.routing.batch import IGNORED
+from upcycle.types import Tokenizer
+
+SHOWN = 3
+LEARNED, MARKS = "bold green", "»«"
+LONGEST = 1500
+"""Tokens of a sample that are shown."""
+COLUMNS = ("domain", "rows", "tokens", "mean", "median", "95% within", "longest", "learned")
+
+
+def overview(train: Sequence[Sample], tokenizer: Tokenizer) -> None:
+    """Print tokens by domain of what will be trained on, and three samples with the learned part in colour."""
+    rows = [_row(domain, samples) for domain, samples in by_domain(train).items()]
+    if len(rows) > 1:
+        rows.append(_row("all", train))
+    table("training rows", COLUMNS, rows)
+    say(f"{sum(lengths(train)):,} tokens an epoch, of which {num_answer_tokens(train):,} are learned")
+    for sample in _some(train):
+        how = "in colour" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"
+        console.print(f"\n{sample.where} ({sample.domain}), learned {how}:", style="bold", markup=False)
+        console.print(coloured(sample, tokenizer))
+
+
+def _row(name: str, samples: Sequence[Sample]) -> tuple[str, ...]:
+    found = sorted(lengths(samples))
+    total, within = sum(found), found[min(len(found) - 1, int(0.95 * len(found)))]
+    figures = (len(found), total, round(total / len(found)), round(statistics.median(found)), within, found[-1])
+    return (name, *(f"{figure:,}" for figure in figures), f"{num_answer_tokens(samples) / total:.0%}")
+
+
+def _some(samples: Sequence[Sample]) -> list[Sample]:
+    """Of several domains, as far as they go; no row twice."""
+    firsts = [some[0] for some in by_domain(samples).values()]
+    others = [samples[place] for place in range(min(len(samples), 2 * SHOWN))]
+    return list({sample.where: sample for sample in (*firsts, *others)}.values())[:SHOWN]
+
+
+def coloured(sample: Sample, tokenizer: Tokenizer) -> Text:
+    """The rendered chat; what is learned in colour."""
+    text = Text()
+    pairs = list(zip(sample.input_ids, sample.labels, strict=True))[:LONGEST]
+    for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        said = str(tokenizer.decode([token for token, _ in run]))
+        marked = learned and not console.is_terminal
+        text.append(f"{MARKS[0]}{said}{MARKS[1]}" if marked else said, style=LEARNED if learned else "")
+    if len(sample.input_ids) > LONGEST:
+        text.append(f" ... {len(sample.input_ids) - LONGEST} more tokens")
+    return text

@@ -1,0 +1,81 @@
+"""What is said of data before anything is trained, and questions that are held out elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from upcycle.cli import app
+from upcycle.data.overlap import Alike, questions_of
+from upcycle.data.splits import load_splits
+from upcycle.errors import UpcycleError
+from upcycle.recipe import parse_recipe
+from upcycle.weights.base import load_tokenizer
+
+
+def test_the_verb_says_what_data_hold(base: Path, rows: Path, tmp_path: Path) -> None:
+    page = tmp_path / "data.html"
+    words = ["data", str(rows), "--base", str(base), "--html", str(page), "data.max_length=64"]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 0, said.output
+    flat = " ".join(said.output.split())
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert f"{len(lines)} messages rows" in flat
+    assert all(f" {row['domain']} " in flat for row in lines)
+    assert "tokens an epoch, of which" in flat
+    answers = [row["messages"][-1]["content"] for row in lines]
+    assert sum(f"»{answer}<|im_end|>«" in said.output for answer in set(answers)) >= 1
+    assert "learned between » and «" in flat
+    assert page.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_verb_names_what_is_wrong(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    said = CliRunner().invoke(app, ["data", str(tmp_path / "rows.jsonl"), "--base", str(base)])
+    assert isinstance(said.exception, UpcycleError)
+    assert "rows.jsonl:1: holds 'text'" in str(said.exception)
+
+
+LONG = "Tell me, if you can, which of the many rivers of the old world is the longest one?"
+
+
+@pytest.mark.parametrize(
+    ("question", "alike"),
+    [
+        (LONG, True),
+        (f"Please! {LONG.upper()} Thanks.", True),
+        (LONG.replace("many", "few"), False),  # no thirteen words in a row are left
+        ("What is 2+2?", True),
+        ("what is 2 2", True),
+        ("What is 2+3?", False),
+    ],
+)
+def test_questions_are_alike_by_thirteen_words(question: str, alike: bool) -> None:
+    assert (question in Alike([LONG, "What is 2+2?"])) is alike
+
+
+def test_benchmarks_questions_are_left_out_of_training(
+    tiny_recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) for line in Path(tiny_recipe["data"]["train"]).read_text().splitlines()]
+    asked = [row["messages"][0]["content"] for row in lines]
+    held_out = [{"question": asked[0]}, {"prompt": f"  {asked[1].upper()}!"}, {"messages": lines[2]["messages"]}]
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    assert questions_of([str(tmp_path / "bench.jsonl")])[0] == asked[0]
+
+    def seen(how: str) -> set[str]:
+        data = {**tiny_recipe["data"], "decontaminate": how, "decontaminate_with": [str(tmp_path / "bench.jsonl")]}
+        recipe = parse_recipe({**tiny_recipe, "data": data, "route": {"min_samples_per_expert": 1}}, "test")
+        splits = load_splits(recipe, load_tokenizer(Path(tiny_recipe["base"]), None), 128)
+        return {sample.question for part in (splits.train, splits.seed.fit, splits.seed.test) for sample in part}
+
+    exact, near = seen("exact"), seen("ngram")
+    assert not exact & {asked[0], asked[2]}
+    assert not near & set(asked[:3])
+    assert near <= exact
+    assert "training rows whose question is in" in capsys.readouterr().out
+    (tmp_path / "bench.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(UpcycleError, match=r"bench\.jsonl:1: .*of a benchmark, one of question, prompt"):
+        seen("exact")
