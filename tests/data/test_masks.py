@@ -295,6 +295,8 @@ def test_mistrals_answers_are_those_of_the_beginnings(said: tuple[list[str], str
 
 
 @given(said=talks())
+@example(said=(["a", "</think>"], "a"))
+@example(said=(["a", "<think>\nhm</think> a"], "a"))
 @quick
 def test_a_system_message_that_moves_to_the_last_turn(said: tuple[list[str], str | None], tokenizer: Any) -> None:
     """Mistral's own: no beginning of such a chat renders as the chat begins."""

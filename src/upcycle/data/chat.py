@@ -80,7 +80,7 @@ class _Skeleton:
     pieces: list[str]
     """What the template writes, with an empty piece for every free text: piece `2 * i + 1` is the text `slots[i]`."""
     slots: list[int]
-    spans: dict[int, tuple[tuple[int, int], tuple[int, int]]]
+    spans: dict[int, tuple[Span, Span]]
     """Begin and end of the assistant turns that could be told, each as a piece and a distance from where it begins."""
     dropped: int
 
@@ -104,6 +104,47 @@ class _Skeleton:
         if rebuilt != rendered and not same:
             return None
         return {turn: [(begin, begin + len(rendered[begin:end].rstrip()))] for turn, (begin, end) in spans.items()}
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    """A row rendered with markers for its free texts."""
+
+    tokenizer: Tokenizer
+    row: Row
+    divisions: Sequence[Division]
+    messages: list[Message]
+    marker: str
+    """How every marker begins."""
+    text: str
+    owners: list[int]
+    """The message of each marker."""
+    places: list[tuple[int, Span]]
+    """Markers by number, and where they stand in the text."""
+
+    def own(self, turn: int) -> list[Span]:
+        return [place for slot, place in self.places if self.owners[slot] == turn]
+
+    def render(self, count: int, add_generation_prompt: bool = False) -> str | None:
+        """The first messages."""
+        if count == len(self.messages) and not add_generation_prompt:
+            return self.text
+        return _try_render(self.tokenizer, self.row, self.messages[:count], add_generation_prompt)
+
+    def holds_its_own(self, turn: int, span: Span) -> bool:
+        """Whether the markers in a turn's span are the turn's own and all of them, its answer among them."""
+        inside = {slot for slot, (begin, end) in self.places if span[0] < end and begin < span[1]}
+        own = {slot for slot, _ in self.places if self.owners[slot] == turn}
+        num_free = len(self.divisions[turn].get("content", ())) // 2  # the last of them is the answer
+        return inside == own and (not num_free or self.owners.index(turn) + num_free - 1 in own)
+
+    def as_places(self, span: Span) -> tuple[Span, Span]:
+        """A span's begin and end, each as a piece and a distance: a begin ahead of markers, an end behind them."""
+        begins = [0, *(end for _, (_, end) in self.places)]
+        ends = [*(begin for _, (begin, _) in self.places), len(self.text)]
+        first = bisect_left(ends, span[0])
+        last = bisect_right(begins, span[1]) - 1
+        return (2 * first, span[0] - begins[first]), (2 * last, span[1] - begins[last])
 
 
 def encode(row: Row, tokenizer: Tokenizer, turns: Turns = "all") -> Sample:
@@ -287,7 +328,7 @@ def _skeletons(template: str, special_tokens: str) -> dict[Any, _Skeleton | None
 
 
 def _skeleton(tokenizer: Tokenizer, row: Row, divisions: Sequence[Division]) -> _Skeleton | None:
-    """Render a row with markers for its free texts; None where the template refuses them or hides an answer."""
+    """Render a row with markers for its free texts; None where the template refuses them."""
     marker = _unused(row)
     messages = _with_markers(row.messages, divisions, marker)
     text = _try_render(tokenizer, row, messages)
@@ -295,16 +336,12 @@ def _skeleton(tokenizer: Tokenizer, row: Row, divisions: Sequence[Division]) -> 
         return None
     owners = [turn for turn, division in enumerate(divisions) for _ in _free_texts([division])]
     places = [(int(found[1]), found.span()) for found in re.finditer(rf"{marker}(\d+)x", text)]
+    sketch = _Sketch(tokenizer, row, divisions, messages, marker, text, owners, places)
+    spans = {turn: span for turn in _turns(row) if (span := _span(sketch, turn)) and sketch.holds_its_own(turn, span)}
     slots = [slot for slot, _ in places]
-    spans = {}
-    for turn in _turns(row):
-        own = [place for slot, place in places if owners[slot] == turn]
-        span = _span(tokenizer, row, messages, turn, text, own, marker)
-        if span and _holds_its_own(span, turn, owners, len(divisions[turn].get("content", ())) // 2, places):
-            spans[turn] = _as_places(span, [place for _, place in places], len(text))
     dropped = {turn for slot, turn in enumerate(owners) if slot not in slots} & set(_turns(row))
     pieces = [piece for fixed in re.split(rf"{marker}\d+x", text) for piece in (fixed, "")]
-    return _Skeleton(pieces[:-1], slots, spans, len(dropped))
+    return _Skeleton(pieces[:-1], slots, {turn: sketch.as_places(span) for turn, span in spans.items()}, len(dropped))
 
 
 def _unused(row: Row) -> str:
@@ -328,61 +365,47 @@ def _with_markers(messages: Sequence[Message], divisions: Sequence[Division], ma
     return marked
 
 
-def _span(
-    tokenizer: Tokenizer, row: Row, messages: list[Message], turn: int, text: str, own: list[Span], marker: str
-) -> Span | None:
+def _span(sketch: _Sketch, turn: int) -> Span | None:
     """A turn from behind the generation prompt to its end-of-turn token.
 
     Where a template renders a turn in another way once others follow (Qwen3 drops an earlier turn's thoughts), or opens
-    thoughts in the generation prompt, the turn begins at its first marker, with the spaces that tokens join to a word,
-    and ends as a plain answer in its place does.
-
-    Args:
-        own: where the turn's markers stand in `text`.
+    thoughts in the generation prompt, the turn begins with its text, and ends as a plain answer in its place does.
     """
-    before = _try_render(tokenizer, row, messages[:turn], add_generation_prompt=True)
-    until = text if turn == len(messages) - 1 else _try_render(tokenizer, row, messages[: turn + 1])
+    text, own = sketch.text, sketch.own(turn)
+    before = sketch.render(turn, add_generation_prompt=True)
+    until = sketch.render(turn + 1)
     follows = before is not None and text.startswith(before)
     if before is not None and until is not None and until.startswith(before) and text.startswith(until):
         return len(before), len(until.rstrip())
-    content = messages[turn].get("content")
+    content = sketch.messages[turn].get("content")
     if not own and (not follows or (isinstance(content, str) and content.strip())):
         return None
-    begin = len(before) if before is not None and follows else len(text[: own[0][0]].rstrip(" "))
-    ending = _ending(tokenizer, row, messages[:turn], marker)
+    begin = len(before) if before is not None and follows else _begin(text[: own[0][0]], sketch.divisions[turn])
+    ending = _ending(sketch, turn)
     if not ending and (ending is None or not own):
         return None
     found = text.find(ending, own[-1][1] if own else begin)
     return (begin, found + len(ending)) if found >= 0 else None
 
 
-def _ending(tokenizer: Tokenizer, row: Row, before: list[Message], marker: str) -> str | None:
+def _begin(ahead: str, division: Division) -> int:
+    """Where a turn begins whose first marker stands behind `ahead`: with what its content has there, as `<think>`.
+
+    Spaces belong to it too: most tokenizers join one to the word behind it.
+    """
+    fixed = division.get("content", ("",))[0].strip()
+    if fixed and ahead.rstrip().endswith(fixed):
+        ahead = ahead.rstrip().removesuffix(fixed)
+    return len(ahead.rstrip(" "))
+
+
+def _ending(sketch: _Sketch, turn: int) -> str | None:
     """What the template writes behind an answer."""
-    answer = f"{marker}end"
-    text = _try_render(tokenizer, row, [*before, {"role": "assistant", "content": answer}])
+    answer = f"{sketch.marker}end"
+    messages = [*sketch.messages[:turn], {"role": "assistant", "content": answer}]
+    text = _try_render(sketch.tokenizer, sketch.row, messages)
     _, found, ending = (text or "").rpartition(answer)
     return ending.rstrip() if found else None
-
-
-def _holds_its_own(span: Span, turn: int, owners: list[int], num_free: int, places: list[tuple[int, Span]]) -> bool:
-    """Whether the markers in a span are the turn's own and all of them, its answer among them.
-
-    Args:
-        owners: the message of each marker.
-        num_free: number of markers for the turn's content, the last of them its answer.
-    """
-    inside = {slot for slot, (begin, end) in places if span[0] < end and begin < span[1]}
-    own = {slot for slot, _ in places if owners[slot] == turn}
-    return inside == own and (not num_free or owners.index(turn) + num_free - 1 in own)
-
-
-def _as_places(span: Span, markers: list[Span], length: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """A span's begin and end as pieces of a skeleton and distances: a begin ahead of markers, an end behind them."""
-    begins = [0, *(end for _, end in markers)]
-    ends = [*(begin for begin, _ in markers), length]
-    first = bisect_left(ends, span[0])
-    last = bisect_right(begins, span[1]) - 1
-    return (2 * first, span[0] - begins[first]), (2 * last, span[1] - begins[last])
 
 
 # --- what the template shows of an answer

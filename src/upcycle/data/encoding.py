@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -109,12 +110,7 @@ def _in_processes(out: Path, count: int, bar: Progress) -> None:
     """One for each part; all end where one fails."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "upcycle.data.encoding", str(out)]
-    started = [
-        subprocess.Popen(
-            [*command, str(part)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for part in range(count)
-    ]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
     def follow(process: "subprocess.Popen[str]") -> str:
         assert process.stdout is not None
@@ -123,12 +119,15 @@ def _in_processes(out: Path, count: int, bar: Progress) -> None:
             bar.advance(int(line))
         return process.stderr.read() if process.wait() else ""
 
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            errors = [error for error in pool.map(follow, started) if error]
-    finally:
-        for process in started:
-            process.kill()
+    with ExitStack() as stack:
+        parts = [[*command, str(part)] for part in range(count)]
+        started = [stack.enter_context(subprocess.Popen(words, env=environment, **pipes)) for words in parts]
+        try:
+            with ThreadPoolExecutor(count) as pool:
+                errors = [error for error in pool.map(follow, started) if error]
+        finally:
+            for process in started:
+                process.kill()
     if (out / REFUSED).is_file():
         raise UpcycleError((out / REFUSED).read_text(encoding="utf-8"))
     if errors:
