@@ -179,7 +179,8 @@ class Run:
 
         data = self.recipe.data
         validation = hash_sources(data.sources(data.validation)) if data.validation else ""
-        return digest([hash_sources(data.sources(data.train)), validation])
+        others = [hash_sources(data.sources(name)) for name in data.decontaminate_with]
+        return digest([hash_sources(data.sources(data.train)), validation, *others])
 
     @cached_property
     def given_checkpoints(self) -> list[tuple[Path, str]]:
