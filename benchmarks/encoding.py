@@ -20,34 +20,49 @@ from pathlib import Path
 from upcycle.console import say, table
 
 FULL = """
-import os, resource, sys, time
-begin = time.monotonic()
+import sys, threading
 from pathlib import Path
+
+most = [0]
+
+def watch():
+    while not done.wait(0.05):
+        lines = open("/proc/self/status").read().splitlines()
+        most[0] = max(most[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+
+done = threading.Event()
+threading.Thread(target=watch).start()
+from upcycle.data.samples import dataset
 from upcycle.data.splits import load_splits
 from upcycle.recipe import load_recipe
 from upcycle.weights.base import load_tokenizer
-started = time.monotonic()
 recipe = load_recipe("upit", [f"data.train={sys.argv[2]}", "data.max_length=2048"])
 splits = load_splits(recipe, load_tokenizer(Path(sys.argv[1]), None), 8192)
-from upcycle.data.samples import dataset
 rows = dataset(splits.train, ["input_ids", "labels"])
-first = rows[0]
-print(len(rows), time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-anonymous = [line for line in open("/proc/self/status") if line.startswith("RssAnon")][0].split()[1]
-print(anonymous)
+assert len(rows[0]["labels"]) == len(rows[-1]["input_ids"]) or len(rows)
+done.set()
+print(most[0])
 """
+"""As far as a stage comes before it trains."""
 ALONE = """
 import sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1]).backend_tokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+backend = tokenizer.backend_tokenizer
 texts = Path(sys.argv[2]).read_text(encoding="utf-8").split("\\0")
-tokens = 0
-begin = time.process_time()
-for start in range(0, len(texts), 1024):
-    tokens += sum(map(len, tokenizer.encode_batch(texts[start:start + 1024], add_special_tokens=False)))
-print(len(texts), tokens, time.process_time() - begin)
+spent, tokens = [], 0
+for how in (
+    lambda some: backend.encode_batch(some, add_special_tokens=False),
+    lambda some: tokenizer(some, add_special_tokens=False, return_offsets_mapping=True)["input_ids"],
+):
+    begin = time.process_time()
+    for start in range(0, len(texts), 1024):
+        tokens += sum(map(len, how(texts[start:start + 1024])))
+    spent.append(time.process_time() - begin)
+print(len(texts), tokens // 2, *spent)
 """
+"""The tokenizer's backend, and the tokenizer as transformers calls it for answer masks."""
 
 
 def write(data: Path, rows: int, tokenizer: str, work: Path) -> tuple[Path, Path]:
@@ -98,24 +113,29 @@ def main() -> None:
     work = arguments.work
     jsonl, texts = write(arguments.data, arguments.rows, arguments.tokenizer, work)
     small, _ = write(arguments.data, 2000, arguments.tokenizer, work)
-    alone = run(ALONE, arguments.tokenizer, str(texts), threads=1, cache=work)[2][-2].split()
-    rows = []
+    said = run(ALONE, arguments.tokenizer, str(texts), threads=1, cache=work)[2][-2].split()
+    chats, tokens, backend, called = int(said[0]), int(said[1]), float(said[2]), float(said[3])
+    rows, begun = [], run(FULL, arguments.tokenizer, str(small), threads=1, cache=work / "cache-one")
     for name, file, threads, cache in (
+        ("2,000 of them, again", small, 1, "one"),
         ("once, one process", jsonl, 1, "one"),
         ("again", jsonl, 1, "one"),
         ("once, two processes", jsonl, 2, "two"),
-        ("2,000 rows, again", small, 1, "one"),
     ):
-        if name.startswith("2,000"):
-            run(FULL, arguments.tokenizer, str(file), threads=threads, cache=work / f"cache-{cache}")
-        wall, cpu, said = run(FULL, arguments.tokenizer, str(file), threads=threads, cache=work / f"cache-{cache}")
-        rows.append((name, f"{wall:.1f}", f"{cpu:.1f}", f"{cpu / float(alone[2]):.2f}", f"{int(said[-2]) / 1e6:.2f}"))
-    heads = ("encoding", "wall s", "CPU s", "CPU over the tokenizer alone", "anonymous GB at the end")
-    tokens = int(alone[1]) / int(alone[0])
+        wall, cpu, last = run(FULL, arguments.tokenizer, str(file), threads=threads, cache=work / f"cache-{cache}")
+        begun = (wall, cpu, last) if name.startswith("2,000") else begun
+        more = cpu - begun[1]
+        rows.append((name, wall, cpu, more / backend, more / called, int(last[-2]) / 1e6))
+    heads = ("encoding", "wall s", "CPU s", "over the backend", "over the tokenizer's call", "peak anonymous GB")
     table(
-        f"{int(alone[0]):,} chats of {tokens:.0f} tokens; the tokenizer alone: {float(alone[2]):.1f} CPU s", heads, rows
+        f"{chats:,} chats of {tokens / chats:.0f} tokens; CPU s of the backend alone {backend:.1f}, of the tokenizer's call "
+        f"with offsets {called:.1f}; ratios without what starting takes",
+        heads,
+        [(row[0], *(f"{figure:.2f}" for figure in row[1:])) for row in rows],
     )
-    say(f"two processes: {float(rows[2][1]) / float(rows[0][1]):.2f} of one's wall time")
+    say(
+        f"two processes: {rows[3][1] / rows[1][1]:.2f} of one's wall time; again: {rows[2][1] - rows[0][1]:.1f} s later"
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Sample:
 
     @property
     def num_answer_tokens(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 @dataclass(frozen=True)
