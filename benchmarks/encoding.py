@@ -127,15 +127,11 @@ def main() -> None:
         more = cpu - begun[1]
         rows.append((name, wall, cpu, more / backend, more / called, int(last[-2]) / 1e6))
     heads = ("encoding", "wall s", "CPU s", "over the backend", "over the tokenizer's call", "peak anonymous GB")
-    table(
-        f"{chats:,} chats of {tokens / chats:.0f} tokens; CPU s of the backend alone {backend:.1f}, of the tokenizer's call "
-        f"with offsets {called:.1f}; ratios without what starting takes",
-        heads,
-        [(row[0], *(f"{figure:.2f}" for figure in row[1:])) for row in rows],
-    )
-    say(
-        f"two processes: {rows[3][1] / rows[1][1]:.2f} of one's wall time; again: {rows[2][1] - rows[0][1]:.1f} s later"
-    )
+    alone = f"CPU s of the backend alone {backend:.1f}, of the tokenizer's call with offsets {called:.1f}"
+    title = f"{chats:,} chats of {tokens / chats:.0f} tokens; {alone}; ratios without what starting takes"
+    table(title, heads, [(row[0], *(f"{figure:.2f}" for figure in row[1:])) for row in rows])
+    few, once, again, two = (row[1] for row in rows)
+    say(f"two processes: {two / once:.2f} of one's wall time; a second time: {again - few:.1f} s more than 2,000 rows")
 
 
 if __name__ == "__main__":
