@@ -75,7 +75,7 @@ def write(data: Path, rows: int, tokenizer: str, work: Path) -> tuple[Path, Path
     work.mkdir(parents=True, exist_ok=True)
     render = AutoTokenizer.from_pretrained(tokenizer).apply_chat_template
     files = sorted((data / "instruct").glob("*.jsonl.gz"))
-    lines = [line for path in files for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    lines = [line for path in files for line in gzip.decompress(path.read_bytes()).decode().split("\n") if line]
     found = [json.loads(line) for line in lines if len(line) < 2000]
     with jsonl.open("w", encoding="utf-8") as out, (work / "texts.tmp").open("w", encoding="utf-8") as plain:
         for number, row in enumerate(itertools.islice(itertools.cycle(found), rows)):

@@ -277,3 +277,25 @@ def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     with pytest.raises(UpcycleError, match=r"rows[.a-z]* cannot be read as"):
         rows_of(path)
+
+
+def test_a_hub_dataset_has_a_configuration_and_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*words: Any, **named: Any) -> Dataset:
+        asked.append((*words, named))
+        return Dataset.from_list([plain(spec) for spec in CHATS])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert found("owner/name") == expected()
+    assert found("owner/some.name:main[test]") == expected()
+    assert {words[:2] for words in asked} == {("owner/name", None), ("owner/some.name", "main")}
+    assert {words[2]["split"] for words in asked} == {"train", "test"}
+
+
+def test_a_row_of_ten_megabytes_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is left out as too long, like others."""
+    path = tmp_path / "rows.jsonl"
+    long = {**CHATS[0], "pairs": [("x " * 5_000_000, "y")]}
+    path.write_text(jsonl([plain(CHATS[0]), plain(long)]))
+    assert len(found(path)) == 2

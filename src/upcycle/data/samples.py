@@ -14,7 +14,7 @@ from upcycle.data.chat import Sample
 from upcycle.data.rows import Rows, open_table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """Tables of one encoding, mapped into memory."""
 
@@ -46,7 +46,7 @@ class Encoded:
         return Sample(**values, **found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples(Sequence[Sample]):
     """Some samples of an encoding, in an order."""
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -111,16 +112,21 @@ def hash_sources(sources: Sequence[Source]) -> str:
 
 def _hash_source(source: Source) -> str:
     files = files_of(source.path)
-    if len(files) == 1:
-        return hash_file(files[0])
-    if files:
-        return digest([hash_file(path) for path in files])
+    hashes = [_hash_file(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if hashes:
+        return hashes[0] if len(hashes) == 1 else digest(hashes)
     if not source.path.startswith(BUILTIN):
         return str(_hub(source.path)._fingerprint)
     content = hashlib.sha256()
     for value, _ in _read_builtin(source.path):
         content.update(json.dumps(list(value.values())).encode())
     return content.hexdigest()
+
+
+@lru_cache
+def _hash_file(path: Path, size: int, changed: int) -> str:
+    """Of a file as it is now: several ask for it."""
+    return hash_file(path)
 
 
 def files_of(name: str) -> list[Path]:
@@ -141,7 +147,7 @@ def files_of(name: str) -> list[Path]:
     if glob.has_magic(name) and not HUB.fullmatch(name):
         base, inner = (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (Path(), path)
         return _readable(sorted(base.glob(str(inner))), f"of the pattern {name}")
-    if HUB.fullmatch(name) and not path.suffix and not name.startswith((".", "~")):
+    if HUB.fullmatch(name) and _kind(path) not in READERS and not name.startswith("."):
         return []
     raise UpcycleError(f"data file {name} does not exist (paths are relative to the current folder)")
 
