@@ -117,12 +117,29 @@ class _Sketch:
         return (2 * first, span[0] - begins[first]), (2 * last, span[1] - begins[last])
 
 
-def read_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, Skeleton | None]) -> Chat:
+def rendered(rows: Sequence[Row], tokenizer: Tokenizer) -> list[str | None]:
+    """The chats as the template renders them, at once; None for those with tools, and for all if one cannot be."""
+    plain = [list(row.messages) for row in rows if not row.tools]
+    try:
+        texts = iter(tokenizer.apply_chat_template(plain, tokenize=False) if plain else [])
+    except Exception:  # each is tried again, and named
+        return [None] * len(rows)
+    return [None if row.tools else str(next(texts)) for row in rows]
+
+
+def read_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, Skeleton | None], text: str | None) -> Chat:
+    """
+    Args:
+        text: its rendering, if it is known.
+
+    Raises:
+        UpcycleError: it has no answer, the template cannot render it, or an answer cannot be found in the rendering.
+    """
     if not any(message["role"] == "assistant" for message in row.messages):
         raise UpcycleError(f"{row.where}: no assistant turn, so there is nothing to learn")
     if _marks_generations(_template(row, tokenizer)):
         return _marked_chat(row, tokenizer)
-    text = _render(tokenizer, row, row.messages)
+    text = _render(tokenizer, row, row.messages) if text is None else text
     divisions = [_divide(message) for message in row.messages]
     shape = _shape(row, divisions)
     if shape not in skeletons:
