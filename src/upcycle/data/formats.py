@@ -9,6 +9,8 @@ from upcycle.errors import UpcycleError, nearest
 from upcycle.reading import brief, parse_json
 from upcycle.settings import COLUMNS, AnyFormat, Source
 
+MISSPELT = 0.75
+"""How alike a column must be to one of ours to be taken for a slip."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SAID_BY = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -194,7 +196,8 @@ def format_of(values: Values, where: str, chosen: AnyFormat = "auto") -> str:
     if "text" in there:
         reason = "holds 'text', which does not say what is an answer"
         raise UnusableError(where, reason, f"{reason}; expected {expected}")
-    hint = next((near for column in sorted(there - set(COLUMNS)) if (near := nearest(column, COLUMNS))), "")
+    others = sorted(there - set(COLUMNS))
+    hint = next((near for column in others if (near := nearest(column, COLUMNS, MISSPELT))), "")
     found = f"found fields {sorted(there)} (data.columns says what ours are called there{hint})"
     raise UnusableError(where, "has no format that is known", f"expected {expected}, {found}")
 
