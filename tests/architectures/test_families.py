@@ -1,24 +1,27 @@
 """Every row of the table of families: exact where it says so, refused with a reason elsewhere."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from conftest import make_dense, perturbed
 from upcycle.architectures.agreement import check_agreement
-from upcycle.architectures.check import check_source
+from upcycle.architectures.check import check, check_source
 from upcycle.architectures.families import FAMILIES, family_of
 from upcycle.architectures.mapping import Mapping, shared_shapes
 from upcycle.errors import UpcycleError
+from upcycle.experts.ffn import describe
 from upcycle.experts.kinds import load_model
 from upcycle.training.packing import TOKEN_MASK, SideBySide, fill_lines
 from upcycle.weights.folders import read_config
 from upcycle.weights.safetensors_io import ModelReader
-from worlds import assembled, assert_experts_are, logits
+from worlds import IDS, assembled, assert_experts_are, logits
 
 ALTERNATING = ["sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0, "original_max_position_embeddings": 32}
@@ -38,6 +41,17 @@ GRANITE = {
     "residual_multiplier": 0.5,
     "attention_multiplier": 0.3,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 32,
+    "long_factor": [1.5, 2.0, 2.5, 3.0],
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+}
+PHI3_LONG = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}
+NOPE = {"no_rope_layers": [1, 0]}
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 FULL_OLMO3 = {kind: {"rope_type": "default", "rope_theta": 500.0} for kind in ("sliding_attention", "full_attention")}
 
 EXACT = [
@@ -57,7 +71,9 @@ EXACT = [
     ("ministral", "qwen2_moe", {"sliding_window": 8, "layer_types": ALTERNATING, "head_dim": 16}),
     ("phi3", "mixtral", {}),
     ("phi3", "mixtral", {"sliding_window": 8}),
+    ("phi3", "mixtral", PHI3_LONG),
     ("smollm3", "mixtral", {"no_rope_layers": [1, 1]}),
+    ("smollm3", "mixtral", {"no_rope_layers": [1, 1], "rope_parameters": YARN}),
     ("qwen2", "qwen2_moe", {}),
     ("qwen2", "qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ALTERNATING[::-1]}),
     ("qwen3", "qwen3_moe", {"head_dim": 16}),
@@ -67,6 +83,16 @@ EXACT = [
     ("olmo3", "flex_olmo", {"layer_types": ["full_attention"] * 2, "rope_parameters": FULL_OLMO3}),
     ("granite", "granitemoe", GRANITE),
     ("granite", "granitemoe", {**GRANITE, "attention_bias": True}),
+    ("smollm3", "granitemoe_swa", NOPE),
+    ("smollm3", "granitemoe_swa", {**NOPE, "rope_parameters": YARN}),
+    ("smollm3", "granitemoe_swa", {**NOPE, "use_sliding_window": True, "sliding_window": 8}),
+    ("internlm3", "mixtral", {"head_dim": 16, "rope_parameters": DYNAMIC, "max_position_embeddings": 32}),
+    ("seed_oss", "qwen2_moe", {**NO_DROPOUT, "head_dim": 16}),
+    ("seed_oss", "qwen2_moe", {**NO_DROPOUT, "attention_bias": False, "rope_parameters": YARN}),
+    ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
+    ("ernie4_5", "ernie4_5_moe", {"rope_parameters": YARN}),
+    ("cohere2", "cohere2_moe", {"sliding_window": 8, "layer_types": ALTERNATING, "logit_scale": 0.25}),
+    ("cohere2", "cohere2_moe", {"sliding_window": 8, "attention_bias": True, "rope_parameters": YARN}),
 ]
 PARTIAL = [
     ("llama", "qwen2_moe", {"rope_parameters": LLAMA3}),
@@ -76,6 +102,7 @@ PARTIAL = [
     ("ministral", "qwen2_moe", {"sliding_window": 8, "layer_types": ALTERNATING * 2, "head_dim": 16}),
     ("qwen2", "qwen2_moe", {}),
     ("qwen3", "qwen3_moe", {"head_dim": 16}),
+    ("seed_oss", "qwen2_moe", NO_DROPOUT),
 ]
 """Those whose MoE can have layers without experts."""
 
@@ -91,8 +118,15 @@ def test_equal_experts_give_the_dense_logits(
     made = assembled(source, [source] * 3, tmp_path / "moe")
     assert json.loads((made / "config.json").read_text())["model_type"] == moe
     torch.testing.assert_close(logits(made), logits(source), rtol=0, atol=1e-5)
+    assert greedy(made).equal(greedy(source))
     for folder in (source, made):
         assert_rows_see_themselves_alone(folder)
+
+
+def greedy(folder: Path) -> Tensor:
+    """Tokens decoded one by one, from a prompt longer than any window, with the cache."""
+    model = load_model(folder, torch.float32)
+    return model.generate(IDS[:, :20], max_new_tokens=12, do_sample=False, use_cache=True)
 
 
 def assert_rows_see_themselves_alone(folder: Path) -> None:
@@ -126,7 +160,18 @@ def test_every_family_has_a_case(dense: str) -> None:
 
 @pytest.mark.parametrize(
     ("dense", "changes"),
-    [("phi3", {}), ("qwen2", {}), ("granite", GRANITE), ("olmo2", {}), ("qwen3", {})],
+    [
+        ("phi3", {}),
+        ("qwen2", {}),
+        ("granite", GRANITE),
+        ("olmo2", {}),
+        ("qwen3", {}),
+        ("smollm3", NOPE),
+        ("internlm3", {}),
+        ("seed_oss", NO_DROPOUT),
+        ("ernie4_5", {}),
+        ("cohere2", {"sliding_window": 8}),
+    ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_an_expert_of_any_layout_is_its_checkpoint(dense: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -135,9 +180,16 @@ def test_an_expert_of_any_layout_is_its_checkpoint(dense: str, changes: dict[str
     assert_experts_are(folders, assembled(source, folders, tmp_path / "moe"))
 
 
-@pytest.mark.parametrize("dense", ["llama", "qwen2", "granite", "olmo2", "qwen3"])
-def test_names_on_disk_are_those_of_transformers(dense: str, tmp_path: Path) -> None:
-    source = make_dense(tmp_path / "dense", model_type=dense)
+@pytest.mark.parametrize(
+    ("dense", "changes"),
+    [
+        *((dense, {}) for dense in ("llama", "qwen2", "granite", "olmo2", "qwen3", "ernie4_5", "cohere2")),
+        ("smollm3", NOPE),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_names_on_disk_are_those_of_transformers(dense: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    source = make_dense(tmp_path / "dense", model_type=dense, **changes)
     made = assembled(source, [source] * 2, tmp_path / "moe")
     load_model(made, torch.float32).save_pretrained(tmp_path / "again")
     ours, theirs = ModelReader(made), ModelReader(tmp_path / "again")
@@ -156,14 +208,20 @@ def test_names_on_disk_are_those_of_transformers(dense: str, tmp_path: Path) -> 
             {"model_type": "olmo3", "layer_types": ALTERNATING, "num_hidden_layers": 2},
             "exact with full attention in all",
         ),
-        ({"model_type": "smollm3"}, r"layers \[3, 7, 11\] have no rotary positions"),
+        ({"model_type": "smollm3", "rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
         ({"model_type": "smollm3", "attention_bias": True}, "attention_bias=True would be lost"),
         ({"model_type": "granite", "mlp_bias": True}, "mlp_bias=True would be lost"),
         ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop=0.1 would be lost"),
+        ({"model_type": "internlm3", "attention_bias": True, "mlp_bias": True}, "attention_bias=True would be lost"),
+        ({"model_type": "seed_oss", "attention_out_bias": True}, "attention_out_bias=True would be lost"),
+        ({"model_type": "seed_oss", "mlp_bias": True}, "mlp_bias=True would be lost"),
+        ({"model_type": "ernie4_5", "use_bias": True}, "use_bias=True would be lost"),
+        ({"model_type": "cohere2", "rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
         ({"model_type": "gemma"}, "scales embeddings"),
         ({"model_type": "gemma2"}, "caps logits"),
         ({"model_type": "gemma3_text"}, "two kinds of rotary positions"),
         ({"model_type": "olmo"}, "its norms have no weights"),
+        ({"model_type": "cohere"}, "full attention with rotary positions beside the FFN"),
         ({"model_type": "gpt2"}, "its FFN has no gate"),
         ({"model_type": "phi"}, "side by side"),
         ({"model_type": "mixtral"}, "there is no row for it; supported: llama -> mixtral"),
@@ -175,6 +233,36 @@ def test_what_would_be_wrong_is_refused_with_the_reason(config: dict[str, Any], 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UpcycleError, match=message):
         family_of(read_config(tmp_path), "base")
+
+
+@pytest.mark.parametrize(
+    ("dense", "changes", "moe", "programs"),
+    [
+        ("seed_oss", {}, "qwen2_moe", "does not renormalise"),  # with dropout, as published
+        ("internlm3", {"head_dim": 16}, "mixtral", "ignores head_dim"),
+        ("phi3", PHI3_LONG, "mixtral", "WRONG: .* long factors"),
+        ("ernie4_5", {}, "ernie4_5_moe", "llama.cpp.* not tried"),
+        ("smollm3", NOPE, "granitemoe_swa", "llama.cpp.* not tried"),
+        ("cohere2", {}, "cohere2_moe", "WRONG: has windows one token longer"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_check_says_what_it_becomes_and_which_programs_read_it(
+    dense: str, changes: dict[str, Any], moe: str, programs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(str(make_dense(tmp_path / "dense", model_type=dense, **changes)), 4, 2, "source")
+    said = capsys.readouterr().out
+    assert f"dense: {dense} -> {moe}, 4 experts, top-2" in said
+    assert "exact: logits with equal experts are the dense model's" in said
+    assert re.search(programs, said)
+
+
+@pytest.mark.parametrize(("dense", "changes"), [("llama", {}), ("ernie4_5", {}), ("smollm3", NOPE), ("cohere2", {})])
+def test_a_made_moe_is_described_by_its_own_fields(dense: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    source = make_dense(tmp_path / "dense", model_type=dense, **changes)
+    made = assembled(source, [source] * 3, tmp_path / "moe")
+    assert "mixture of 3 experts, top-2: " in describe(made).what
+    assert describe(source).what == f"A dense {dense} model"
 
 
 WRONG = [

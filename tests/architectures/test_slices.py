@@ -9,6 +9,7 @@ import torch
 from test_families import EXACT
 
 from conftest import make_dense, perturbed
+from upcycle.architectures.families import expert_counts
 from upcycle.architectures.mapping import map_model
 from upcycle.architectures.slices import Slicing
 from upcycle.errors import UpcycleError
@@ -43,7 +44,7 @@ def test_the_first_moe_is_that_of_whole_ffns(dense: str, moe: str, changes: dict
         fine = assemble("ffn", source, folders, plan_of(3), tmp_path / f"fine-{k}", granularity=4, **settings)
         config = json.loads((fine / "config.json").read_text())
         assert config["model_type"] == moe
-        assert config["num_experts_per_tok"] == 4 * k
+        assert expert_counts(config) == (12, 4 * k)
         model = load_model(fine, torch.float32)
         sizes = {n: p.numel() for n, p in model.named_parameters() if ".experts." in n}
         assert sum(sizes.values()) == 3 * 3 * 64 * 32 * 2  # experts x weights x channels x hidden x layers

@@ -4,13 +4,14 @@ A row is exact: with all experts equal to the dense FFN, the MoE gives the dense
 them for every real model; a test does for every row). Where the tensors lie is `layouts`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle.architectures.layouts import (
     FUSED,
     GRANITE_LAYOUT,
+    GRANITE_SWA_LAYOUT,
     MIXTRAL_LAYOUT,
     MOE_LAYERS,
     QWEN_LAYOUT,
@@ -40,6 +41,8 @@ class Moe:
     """What its config.json calls the number of experts."""
     size_field: str = "moe_intermediate_size"
     """What it calls an expert's channels."""
+    active_field: str = "num_experts_per_tok"
+    """What it calls the number of experts for a token."""
     partial: bool = False
     """Whether some layers can keep one FFN."""
 
@@ -70,6 +73,17 @@ QWEN2_MOE = Moe(
 QWEN3_MOE = Moe("qwen3_moe", "Qwen3MoeForCausalLM", QWEN_LAYOUT, partial=True)
 FLEX_OLMO = Moe("flex_olmo", "FlexOlmoForCausalLM", QWEN_LAYOUT, size_field="intermediate_size")
 GRANITE_MOE = Moe("granitemoe", "GraniteMoeForCausalLM", GRANITE_LAYOUT, "num_local_experts", "intermediate_size")
+GRANITE_MOE_SWA = Moe(
+    "granitemoe_swa", "GraniteMoeSWAForCausalLM", GRANITE_SWA_LAYOUT, "num_local_experts", "intermediate_size"
+)
+COHERE2_MOE = Moe("cohere2_moe", "Cohere2MoeForCausalLM", QWEN_LAYOUT, size_field="intermediate_size")
+ERNIE_MOE = Moe(
+    "ernie4_5_moe",
+    "Ernie4_5_MoeForCausalLM",
+    replace(QWEN_LAYOUT, selection_bias="mlp.moe_statics.e_score_correction_bias"),
+    "moe_num_experts",
+    active_field="moe_k",
+)
 
 COPIED = (
     "vocab_size",
@@ -197,8 +211,49 @@ def _granite_moe_of_llama(dense: Config) -> Config:
     return {"attention_bias": dense["attention_bias"], **multipliers}
 
 
+def _granite_moe_swa(dense: Config) -> Config:
+    theta, rope = dense["rope_parameters"]["rope_theta"], dense["no_rope_layers"]
+    return {
+        **_granite_moe_of_llama(dense),
+        "layer_rope_theta": [theta if has else 0 for has in rope],  # 0: no rotary positions
+        "no_rope_layers": rope,  # where llama.cpp's converter looks
+        "layer_types": dense["layer_types"],
+        "sliding_window": dense["sliding_window"] or dense["max_position_embeddings"],  # it insists on a number
+        "shared_intermediate_size": 0,
+    }
+
+
+def _cohere2_moe(dense: Config) -> Config:
+    return {
+        **{name: dense[name] for name in ("attention_bias", "layer_norm_eps", "logit_scale", "sliding_window")},
+        "layer_types": dense["layer_types"],
+        "mlp_layer_types": ["sparse"] * dense["num_hidden_layers"],
+        "rms_norm_eps": None,  # a number would make its norms those of Llama
+        "num_shared_experts": 0,
+        "expert_selection_fn": "softmax",
+        "norm_topk_prob": True,
+    }
+
+
+def _ernie_moe(dense: Config) -> Config:
+    return {
+        "use_bias": False,
+        "moe_num_shared_experts": 0,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": dense["num_hidden_layers"] - 1,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-12,
+    }
+
+
 NO_BIAS = (_only("attention_bias", False, None), _only("mlp_bias", False, None))
 _LLAMA = (_plain_rope, _only("mlp_bias", False, None), _only("pretraining_tp", 1, None))
+_SEED_OSS = (
+    *_LLAMA,
+    _only("attention_bias", True, False),
+    _only("attention_out_bias", False),
+    _only("residual_dropout", 0.0, 0.1),  # of training alone, and 0.1 is what the published ones say
+)
 _SMOLLM3 = (*NO_BIAS, _plain_rope, _rope_in_every_layer, _one_kind_of_layer)
 
 FAMILIES = (
@@ -212,10 +267,15 @@ FAMILIES = (
     Family("ministral", QWEN2_MOE, _qwen2_moe, (_plain_rope,)),
     Family("phi3", MIXTRAL, _mixtral, (_plain_rope,), FUSED),
     Family("smollm3", MIXTRAL, _mixtral, _SMOLLM3),
+    Family("smollm3", GRANITE_MOE_SWA, _granite_moe_swa, (*NO_BIAS, _plain_rope)),
     Family("qwen2", QWEN2_MOE, _qwen2_moe, (_plain_rope,)),
     Family("qwen3", QWEN3_MOE, _qwen3_moe, (_plain_rope, _one_kind_of_layer)),
     Family("olmo2", FLEX_OLMO, _flex_olmo, (_plain_rope,)),
     Family("olmo3", FLEX_OLMO, _flex_olmo, (_full_attention,)),
+    Family("internlm3", MIXTRAL, _mixtral, (*NO_BIAS, _plain_rope)),
+    Family("seed_oss", QWEN2_MOE, _qwen2_moe, _SEED_OSS),
+    Family("ernie4_5", ERNIE_MOE, _ernie_moe, (_plain_rope, _only("use_bias", False, None))),
+    Family("cohere2", COHERE2_MOE, _cohere2_moe, (_plain_rope,)),
     Family("granite", GRANITE_MOE, _granite_moe, (_plain_rope, _only("mlp_bias", False))),
 )
 MOES = {family.moe.model_type: family.moe for family in FAMILIES}
@@ -227,7 +287,7 @@ WRONG = {
     "gemma2": "no MoE architecture caps logits and has four norms per layer as Gemma 2 does",
     "gemma3_text": "no MoE architecture has Gemma 3's norms and its two kinds of rotary positions",
     "phi": "its layers compute attention and FFN side by side, with biases",
-    "cohere": "its layers compute attention and FFN side by side",
+    "cohere": "no MoE architecture has its full attention with rotary positions beside the FFN (Cohere2 has a row)",
     "gpt2": "its FFN has no gate",
     "gpt_neox": "its FFN has no gate",
     "opt": "its FFN has no gate",
@@ -275,6 +335,17 @@ def moe_of(moe_config: Config) -> Moe:
     return MOES[model_type]
 
 
+def expert_counts(config: Config) -> tuple[int, int]:
+    """Experts of any MoE's (resolved) configuration, and those for a token; zeros for a dense one."""
+    total = {moe.experts_field for moe in MOES.values()}
+    active = {moe.active_field for moe in MOES.values()}
+    return _first(config, total), _first(config, active)
+
+
+def _first(config: Config, names: Iterable[str]) -> int:
+    return next((int(config[name]) for name in sorted(names) if config.get(name)), 0)
+
+
 def moe_config(
     family: Family,
     dense_config: Config,
@@ -292,8 +363,7 @@ def moe_config(
         granularity: G, which divides the FFN's channels.
     """
     copied = {name: dense_config[name] for name in COPIED if name in dense_config}
-    if "head_dim" in copied:
-        copied["head_dim"] = head_dim(dense_config)  # not all can do without
+    copied["head_dim"] = head_dim(dense_config)  # not all can do without
     copied["rope_parameters"] = _without(copied["rope_parameters"], "llama_4_scaling_beta", "partial_rotary_factor")
     fields = {**copied, **family.config(dense_config)}
     fields[family.moe.size_field] = dense_config["intermediate_size"] // granularity
@@ -302,7 +372,7 @@ def moe_config(
         "model_type": family.moe.model_type,
         **fields,
         family.moe.experts_field: num_experts,
-        "num_experts_per_tok": num_experts_per_tok,
+        family.moe.active_field: num_experts_per_tok,
         "rope_theta": fields["rope_parameters"].get("rope_theta"),  # older readers, mistral.rs among them, look here
         "output_router_logits": False,
         "use_cache": True,

@@ -43,7 +43,7 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
     small = _cut_mapping(mapping)
     family, config, where = mapping.family, small.config, mapping.where
     dense_state: dict[str, Tensor] = {}
-    moe_state = {name: torch.zeros(shape) for name, shape in small.zeros.items()}
+    moe_state = small.constants
     kept = [move for move in mapping.shared if move.dense.tensor in small.shapes]
     for move, cut in zip(kept, small.shared, strict=True):
         values = _finite(_corner(dense(move.dense), cut.dense.shape), move.dense, where)

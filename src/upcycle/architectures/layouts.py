@@ -15,6 +15,9 @@ MOE_LAYERS = "upcycle_moe_layers"
 SHARED_EXPERT_SIZE = 256
 """Channels of a shared expert of zeros: size 0 would do for transformers, but vLLM refuses it; 256 suits quantizers."""
 
+SINK = -1e4
+"""Its exponential is 0 beside that of any score, and all dtypes have it."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -52,6 +55,10 @@ class MoeLayout:
     """A shared expert that the architecture insists on; all zeros, it adds nothing and gets no gradient."""
     qkv_bias: bool = False
     """Whether readers (vLLM) take biases of q, k and v for granted; of a dense model without, they are zeros."""
+    selection_bias: str | None = None
+    """A bias (1, E) that the choice of experts insists on; zeros leave it to the router."""
+    sinks: str | None = None
+    """Logits (heads,) that attention insists on beside those of the tokens; all SINK, they take no share of it."""
 
 
 SEPARATE = DenseLayout(Place("mlp.gate_proj.weight"), Place("mlp.up_proj.weight"), Place("mlp.down_proj.weight"))
@@ -79,6 +86,15 @@ GRANITE_LAYOUT = MoeLayout(
     Place("block_sparse_moe.output_linear.weight"),
     router="block_sparse_moe.router.layer.weight",
     stacked=True,
+)
+
+GRANITE_SWA_LAYOUT = MoeLayout(
+    Place("block_sparse_moe.experts.gate_up_proj", 0, 2),
+    Place("block_sparse_moe.experts.gate_up_proj", 1, 2),
+    Place("block_sparse_moe.experts.down_proj"),
+    router="block_sparse_moe.router.weight",
+    stacked=True,
+    sinks="self_attn.sinks",
 )
 
 
@@ -187,8 +203,15 @@ def zero_biases(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def zero_tensors(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
-    """Tensors that the architecture insists on and that are all zeros: a shared expert, its gate."""
+def zero_tensors(moe: MoeLayout, config: Config, num_experts: int) -> dict[str, tuple[int, ...]]:
+    """Tensors that the architecture insists on and that are all zeros, of its sparse layers."""
+    shapes = _shared_expert(moe, config)
+    if moe.selection_bias is not None:
+        shapes[moe.selection_bias] = (1, num_experts)
+    return {_prefix(layer) + name: shape for layer in moe_layers(config) for name, shape in shapes.items()}
+
+
+def _shared_expert(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
     if moe.shared_expert is None:
         return {}
     hidden, size = config["hidden_size"], SHARED_EXPERT_SIZE
@@ -198,11 +221,13 @@ def zero_tensors(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
         ".down_proj": (hidden, size),
         "_gate": (1, hidden),
     }
-    return {
-        f"{_prefix(layer)}{moe.shared_expert}{part}.weight": shape
-        for layer in moe_layers(config)
-        for part, shape in shapes.items()
-    }
+    return {f"{moe.shared_expert}{part}.weight": shape for part, shape in shapes.items()}
+
+
+def sink_tensors(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
+    """Attention sinks that the architecture insists on, of a dense model that has none."""
+    layers = range(config["num_hidden_layers"] if moe.sinks else 0)
+    return {f"{_prefix(layer)}{moe.sinks}": (config["num_attention_heads"],) for layer in layers}
 
 
 def moe_layers(config: Config) -> list[int]:

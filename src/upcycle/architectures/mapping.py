@@ -12,6 +12,7 @@ from torch import Tensor
 from upcycle.architectures.families import Family, family_of, moe_config
 from upcycle.architectures.layouts import (
     MOE_LAYERS,
+    SINK,
     FfnMove,
     Region,
     SharedMove,
@@ -22,6 +23,7 @@ from upcycle.architectures.layouts import (
     moe_layers,
     router_tensors,
     shared_moves,
+    sink_tensors,
     zero_biases,
     zero_tensors,
 )
@@ -67,7 +69,20 @@ class Mapping:
     def zeros(self) -> Shapes:
         layout = self.family.moe.layout
         biases = zero_biases(layout, self.config)
-        return zero_tensors(layout, self.config) | {n: shape for n, shape in biases.items() if n not in self.shapes}
+        total = self.num_experts * self.granularity
+        return zero_tensors(layout, self.config, total) | {
+            n: shape for n, shape in biases.items() if n not in self.shapes
+        }
+
+    @property
+    def sinks(self) -> Shapes:
+        return sink_tensors(self.family.moe.layout, self.config)
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that the MoE's architecture insists on and that change nothing."""
+        zeros = {name: torch.zeros(shape) for name, shape in self.zeros.items()}
+        return zeros | {name: torch.full(shape, SINK) for name, shape in self.sinks.items()}
 
     @property
     def moe_shapes(self) -> Shapes:
@@ -76,7 +91,7 @@ class Mapping:
         regions = [move.moe for move in self.shared] + slices
         vectors = (self.num_experts * self.granularity, self.config["hidden_size"])
         routers = dict.fromkeys(router_tensors(self.family.moe.layout, self.config), vectors)
-        return {region.tensor: region.full for region in regions} | routers | self.zeros
+        return {region.tensor: region.full for region in regions} | routers | self.zeros | self.sinks
 
     def specs(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
         return {name: TensorSpec(shape, dtype) for name, shape in self.moe_shapes.items()}

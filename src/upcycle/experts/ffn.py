@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import CLIENTS, limits
-from upcycle.architectures.families import computed_fields, family_of, moe_of
+from upcycle.architectures.families import computed_fields, expert_counts, family_of, moe_of
 from upcycle.architectures.layouts import Region, ffn_tensors, moe_layers, router_tensors
 from upcycle.architectures.mapping import (
     Mapping,
@@ -297,24 +297,24 @@ def no_fold(source: Path, _target: Path, _dtype: str, _base: str | None) -> None
 def describe(folder: Path) -> Description:
     """From its configuration."""
     config = read_config(folder)
-    experts = config.get("num_local_experts") or config.get("num_experts")
+    experts, k = expert_counts(config)
     if not experts:
         return Description(f"A dense {config['model_type']} model", plain=True)
     warnings = (f"{CLIENTS[limit.client]} and this {limit.moe}: {limit.what}." for limit in limits(config))
-    lineage, k = LINEAGE.known(folder), config["num_experts_per_tok"]
+    lineage = LINEAGE.known(folder)
     slices = lineage.granularity if lineage else 1
     cut = f" of {slices} slices each, top-{k // slices} ({experts} experts, top-{k}, on disk)" if slices > 1 else ""
     what = f"A {config['model_type']} mixture of {experts // slices} experts{cut or f', top-{k}'}"
-    sizes = f": {_sizes(folder, config, experts, slices)}" if lineage else ""  # what is made elsewhere may have more
+    sizes = f": {_sizes(folder, config, experts, k, slices)}" if lineage else ""  # what is made elsewhere may have more
     return Description(what + sizes, plain=True, warnings=tuple(warnings))
 
 
-def _sizes(folder: Path, config: Config, experts: int, slices: int) -> str:
+def _sizes(folder: Path, config: Config, experts: int, active_experts: int, slices: int) -> str:
     """Parameters in all and for a token, and FLOPs over the dense model's (scores of attention left out)."""
     reader, layers, hidden = ModelReader(folder), len(moe_layers(config)), config["hidden_size"]
     expert = layers * 3 * hidden * config[moe_of(config).size_field]
     total = reader.num_parameters
-    active = total - (experts - config["num_experts_per_tok"]) * expert
+    active = total - (experts - active_experts) * expert
     dense = total - (experts - slices) * expert - layers * experts * hidden
     ratio = (active - looked_up(config)) / (dense - looked_up(config))
     return f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M for a token, {ratio:.2f} times the dense FLOPs"

@@ -104,11 +104,10 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 
 def _small_tensors(mapping: Mapping, routers: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The routers, and what the architecture insists on and that holds nothing."""
+    """The routers, and what the architecture insists on and that changes nothing."""
     names = router_tensors(mapping.family.moe.layout, mapping.config)
-    zeros = {name: torch.zeros(shape) for name, shape in mapping.zeros.items()}
     vectors = [router.repeat_interleave(mapping.granularity, dim=0) for router in routers]
-    return dict(zip(names, vectors, strict=True)) | zeros
+    return dict(zip(names, vectors, strict=True)) | mapping.constants
 
 
 def _compare(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype) -> float:

@@ -22,8 +22,8 @@ DECAY_FROM = 0.75
 class LossFreeBias:
     """A bias b per layer and expert: the top k are chosen by p_i + b_i, their weights are p_i, renormalised.
 
-    After each step b_i grows by `rate` if expert i had less than the mean load and falls by it if it had more. No MoE
-    here has a place for it (Mixtral's router has no bias), so it fades out linearly over the last quarter of the
+    After each step b_i grows by `rate` if expert i had less than the mean load and falls by it if it had more. Hardly a
+    MoE here has a place for it (ERNIE's alone), so it fades out linearly over the last quarter of the
     training: the model that is saved at the end computes what was trained last. Use as a context manager around the
     training.
     """

@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
 SETTINGS_FILES = ("generation_config.json",)
 COMPANIONS = (*TOKENIZER_FILES, *SETTINGS_FILES, LINEAGE.name)
 """What lies beside weights and configuration."""
+FLOAT, NO_JSON_FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 
 
@@ -63,7 +64,18 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     if not path.exists():
         raise UpcycleError(f"{folder} is not a model folder: it has no config.json")
-    return _resolved(read_json(path), path)
+    try:
+        return _resolved(_with_floats(read_json(path)), path)
+    except RecursionError:
+        raise UpcycleError(f"{path}: not JSON that can be read (nested too deeply)") from None
+
+
+def _with_floats(value: Any) -> Any:
+    """A decoded JSON value, with the floats that JSON lacks: transformers writes Infinity as `{FLOAT: "Infinity"}`."""
+    if isinstance(value, dict):
+        tag = value.get(FLOAT) if len(value) == 1 else None
+        return float(tag) if tag in NO_JSON_FLOATS else {name: _with_floats(part) for name, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def _resolved(config: Config, path: Path) -> Config:
