@@ -256,6 +256,17 @@ def test_unusable_rows_are_counted_by_reason(tmp_path: Path, capsys: pytest.Capt
     assert "1 a message has no known role" in said
 
 
+def test_lines_that_are_no_rows_are_counted_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(jsonl([plain(CHATS[0])] * 9) + "{broken\n")
+    assert len(rows_of(path, max_bad=0.1)) == 9
+    assert f"1 is not JSON (first: {path}:10: " in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "rows.csv").write_text("instruction,output\na,b\nc,d,e\n")
+    assert len(rows_of(tmp_path / "rows.csv", max_bad=0.5)) == 1
+    with pytest.raises(UpcycleError, match=r"rows\.csv:2: has more cells than the first line has columns \(1 of 2"):
+        rows_of(tmp_path / "rows.csv")
+
+
 def test_mixed_formats_in_one_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(jsonl([plain(CHATS[0]), alpaca(CHATS[0])]))

@@ -161,6 +161,8 @@ def to_row(value: Any, where: str, source: Source | None = None) -> Row:
     Raises:
         UnusableError: it has no format that is known, or a message is not a role with text.
     """
+    if isinstance(value, UnusableError):  # not even a row
+        raise value
     source = source or Source(path="")
     if not isinstance(value, dict):
         kind = type(value).__name__

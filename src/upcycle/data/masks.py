@@ -118,7 +118,12 @@ class _Sketch:
 
 
 def rendered(rows: Sequence[Row], tokenizer: Tokenizer) -> list[str | None]:
-    """The chats as the template renders them, at once; None for those with tools, and for all if one cannot be."""
+    """The chats as the template renders them, at once; None for those that are to be rendered each for itself.
+
+    Those are all if the template marks answers or cannot render one of them; else those with tools.
+    """
+    if isinstance(tokenizer.chat_template, str) and _marks_generations(tokenizer.chat_template):
+        return [None] * len(rows)
     plain = [list(row.messages) for row in rows if not row.tools]
     try:
         texts = iter(tokenizer.apply_chat_template(plain, tokenize=False) if plain else [])

@@ -175,7 +175,7 @@ def decoded_rows(name: str) -> Decoded:
         yield from _read_saved(saved)
     elif files := files_of(name):
         for path in files:
-            yield from READERS.get(_kind(path), read_jsonl)(path)
+            yield from READERS.get(_kind(path), _read_lines)(path)
     else:
         yield from _read_hub(name)
 
@@ -186,10 +186,22 @@ def read_jsonl(path: Path) -> Decoded:
     Raises:
         UpcycleError: no such file, a line that is not JSON, or a file that is not UTF-8.
     """
+    for value, where in _read_lines(path):
+        if isinstance(value, UnusableError):
+            raise value
+        yield value, where
+
+
+def _read_lines(path: Path) -> Decoded:
+    """A line that is not JSON is the error that says so, for one to be counted among others."""
     with _opened(path, "JSONL") as file:
         for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
             if line.strip():
-                yield parse_json(line, f"{path}:{number}"), f"{path}:{number}"
+                try:
+                    yield parse_json(line, where), where
+                except UpcycleError as error:
+                    yield UnusableError(where, "is not JSON", str(error).removeprefix(f"{where}: ")), where
 
 
 def _read_json(path: Path) -> Decoded:
@@ -197,7 +209,7 @@ def _read_json(path: Path) -> Decoded:
     with _opened(path, "JSON") as file:
         begin = file.read(64).lstrip()
     if not begin.startswith("["):
-        yield from read_jsonl(path)
+        yield from _read_lines(path)
         return
     with _opened(path, "JSON") as file:
         values = parse_json(file.read(), str(path))
@@ -213,7 +225,9 @@ def _read_csv(path: Path) -> Decoded:
                 csv.DictReader(file, delimiter="\t" if _kind(path) == ".tsv" else ","), start=1
             ):
                 if None in row:
-                    raise UpcycleError(f"{path}:{number}: has more cells than the first line has columns")
+                    more = "has more cells than the first line has columns"
+                    yield UnusableError(f"{path}:{number}", more, more), f"{path}:{number}"
+                    continue
                 yield {name: cell or None for name, cell in row.items()}, f"{path}:{number}"
         except csv.Error as error:
             raise UpcycleError(f"{path} cannot be read as CSV: {error}") from None
@@ -234,8 +248,8 @@ def _read_table(path: Path) -> Decoded:
 
 
 READERS: dict[str, Callable[[Path], Decoded]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
