@@ -44,18 +44,20 @@ TOY = (training_step.Size(rows=1, length=32, hidden=64, layers=1, rounds=1),)
 SHORT = "data.fraction=0.2 prepare.epochs=1 posttrain.epochs=1 data.max_validation=20"
 LEAST = "data.fraction=0.1 expand.num_experts=2 assemble.num_experts_per_tok=1 posttrain.freeze=router"
 ROWS = "data.train=builtin:train data.validation=builtin:validation data.max_validation=60 evaluate.exact_match=false"
-BATCH = " ".join(f"{stage}.batch_size=32 {stage}.micro_batch_size=16" for stage in ("prepare", "posttrain"))
-REAL = f"{ROWS} data.max_length=512 {BATCH}"
 TINY = f"base=builtin:tiny {ROWS} {SHORT} route.min_samples_per_expert=10"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
 
 
-def optimizer(name: str) -> str:
-    return f"prepare.trainer={{optim: {name}}} posttrain.trainer={{optim: {name}}}"
+def both(setting: str) -> str:
+    """Of both stages that train."""
+    return f"prepare.{setting} posttrain.{setting}"
 
 
-def both(name: str, value: str) -> str:
-    return f"prepare.trainer={{{name}: {value}}} posttrain.trainer={{{name}: {value}}}"
+def option(name: str, value: str) -> str:
+    return both(f"trainer={{{name}: {value}}}")
+
+
+REAL = f"{ROWS} data.max_length=512 {both('batch_size=32')} {both('micro_batch_size=16')}"
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,13 @@ WHOLE = {
     "as it is": Whole("quickstart", SHORT),
     "again": Whole("quickstart", SHORT),
     "torchrun": Whole("quickstart", SHORT, TORCHRUN),
-    "AdamW in 8 bits": Whole("quickstart", f"{SHORT} {optimizer('adamw_8bit')}"),
-    "AdamW in 8 bits, paged": Whole("quickstart", f"{SHORT} {optimizer('paged_adamw_8bit')}"),
-    "adafactor": Whole("quickstart", f"{SHORT} {optimizer('adafactor')}"),
-    "Liger": Whole("quickstart", f"{SHORT} {both('use_liger_kernel', 'true')}"),
-    "torch.compile": Whole("quickstart", f"{SHORT} {both('torch_compile', 'true')}"),
-    "rows padded": Whole("quickstart", f"{SHORT} prepare.pack_rows=false posttrain.pack_rows=false"),
-    "gradient checkpointing": Whole(
-        "quickstart", f"{SHORT} prepare.gradient_checkpointing=true posttrain.gradient_checkpointing=true"
-    ),
+    "AdamW in 8 bits": Whole("quickstart", f"{SHORT} {option('optim', 'adamw_8bit')}"),
+    "AdamW in 8 bits, paged": Whole("quickstart", f"{SHORT} {option('optim', 'paged_adamw_8bit')}"),
+    "adafactor": Whole("quickstart", f"{SHORT} {option('optim', 'adafactor')}"),
+    "Liger": Whole("quickstart", f"{SHORT} {option('use_liger_kernel', 'true')}"),
+    "torch.compile": Whole("quickstart", f"{SHORT} {option('torch_compile', 'true')}"),
+    "rows padded": Whole("quickstart", f"{SHORT} {both('pack_rows=false')}"),
+    "gradient checkpointing": Whole("quickstart", f"{SHORT} {both('gradient_checkpointing=true')}"),
     "slices": Whole("upit-fine", TINY),
     "LoRA": Whole("upit-lora", TINY),
     "LoRA of rank 4": Whole("upit-lora", f"{TINY} lora.rank=4"),
@@ -90,7 +90,7 @@ WHOLE = {
     "real, FFN": Whole("smollm2-cpu", f"{REAL} data.fraction=0.1", real=True),
     "real, FFN, checkpointing": Whole(
         "smollm2-cpu",
-        f"{REAL} data.fraction=0.1 prepare.gradient_checkpointing=true posttrain.gradient_checkpointing=true",
+        f"{REAL} data.fraction=0.1 {both('gradient_checkpointing=true')}",
         real=True,
     ),
     "real, LoRA": Whole("smollm2-lora-cpu", f"{REAL} data.fraction=0.1", real=True),
@@ -176,8 +176,7 @@ def run(name: str, whole: Whole, work: Path, more: str) -> dict[str, Any]:
     """Seconds and memory of every stage of a whole command, what it forecast, and the losses at its end."""
     folder = work / name.replace(" ", "-").replace(",", "")
     words = [*split(whole.settings), *split(more), "--out", str(folder)]
-    launcher = whole.launcher or ("-m", "upcycle")
-    command = [sys.executable, *launcher, *(("-m", "upcycle") if whole.launcher else ()), "run", whole.recipe, *words]
+    command = [sys.executable, *whole.launcher, "-m", "upcycle", "run", whole.recipe, *words]
     said = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "400"})
     if said.returncode:
         raise RuntimeError(said.stderr.strip()[-1500:] or said.stdout[-1500:])

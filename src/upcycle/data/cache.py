@@ -1,5 +1,6 @@
 """What is made of data once, and read again by every stage, run and comparison of the same data."""
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -40,6 +41,7 @@ def cached(key: str, make: Callable[[Path], None]) -> Path:
         why = f"cannot be written ({error.strerror}), so data are encoded again"
         warn(f"{cache_folder()} {why}; ${VARIABLE} names another folder")
         scratch = Path(tempfile.mkdtemp(prefix="upcycle-"))
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         make(scratch)
         return scratch
     try:

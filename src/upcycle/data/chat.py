@@ -56,8 +56,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns = "all")
         UpcycleError: a template that cannot render a row, an answer that is not where it can be found in the rendered
             chat, or a tokenizer that gives no character offsets.
     """
-    if not tokenizer.is_fast:
-        raise UpcycleError(f"{type(tokenizer).__name__} is not a fast tokenizer, which the answer mask needs")
+    check_fast(tokenizer)
     skeletons = skeletons_of(repr(tokenizer.chat_template), repr(tokenizer.special_tokens_map))
     samples: list[Sample] = []
     for first in range(0, len(rows), ROWS_AT_ONCE):
@@ -67,6 +66,12 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns = "all")
         encodings = _tokenise(tokenizer, [chat.text for chat in chats])
         samples += [_sample(*row, turns) for row in zip(batch, chats, encodings, strict=True)]
     return samples
+
+
+def check_fast(tokenizer: Tokenizer) -> None:
+    """Raises UpcycleError for a tokenizer that does not say where its tokens stand."""
+    if not tokenizer.is_fast:
+        raise UpcycleError(f"{type(tokenizer).__name__} is not a fast tokenizer, which the answer mask needs")
 
 
 def is_learned(message: Message) -> bool:

@@ -5,6 +5,7 @@ python -m upcycle.data.encoding FOLDER PART      # one of the processes
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,12 @@ import pyarrow as pa
 
 from upcycle.console import Progress
 from upcycle.data.cache import cached
-from upcycle.data.chat import Sample, Turns, encode_rows
+from upcycle.data.chat import Sample, Turns, check_fast, encode_rows
 from upcycle.data.rows import Rows, open_table
 from upcycle.disk import digest
 from upcycle.errors import UpcycleError
 from upcycle.types import Tokenizer
+from upcycle.weights.base import load_tokenizer
 
 FORMAT = 1
 """Of the tables; another one is another table."""
@@ -56,7 +58,7 @@ class Job:
     most: int | None
     """Tokens that a chat is cut to, from the left."""
     parts: list[list[int]]
-    """Numbers of the rows of each process: begin, end and nothing else if they follow each other."""
+    """Numbers of the rows of each process."""
 
 
 def encoded(
@@ -79,10 +81,7 @@ def encoded(
 
 
 def _tokenizer_key(tokenizer: Tokenizer) -> str:
-    if not tokenizer.is_fast:
-        raise UpcycleError(
-            "the tokenizer has no fast backend (tokenizer.json), which says where an answer's tokens are"
-        )
+    check_fast(tokenizer)
     return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map])
 
 
@@ -104,6 +103,7 @@ def _encode(
         (out / JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
         _in_processes(out, len(parts), bar)
         (out / JOB).unlink()
+        shutil.rmtree(out / TOKENIZER)
 
 
 def _in_processes(out: Path, count: int, bar: Progress) -> None:
@@ -171,11 +171,9 @@ def _cores() -> int:
 
 def main() -> None:
     """One part of a job."""
-    from transformers import AutoTokenizer
-
     out, part = Path(sys.argv[1]), int(sys.argv[2])
     job = Job(**json.loads((out / JOB).read_text(encoding="utf-8")))
-    tokenizer = AutoTokenizer.from_pretrained(out / TOKENIZER, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(out / TOKENIZER, None)
     if _tokenizer_key(tokenizer) != job.key:
         raise RuntimeError("the tokenizer is another one once it is saved and loaded")
     path = Path(job.rows)

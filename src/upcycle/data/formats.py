@@ -167,7 +167,7 @@ def to_row(value: Any, where: str, source: Source | None = None) -> Row:
     if not isinstance(value, dict):
         kind = type(value).__name__
         raise UnusableError(where, "is no object", f"expected an object with a non-empty 'messages' list, found {kind}")
-    values = {**value, **{ours: value.get(theirs) for ours, theirs in source.columns.items()}}
+    values = renamed(value, source)
     form = FORMATS[format_of(values, where, source.format)]
     try:
         turns = form.messages(values)
@@ -178,9 +178,14 @@ def to_row(value: Any, where: str, source: Source | None = None) -> Row:
         raise UnusableError(where, "has no message", "expected an object with a non-empty 'messages' list, found []")
     tools = _tools(values.get("tools"), where)
     domain = values.get("domain") if source.domain is None else source.domain
-    _check_encodable([messages, domain, tools], where)
+    check_encodable([messages, domain, tools], where)
     read = {*form.needs, *form.also, *ALWAYS, *source.columns.values()}
     return Row(messages, _domain(domain, where), where, tools, frozenset(map(str, value)) - read)
+
+
+def renamed(values: Values, source: Source) -> Values:
+    """A row with our names for the columns that the source calls otherwise."""
+    return {**values, **{ours: values.get(theirs) for ours, theirs in source.columns.items()}}
 
 
 def format_of(values: Values, where: str, chosen: AnyFormat = "auto") -> str:
@@ -264,17 +269,11 @@ def _domain(label: object, where: str) -> str:
     return str(label)
 
 
-def _check_encodable(value: Any, where: str) -> None:
-    try:
-        check_encodable(value, where)
-    except UpcycleError as error:
-        raise UnusableError(where, "holds half of a surrogate pair", str(error).removeprefix(f"{where}: ")) from None
-
-
 def check_encodable(value: Any, where: str) -> None:
-    """Raises UpcycleError for half of a surrogate pair, which JSON may spell and no text can hold."""
+    """Raises UnusableError for half of a surrogate pair, which JSON may spell and no text can hold."""
     try:
         json.dumps(value, ensure_ascii=False).encode()  # quicker than to look at every text
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UpcycleError(f"{where}: holds {half}, half of a surrogate pair: no character; repair the row") from None
+        detail = f"holds {half}, half of a surrogate pair: no character; repair the row"
+        raise UnusableError(where, "holds half of a surrogate pair", detail) from None

@@ -21,12 +21,13 @@ COLUMNS = ("domain", "rows", "tokens", "mean", "median", "95% within", "longest"
 
 def overview(train: Sequence[Sample], tokenizer: Tokenizer) -> None:
     """Print tokens by domain of what will be trained on, and three samples with the learned part in colour."""
-    rows = [_row(domain, samples) for domain, samples in by_domain(train).items()]
+    parts = by_domain(train)
+    rows = [_row(domain, samples) for domain, samples in parts.items()]
     if len(rows) > 1:
         rows.append(_row("all", train))
     table("training rows", COLUMNS, rows)
     say(f"{sum(lengths(train)):,} tokens an epoch, of which {num_answer_tokens(train):,} are learned")
-    for sample in _some(train):
+    for sample in _some(train, parts):
         how = "in colour" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"
         console.print(f"\n{sample.where} ({sample.domain}), learned {how}:", style="bold", markup=False)
         console.print(coloured(sample, tokenizer))
@@ -39,9 +40,9 @@ def _row(name: str, samples: Sequence[Sample]) -> tuple[str, ...]:
     return (name, *(f"{figure:,}" for figure in figures), f"{num_answer_tokens(samples) / total:.0%}")
 
 
-def _some(samples: Sequence[Sample]) -> list[Sample]:
+def _some(samples: Sequence[Sample], parts: dict[str, Sequence[Sample]]) -> list[Sample]:
     """Of several domains, as far as they go; no row twice."""
-    firsts = [some[0] for some in by_domain(samples).values()]
+    firsts = [some[0] for some in parts.values()]
     others = [samples[place] for place in range(min(len(samples), 2 * SHOWN))]
     return list({sample.where: sample for sample in (*firsts, *others)}.values())[:SHOWN]
 

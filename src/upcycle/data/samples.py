@@ -73,7 +73,7 @@ class Samples(Sequence[Sample]):
 def lengths(samples: Sequence[Sample]) -> list[int]:
     """Tokens of each sample."""
     if isinstance(samples, Samples):
-        return [int(length) for length in samples.encoded.lengths[samples.chosen]]
+        return list(samples.encoded.lengths[samples.chosen].tolist())
     return [len(sample.input_ids) for sample in samples]
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, to_row
+from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed, to_row
 from upcycle.disk import digest, hash_file, inside
 from upcycle.errors import UpcycleError
 from upcycle.reading import parse_json
@@ -36,8 +36,9 @@ class Tally:
 
     name: str
     rows: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-    domains: Counter[str] = field(default_factory=Counter)
+    title: str = ""
+    """Of the format, which all rows have alike."""
+    domains: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
     unusable: Counter[str] = field(default_factory=Counter)
     """By reason."""
@@ -49,9 +50,8 @@ class Tally:
         return self.unusable.total()
 
     def __str__(self) -> str:
-        found = ", ".join(f"{count:,} {title}" for title, count in self.formats.most_common())
         domains = f", {len(self.domains)} domains" if len(self.domains) > 1 else ""
-        return f"{self.name}: {found} rows{domains}"
+        return f"{self.name}: {self.rows:,} {self.title} rows{domains}"
 
     def lines(self) -> list[str]:
         """What to say of it."""
@@ -82,8 +82,7 @@ def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
     for value, where in decoded_rows(source.path):
         try:
             if source.format == "auto" and isinstance(value, dict):
-                columns = {ours: value.get(theirs) for ours, theirs in source.columns.items()}
-                source = source.model_copy(update={"format": format_of({**value, **columns}, where)})
+                source = source.model_copy(update={"format": format_of(renamed(value, source), where)})
             row = to_row(value, where, source)
         except UnusableError as error:
             tally.unusable[error.reason] += 1
@@ -93,8 +92,8 @@ def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
             stem = Path(where.rpartition(":")[0]).name.split(".")[0]
             row = replace(row, domain=row.domain.replace("{file}", stem))
         tally.rows += 1
-        tally.formats[FORMATS[source.format].title] += 1
-        tally.domains[row.domain] += 1
+        tally.title = FORMATS[source.format].title
+        tally.domains.add(row.domain)
         tally.unread |= row.unread
         yield row
 
@@ -241,8 +240,6 @@ def _read_table(path: Path) -> Decoded:
         kind = "parquet" if _kind(path) == ".parquet" else "arrow"
         rows = iter(load_dataset(kind, data_files=str(path), split="train", streaming=True))
         yield from ((value, f"{path}:{number}") for number, value in enumerate(rows, start=1))
-    except UpcycleError:
-        raise
     except Exception as error:  # of pyarrow, of datasets, of the system
         raise UpcycleError(f"{path} cannot be read as {kind}: {_first_line(error)}") from None
 
@@ -300,10 +297,10 @@ def _saved(name: str) -> Path | None:
         return None
     if not (split := found[2]):
         return folder
-    if not inside(folder, split).is_dir():
+    if not (chosen := inside(folder, split)).is_dir():
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise UpcycleError(f"{folder} has no split {split}; it has {', '.join(there)}")
-    return folder / split
+    return chosen
 
 
 def _read_saved(folder: Path) -> Decoded:
