@@ -30,9 +30,9 @@ WIDTH = 140
 QUIET = os.environ.get("RANK", "0") != "0"
 """Of several processes the first speaks."""
 
-console = Console(highlight=False, quiet=QUIET)
+console = Console(highlight=False, emoji=False, quiet=QUIET)
 if not console.is_terminal and "COLUMNS" not in os.environ:
-    console = Console(highlight=False, width=WIDTH, quiet=QUIET)
+    console = Console(highlight=False, emoji=False, width=WIDTH, quiet=QUIET)
 
 
 def say(message: str) -> None:

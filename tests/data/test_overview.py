@@ -31,6 +31,12 @@ def test_the_verb_says_what_data_hold(base: Path, rows: Path, tmp_path: Path) ->
     assert page.read_text().startswith("<!DOCTYPE html>")
 
 
+def test_a_place_is_said_as_it_is() -> None:
+    """`:train:` is no name of a picture."""
+    said = CliRunner().invoke(app, ["data", "builtin:train", "--base", "builtin:tiny"])
+    assert "builtin:train:" in said.output
+
+
 def test_the_verb_names_what_is_wrong(base: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     said = CliRunner().invoke(app, ["data", str(tmp_path / "rows.jsonl"), "--base", str(base)])
