@@ -94,10 +94,12 @@ def _resolved(config: Config, path: Path) -> Config:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return config
     try:
-        resolved: Config = CONFIG_MAPPING[model_type].from_dict(config).to_dict()
+        known = CONFIG_MAPPING[model_type].from_dict(config)
+        resolved: Config = known.to_dict()
     except Exception as error:  # the strict dataclasses of huggingface_hub raise their own kinds
         raise UpcycleError(f"{path} is not a valid {model_type} configuration: {error}") from None
-    return resolved
+    # some do not write what they imply
+    return {"num_hidden_layers": getattr(known, "num_hidden_layers", None), **resolved}
 
 
 def four_bit_config(dtype: torch.dtype) -> Any:
