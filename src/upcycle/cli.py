@@ -163,10 +163,12 @@ def check(
         raise UpcycleError(f"--granularity is {granularity}, expected 1, 2, 4 or 8")
     _quiet_libraries()
     from upcycle.architectures.check import check
+    from upcycle.experts.structure import offering_adapters
     from upcycle.pipeline.fit import parse_devices, show_fit
 
     cards = parse_devices(devices) if devices is not None else None
-    mapping = check(model, num_experts, num_experts_per_tok, dtype, granularity)
+    with offering_adapters():
+        mapping = check(model, num_experts, num_experts_per_tok, dtype, granularity)
     if cards:
         show_fit(model, mapping, num_experts_per_tok, cards)
 

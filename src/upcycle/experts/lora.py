@@ -14,16 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from upcycle.architectures.layouts import Region
+from upcycle.architectures.mapping import Mapping as PlainMapping
 from upcycle.architectures.mapping import map_model, read_region
 from upcycle.console import say, warn
 from upcycle.distributed.device import compute_dtype, pick_device
-from upcycle.errors import UpcycleError
+from upcycle.errors import NoTwinError, UpcycleError
 from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_agreement import check_adapter_agreement, load_adapted
 from upcycle.experts.adapter_files import (
     FFN_WEIGHTS,
     PREFIX,
-    check_base,
     ffn_shapes,
     is_adapter,
     merged_weight,
@@ -48,6 +48,7 @@ from upcycle.experts.mixture import (
     write_new,
 )
 from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
+from upcycle.experts.structure import Dense, check_base, checked_dense, checked_mapping
 from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
 from upcycle.recipe import Recipe
@@ -99,6 +100,22 @@ class LoraExperts(nn.ModuleDict):
             stacked = cast(StackedLora, self[weight])
             yield f"{weight}.lora_A", stacked.lora_A.data[expert, :rank]
             yield f"{weight}.lora_B", stacked.lora_B.data[expert, :rank].T
+
+
+def read_base(base: Base, recipe: Recipe) -> PlainMapping | Dense:
+    """The mapping to what the mixture can be folded into; if there is none that is said, and the dense model does.
+
+    Raises:
+        UpcycleError: see `checked_mapping` and `checked_dense`.
+    """
+    try:
+        return checked_mapping(base, recipe)
+    except NoTwinError as error:
+        warn(
+            f"{base.config['model_type']} has no exact plain MoE ({error.reason}): this mixture of adapters will be "
+            "served by upcycle and transformers alone, and `upcycle export --fold` will refuse it"
+        )
+        return checked_dense(base)
 
 
 def check_checkpoint(base: Base, _first: Path, checkpoint: Path) -> None:
@@ -315,6 +332,7 @@ LORA = Kind(
     peft_types=("LORA", LORA_MIXTURE),
     frozen=frozenset({"shared"}),
     check_base=check_base,
+    read_base=read_base,
     check_checkpoint=check_checkpoint,
     trainable=trainable,
     num_saved=lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad),

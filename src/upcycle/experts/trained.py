@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from upcycle.architectures.mapping import Mapping
 from upcycle.experts.kinds import KINDS
+from upcycle.experts.structure import Dense
 from upcycle.recipe import Recipe
 from upcycle.types import Config
 
@@ -20,19 +21,20 @@ class Trained:
     """Parameters of adapters, which alone do then."""
 
 
-def prepared(recipe: Recipe, mapping: Mapping) -> Trained:
+def prepared(recipe: Recipe, base: Mapping | Dense) -> Trained:
     """In preparation."""
-    if (added := _added(recipe, mapping.config)) is not None:
-        return Trained(mapping.config, lambda _: False, added)
+    if (added := _added(recipe, base.config)) is not None:
+        return Trained(base.config, lambda _: False, added)
     ffns = recipe.prepare.train == "ffn"
-    return Trained(mapping.config, lambda name: not ffns or ".mlp." in name)
+    return Trained(base.config, lambda name: not ffns or ".mlp." in name)
 
 
-def posttrained(recipe: Recipe, mapping: Mapping) -> Trained:
+def posttrained(recipe: Recipe, base: Mapping | Dense) -> Trained:
     """In post-training."""
-    if (added := _added(recipe, mapping.config)) is not None:
-        return Trained(mapping.config, lambda _: False, recipe.expand.num_experts * added)
-    moe, frozen = mapping.moe_config(recipe.assemble.num_experts_per_tok, "float32"), recipe.posttrain.freeze
+    if (added := _added(recipe, base.config)) is not None:
+        return Trained(base.config, lambda _: False, recipe.expand.num_experts * added)
+    assert isinstance(base, Mapping)  # an expert that is an FFN has a place in a MoE
+    moe, frozen = base.moe_config(recipe.assemble.num_experts_per_tok, "float32"), recipe.posttrain.freeze
     return Trained(moe, lambda name: _part(name) != frozen)
 
 

@@ -75,8 +75,6 @@ class Run:
     @cached_property
     def base(self) -> "upcycle.weights.base.Base":
         """The base, refused here and now if nothing can be made of it."""
-        from upcycle.architectures.families import family_of
-        from upcycle.architectures.mapping import with_layers
         from upcycle.weights.base import Base, template_text
         from upcycle.weights.folders import base_name, find_model
         from upcycle.weights.safetensors_io import ModelReader
@@ -89,7 +87,6 @@ class Run:
         except ValueError as error:
             raise UpcycleError(str(error)) from None
         base = replace(base, layers=layers)
-        family_of(with_layers(base.config, layers), str(folder))
         ModelReader(folder)
         self._check_shards(base)
         self.kind.check_base(base)
