@@ -137,8 +137,9 @@ def data(
     names = [word for word in sources if word not in settings]
     run = Run(load_recipe("upit", [f"base={base}", f"data.train={json.dumps(names)}", *settings]), Path())
     console.record = html is not None
-    train, _ = load_parts(run.recipe, run.base.tokenizer, run.base.context_length)
-    overview(train, run.base.tokenizer)
+    given = run.given_base  # whatever can be made of it
+    train, _ = load_parts(run.recipe, given.tokenizer, given.context_length)
+    overview(train, given.tokenizer)
     if html is not None:
         console.save_html(str(html))
         say(f"written: {html}")

@@ -48,7 +48,7 @@ from upcycle.experts.mixture import (
     write_new,
 )
 from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
-from upcycle.experts.structure import Dense, check_base, checked_dense, checked_mapping
+from upcycle.experts.structure import Dense, check_base, checked_dense, checked_mapping, may_have_twin
 from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
 from upcycle.recipe import Recipe
@@ -283,7 +283,10 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
     base = find_model(base_name or config.base_model_name_or_path)
     check_same_base(source, base)
     reader = ModelReader(base)
-    mapping = map_model(base, reader, config.num_experts)
+    try:
+        mapping = map_model(base, reader, config.num_experts)
+    except NoTwinError as error:
+        raise UpcycleError(f"{error}; export {source} without --fold: upcycle and its base serve it") from None
     experts, kept = expert_updates(source, config), read_tensors(source)
 
     def expert(number: int, region: Region) -> Tensor:
@@ -318,9 +321,9 @@ def describe(folder: Path) -> Description:
     """From its configuration."""
     if read_adapter_config(folder).get("peft_type") != LORA_MIXTURE:
         return Description("A LoRA adapter (it needs its base)", plain=False)
-    count = MixtureConfig.load(folder).num_experts
-    what = f"A mixture of {count} LoRA adapters in compact form (it needs its base and upcycle)"
-    return Description(what, plain=False, folds=True)
+    config = MixtureConfig.load(folder)
+    what = f"A mixture of {config.num_experts} LoRA adapters in compact form (it needs its base and upcycle)"
+    return Description(what, plain=False, folds=may_have_twin(config.base_model_name_or_path))
 
 
 def addition(hidden: int, inner: int, recipe: Recipe) -> int:

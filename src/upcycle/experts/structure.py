@@ -27,6 +27,7 @@ from upcycle.recipe import Recipe
 from upcycle.routing.routers import routers
 from upcycle.types import Config, Model
 from upcycle.weights.base import Base
+from upcycle.weights.folders import BUILTIN_BASE, find_model, read_config
 from upcycle.weights.safetensors_io import ModelReader
 
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
@@ -114,6 +115,18 @@ def check_twin(folder: Path, config: Config) -> None:
     """Raises NoTwinError if a dense model has no exact plain MoE, with what works on it."""
     with offering_adapters():
         family_of(config, str(folder))
+
+
+def may_have_twin(name: str) -> bool:
+    """Whether a dense model has an exact plain MoE; one that is not on this machine may have."""
+    if name != BUILTIN_BASE and not Path(name).is_dir():
+        return True
+    folder = find_model(name)
+    try:
+        family_of(read_config(folder), name)
+    except UpcycleError:
+        return False
+    return True
 
 
 def problem_of(config: Config) -> str | None:

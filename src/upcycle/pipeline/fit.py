@@ -99,13 +99,13 @@ def forecasts(
     """
     from upcycle.experts.trained import posttrained, prepared
     from upcycle.training.forecast import forecast
-    from upcycle.training.packing import MASKED, largest_batch
+    from upcycle.training.packing import MASKED, is_masked, largest_batch
     from upcycle.training.trainer_settings import attention
 
     stages = {PREPARE: (recipe.prepare, prepared)} if recipe.tunes else {}
     for stage, (settings, of) in (stages | {POSTTRAIN: (recipe.posttrain, posttrained)}).items():
         what = of(recipe, base)
-        packed = settings.pack_rows and attention(settings) in (None, *MASKED)
+        packed = settings.pack_rows and attention(settings) in (None, *MASKED) and is_masked(what.config)
         rows, length = largest_batch(lengths, settings.micro_batch(processes), packed)
         where = (settings, length, recipe.devices, processes, what.names, accelerator)
         yield stage, forecast(what.config, *where, added=what.added, rows=rows)

@@ -82,7 +82,8 @@ def forecast(
     learned = 0 if added else sum(size for name, size in sizes.items() if trained(name))
     moments = next((size for part, size in OPTIMIZERS.items() if part in settings.trainer.get("optim", "")), MOMENTS)
     total, kept = sum(sizes.values()), HALF if added and accelerator else FULL
-    first, more = activations(config, step, _norms if added else trained)
+    seen = _norms if any(map(_norms, sizes)) else _embeddings  # some norms have no weights
+    first, more = activations(config, step, seen if added else trained)
     gradients = FULL * (learned / shards + added)
     # layer by layer they take the place of activations, which a CPU's heap does not
     if accelerator and micro * processes >= settings.batch_size:
@@ -100,6 +101,10 @@ def forecast(
 def _norms(name: str) -> bool:
     """The least that lets gradients through: what adapters of a frozen model see."""
     return "norm" in name
+
+
+def _embeddings(name: str) -> bool:
+    return "embed_tokens" in name
 
 
 def _sizes(config: Config) -> dict[str, int]:

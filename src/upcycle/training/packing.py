@@ -12,13 +12,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from upcycle.routing.batch import IGNORED
-from upcycle.types import Model
+from upcycle.types import Config, Model
 
 TOKEN_MASK = "token_mask"
 """1 for a token of a row, 0 for padding; no model takes it, unlike `attention_mask`."""
 
 MASKED = ("sdpa", "eager")
 """Implementations of attention with a mask, which tells rows of several lines apart; flash attention mixes them."""
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that a mask reaches; recurrent ones and convolutions carry a row's tokens into the next."""
 DRAWN = 100
 """Micro-batches, to find the largest."""
 
@@ -54,7 +56,12 @@ class SideBySide:
 
 def can_pack(model: Model) -> bool:
     """Whether rows may lie side by side in what it trains on."""
-    return model.config._attn_implementation in MASKED
+    return model.config._attn_implementation in MASKED and is_masked(model.config.to_dict())
+
+
+def is_masked(config: Config) -> bool:
+    """Whether a mask keeps a row's tokens from those of another in every layer of a model."""
+    return set(config.get("layer_types") or ()) <= ATTENDING
 
 
 def largest_batch(lengths: Sequence[int], rows: int, packed: bool) -> tuple[int, int]:
