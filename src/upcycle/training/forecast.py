@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
+from upcycle.experts.structure import without_values
 from upcycle.settings import DevicesSettings, TrainingSettings
 from upcycle.training.simulate import Step, activations
 from upcycle.types import Config
@@ -109,12 +108,7 @@ def _embeddings(name: str) -> bool:
 
 def _sizes(config: Config) -> dict[str, int]:
     """Parameters of each tensor of the model."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    made = CONFIG_MAPPING[config["model_type"]](**config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
-    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {name: parameter.numel() for name, parameter in without_values(config).named_parameters()}
 
 
 def _by_layer(sizes: dict[str, int], ep: int = 1) -> tuple[list[float], float]:
