@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,27 @@ def test_a_base_that_is_not_supported_says_what_is(
         (other / "config.json").write_text(json.dumps({**config, **changes}))
         assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", f"base={other}", "--update") == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "offer"),
+    [
+        ("gemma", "scales embeddings and adds 1 .*; LoRA experts work on it: prepare.train=lora"),
+        (
+            "glm4",
+            "there is no row for it.*; nor do LoRA experts work on it, as it has in layer 0 an mlp of gate_up_proj",
+        ),
+    ],
+)
+def test_a_model_without_a_plain_moe_is_checked_for_what_else_works(
+    model_type: str, offer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Path, capsys: Any
+) -> None:
+    from conftest import make_dense
+
+    dense = make_dense(tmp_path / "dense", model_type=model_type, head_dim=8)
+    assert call(monkeypatch, "check", dense) == 2
+    assert re.search(offer, capsys.readouterr().err)
+    assert call(monkeypatch, "data", rows, "--base", dense) == 0  # whatever can be made of the base
 
 
 def test_checkpoints_of_another_architecture_are_named(

@@ -377,8 +377,8 @@ class AssembleSettings(Settings):
             return value
         raise ValueError("expected all, {every: N} with a whole number N, or a list of layers such as [1, 3]")
 
-    def chosen_layers(self, layers: Sequence[int]) -> tuple[int, ...] | None:
-        """The layers with experts out of `layers`, those with an FFN; None: all.
+    def chosen_layers(self, layers: Sequence[int], count: int) -> tuple[int, ...] | None:
+        """The layers with experts out of `layers`, those with an FFN; None: all `count` of the model.
 
         Raises:
             ValueError: one is none of them or there twice, or none is left.
@@ -394,7 +394,7 @@ class AssembleSettings(Settings):
                 f"assemble.layers is {self.model_dump()['layers']}, but the model has FFNs in the layers {have}; name "
                 "one or more of them, each once"
             )
-        return None if len(found) == len(layers) else tuple(sorted(found))
+        return None if len(found) == count else tuple(sorted(found))
 
 
 class RouteSettings(Settings):

@@ -35,23 +35,15 @@ if TYPE_CHECKING:  # what imports torch
 
 
 def _prepare(run: Run, out: Path) -> None:
-    from upcycle.architectures.check import check_source
     from upcycle.architectures.layouts import ffn_layers
-    from upcycle.architectures.mapping import map_model
-    from upcycle.architectures.slices import Slicing
     from upcycle.stages.expert_preparation.checkpoints import adopt
     from upcycle.stages.expert_preparation.prepare import tune
     from upcycle.training.trainer_settings import check
-    from upcycle.weights.safetensors_io import ModelReader
 
     base, recipe = run.base, run.recipe
     check(PREPARE, recipe.prepare)
     check(POSTTRAIN, recipe.posttrain)
-    reader = ModelReader(base.folder)
-    slicing = Slicing(recipe.assemble.granularity)
-    mapping = map_model(base.folder, reader, recipe.expand.num_experts, slicing, base.layers)
-    check_source(mapping, reader)  # before hours of training
-    say_fit(run, mapping)
+    say_fit(run, run.kind.read_base(base, recipe))
     if not recipe.prepares:
         say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
         on_main(lambda: CHECKPOINTS.write(out, []))
