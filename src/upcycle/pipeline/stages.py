@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # what imports torch
 
 
 def _prepare(run: Run, out: Path) -> None:
-    from upcycle.architectures.check import check_source
+    from upcycle.architectures.check import check_source, say_text_part
     from upcycle.architectures.mapping import map_model
     from upcycle.architectures.slices import Slicing
     from upcycle.stages.expert_preparation.checkpoints import adopt
@@ -49,6 +49,7 @@ def _prepare(run: Run, out: Path) -> None:
     reader = ModelReader(base.folder)
     slicing = Slicing(recipe.assemble.granularity)
     mapping = map_model(base.folder, reader, recipe.expand.num_experts, slicing, base.layers)
+    say_text_part(reader)
     check_source(mapping, reader)  # before hours of training
     say_fit(run, mapping)
     if not recipe.prepares:
