@@ -80,6 +80,7 @@ class Run:
         from upcycle.weights.base import Base, template_text
         from upcycle.weights.folders import base_name, find_model
         from upcycle.weights.safetensors_io import ModelReader
+        from upcycle.weights.whole import check_keeps
 
         folder, template = find_model(self.recipe.base), self.recipe.data.chat_template
         text = template_text(template) if template else None
@@ -89,7 +90,9 @@ class Run:
         except ValueError as error:
             raise UpcycleError(str(error)) from None
         base = replace(base, layers=layers)
-        family_of(with_layers(base.config, layers), str(folder))
+        family = family_of(with_layers(base.config, layers), str(folder))
+        if self.recipe.assemble.keep_vision:
+            check_keeps(folder, family.moe.model_type)
         ModelReader(folder)
         self._check_shards(base)
         self.kind.check_base(base)

@@ -143,6 +143,16 @@ def _scheduled(name: str) -> Callable[[Recipe], Sections]:
     return sections
 
 
+def _assembled(recipe: Recipe) -> Sections:
+    own = _section(ASSEMBLE)(recipe)
+    own[ASSEMBLE].pop("keep_vision")  # of the finished MoE
+    return own | {"init_std": recipe.route.init_std}
+
+
+def _posttrained(recipe: Recipe) -> Sections:
+    return _scheduled(POSTTRAIN)(recipe) | ({"keep_vision": True} if recipe.assemble.keep_vision else {})
+
+
 def _trained_tokens(folder: Path) -> int:
     record = LOG.known(folder)
     return record.tokens if record else 0
@@ -192,7 +202,7 @@ STAGES = (
         help="Stage 4, first half, before stage 3: write the MoE, every expert's FFN side by side, in one pass.",
         needs=(PREPARE, EXPAND),
         run=_assemble,
-        settings=lambda recipe: {**_section(ASSEMBLE)(recipe), "init_std": recipe.route.init_std},
+        settings=_assembled,
         reads_template=True,
     ),
     Stage(
@@ -215,7 +225,7 @@ STAGES = (
         run=_posttrain,
         by_all=True,
         less_memory=_less_memory("posttrain", "posttrain.freeze=experts"),
-        settings=_scheduled(POSTTRAIN),
+        settings=_posttrained,
         reads_data=lambda _: True,
         held_out=lambda recipe: recipe.route.seed_from == "held_out",
         tokens=_trained_tokens,

@@ -63,16 +63,19 @@ class ModelReader:
 
     Of a wrapper of more than text the text model's tensors, under their names in a folder of their own.
 
+    Args:
+        whole: show a wrapper's file as it is.
+
     Raises:
         UpcycleError: no weights, a damaged file, an index that names a missing shard or one outside the folder, or
             a tensor of a dtype that is not a plain floating-point one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, whole: bool = False) -> None:
         self.folder = folder
         self._where: dict[str, _Mapped] = {}
         self.left_out = 0  # parameters of a wrapper's other parts
-        wrapper = wrapper_in(folder)
+        wrapper = None if whole else wrapper_in(folder)
         for path, names in _shards(folder).items():
             found = _map_file(path)
             if lost := sorted(names - found.keys()):

@@ -30,6 +30,8 @@ class Wrapper:
     """What stands for `lm_head.`."""
     text: str | None = None
     """Type of the text model, where its own type has no model with a head: one that is the same on text."""
+    keeps: tuple[str, ...] = ()
+    """Types of MoEs of text that transformers takes in the text model's place."""
 
     def text_name(self, name: str) -> str | None:
         """A tensor's name in the text model; None for a tensor that is no part of it."""
@@ -60,7 +62,7 @@ _INNER = (r"model\.language_model\.",)
 WRAPPERS: Mapping[str, Wrapper] = {
     wrapper.model_type: wrapper
     for wrapper in (
-        Wrapper("mistral3", _LLAVA, _LLAVA_HEADS),
+        Wrapper("mistral3", _LLAVA, _LLAVA_HEADS, keeps=("mixtral", "qwen2_moe")),
         Wrapper("gemma3", _LLAVA, _LLAVA_HEADS),
         Wrapper("gemma4", _INNER),
         Wrapper("qwen2_5_vl", (*_INNER, r"model\.(?!visual\.)"), text="qwen2"),
