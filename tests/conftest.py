@@ -88,6 +88,9 @@ def make_dense(folder: Path, seed: int = 0, model_type: str = "llama", **changes
     return folder
 
 
+FFNS = (".mlp.", ".feed_forward.", ".shared_mlp.", ".mixer.up_proj.", ".mixer.down_proj.")
+
+
 def perturbed(base: Path, folder: Path, seed: int, scale: float = 0.05, ffn_only: bool = True) -> Path:
     """A checkpoint of the base: Gaussian noise on the FFN weights, or on all."""
     from transformers import AutoModelForCausalLM
@@ -96,7 +99,7 @@ def perturbed(base: Path, folder: Path, seed: int, scale: float = 0.05, ffn_only
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".mlp." in name or not ffn_only:
+            if any(part in name for part in FFNS) or not ffn_only:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
     model.save_pretrained(folder)
     return folder

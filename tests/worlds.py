@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from upcycle.architectures.layouts import ffn_layers, moe_layers
+from upcycle.architectures.mapping import with_layers
 from upcycle.data.chat import Sample
 from upcycle.data.formats import Row
 from upcycle.data.rows import open_rows
@@ -52,9 +54,11 @@ def assemble(
     chosen = AssembleSettings(**settings)
     dense = as_base(base)
     if chosen.layers != "all":
-        dense = replace(dense, layers=chosen.chosen_layers(dense.config["num_hidden_layers"]))
+        dense = replace(dense, layers=chosen.chosen_layers(ffn_layers(dense.config)))
     hidden = dense.config["hidden_size"]
-    routers = random_routers(dense.num_moe_layers, len(plan.experts), hidden, router_std, 0)
+    routers = random_routers(
+        len(moe_layers(with_layers(dense.config, dense.layers))), len(plan.experts), hidden, router_std, 0
+    )
     KINDS[kind].assemble(dense, folders, plan, chosen, LoraSettings(rank=rank), routers, out)
     return out
 

@@ -1,6 +1,7 @@
 """The sections of a recipe, in stage order: every setting with its default and meaning."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -379,22 +380,24 @@ class AssembleSettings(Settings):
             return value
         raise ValueError("expected all, {every: N} with a whole number N, or a list of layers such as [1, 3]")
 
-    def chosen_layers(self, count: int) -> tuple[int, ...] | None:
-        """The layers with experts out of `count`; None: all.
+    def chosen_layers(self, layers: Sequence[int]) -> tuple[int, ...] | None:
+        """The layers with experts out of `layers`, those with an FFN; None: all.
 
         Raises:
-            ValueError: one is out of range or there twice, or none is left.
+            ValueError: one is none of them or there twice, or none is left.
         """
         if isinstance(self.layers, EveryLayer):
-            found = tuple(range(self.layers.every - 1, count, self.layers.every))
+            found = tuple(layers[self.layers.every - 1 :: self.layers.every])
         else:
-            found = tuple(range(count)) if self.layers == "all" else tuple(self.layers)
-        if len(set(found)) < len(found) or not set(found) <= set(range(count)) or not found:
+            found = tuple(layers) if self.layers == "all" else tuple(self.layers)
+        if len(set(found)) < len(found) or not set(found) <= set(layers) or not found:
+            run = list(layers) == list(range(len(layers)))
+            have = f"0 to {len(layers) - 1}" if run else ", ".join(map(str, layers))
             raise ValueError(
-                f"assemble.layers is {self.model_dump()['layers']}, but the model has the layers 0 to {count - 1}; "
-                "name one or more of them, each once"
+                f"assemble.layers is {self.model_dump()['layers']}, but the model has FFNs in the layers {have}; name "
+                "one or more of them, each once"
             )
-        return None if len(found) == count else tuple(sorted(found))
+        return None if len(found) == len(layers) else tuple(sorted(found))
 
 
 class RouteSettings(Settings):

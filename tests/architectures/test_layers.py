@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_families import PARTIAL
+from test_families import FIRST_DENSE, PARTIAL
 
 from conftest import make_dense, perturbed
 from upcycle.architectures.families import family_of
+from upcycle.architectures.layouts import moe_layers
 from upcycle.architectures.mapping import map_model, with_layers
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import load_model
@@ -24,22 +25,24 @@ from worlds import assemble, forced_logits, logits, plan_of, shrunk
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("dense", "moe", "changes"), PARTIAL, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("dense", "moe", "changes", "layers"),
+    [
+        *((*case, [3, 7] if case[0] == "nemotron_h" else [1, 3]) for case in PARTIAL),
+        *((*case, [2, 3]) for case in FIRST_DENSE),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_equal_experts_give_the_dense_logits(
-    dense: str, moe: str, changes: dict[str, Any], tied: bool, tmp_path: Path
+    dense: str, moe: str, changes: dict[str, Any], layers: list[int], tied: bool, tmp_path: Path
 ) -> None:
-    shape = {
-        "num_hidden_layers": 4,
-        "intermediate_size": 96,
-        "tie_word_embeddings": tied,
-    }  # more than the check's copy has
-    source = make_dense(tmp_path / "dense", model_type=dense, **shape, **changes)
-    made = assemble("ffn", source, [source] * 3, plan_of(3), tmp_path / "moe", layers=[0, 2])
-    config = json.loads((made / "config.json").read_text())
-    assert (config["model_type"], config["mlp_only_layers"]) == (moe, [1, 3])
+    shape = {"num_hidden_layers": 4, "intermediate_size": 96}  # more than the check's copy has
+    source = make_dense(tmp_path / "dense", model_type=dense, tie_word_embeddings=tied, **{**shape, **changes})
+    made = assemble("ffn", source, [source] * 3, plan_of(3), tmp_path / "moe", layers=layers)
+    assert json.loads((made / "config.json").read_text())["model_type"] == moe
+    assert moe_layers(read_config(made)) == layers
     names = ModelReader(made).names()
-    assert {name.split(".")[2] for name in names if ".experts." in name} == {"0", "2"}
-    assert {name.split(".")[2] for name in names if ".mlp.up_proj" in name} == {"1", "3"}
+    assert {int(name.split(".")[2]) for name in names if ".experts." in name} == set(layers)
     torch.testing.assert_close(logits(made), logits(source), rtol=0, atol=1e-5)
 
 
@@ -88,7 +91,7 @@ def test_a_run_leaves_the_other_layers_ffns_as_they_are(
     ("layers", "expected"), [("all", None), ({"every": 2}, (1, 3)), ({"every": 1}, None), ([3, 0], (0, 3))]
 )
 def test_layers_are_chosen(layers: Any, expected: tuple[int, ...] | None) -> None:
-    assert AssembleSettings(layers=layers).chosen_layers(4) == expected
+    assert AssembleSettings(layers=layers).chosen_layers(range(4)) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_other_forms_are_refused_in_a_line(layers: Any, tiny_recipe: dict[str, A
 @pytest.mark.parametrize("layers", [[4], [-1], [0, 0], {"every": 5}])
 def test_layers_out_of_range_are_refused(layers: Any, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe = parse_recipe({**tiny_recipe, "assemble": {"layers": layers}}, "test")
-    with pytest.raises(UpcycleError, match=r"assemble\.layers is .*, but the model has the layers 0 to 1"):
+    with pytest.raises(UpcycleError, match=r"assemble\.layers is .*, but the model has FFNs in the layers 0 to 1"):
         run_stages(Run(recipe, tmp_path / "run"), ("prepare",))
 
 

@@ -15,7 +15,7 @@ from upcycle.architectures.mapping import needed_tensors
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
 from upcycle.weights.folders import load_as_others_do
-from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD, ModelReader
+from upcycle.weights.safetensors_io import HEAD, ModelReader
 
 RUNS, RUN = 16, 256
 """Runs of consecutive elements, evenly spread over a tensor. Rows of another order, a transposed, a swapped or an older
@@ -42,12 +42,12 @@ def check_agreement(reader: ModelReader, config: Config) -> None:
             raise otherwise(where, f"config.json's {field}", repr(found.get(field)), repr(ours[field]))
     sources = {name: name for name in needed_tensors(reader, config)}
     if config.get(TIED):
-        sources[HEAD] = EMBEDDINGS
+        sources[HEAD] = reader.embeddings
     if odd := sorted(sources.keys() ^ tensors.keys()):
         has = ("nothing", "a tensor")
         raise otherwise(where, odd[0], has[odd[0] in tensors], has[odd[0] in sources])
-    for name, tensor in tensors.items():
-        compare_tensors(where, name, tensor, reader.tensor(sources[name]))
+    for name in sorted(tensors, key=lambda name: (name == HEAD, name)):  # of a tied model the embeddings first
+        compare_tensors(where, name, tensors[name], reader.tensor(sources[name]))
 
 
 def compare_tensors(where: Path, name: str, theirs: Tensor, ours: Tensor, program: str = "transformers") -> None:

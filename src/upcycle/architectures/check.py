@@ -9,6 +9,7 @@ from itertools import product
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import served_by
 from upcycle.architectures.identity import check_identity
+from upcycle.architectures.layouts import channels, ffn_layers
 from upcycle.architectures.mapping import SLICE_MULTIPLE, Mapping, map_model, read_region
 from upcycle.architectures.slices import Slicing
 from upcycle.console import say, table
@@ -49,8 +50,8 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, gra
 
 def _choices(mapping: Mapping, reader: ModelReader) -> Iterator[tuple[str, ...]]:
     """What other settings would cost: as many experts as were asked for, and half; all layers, and every second one."""
-    channels, m = mapping.config["intermediate_size"], mapping.num_experts
-    fine = [g for g in (2, 4, 8) if channels % (g * SLICE_MULTIPLE) == 0]
+    size, m = channels(mapping.family.layout, mapping.config), mapping.num_experts
+    fine = [g for g in (2, 4, 8) if size % (g * SLICE_MULTIPLE) == 0]
     for count, (layers, made) in product(dict.fromkeys((m, max(2, m // 2))), _by_layers(mapping, reader)):
         for k, granularity in ((2, 1), *((1, g) for g in fine)):
             chosen = replace(made, num_experts=count, slicing=Slicing(granularity))
@@ -62,7 +63,7 @@ def _choices(mapping: Mapping, reader: ModelReader) -> Iterator[tuple[str, ...]]
 
 def _by_layers(mapping: Mapping, reader: ModelReader) -> Iterator[tuple[str, Mapping]]:
     yield "all", mapping
-    every_second = range(1, mapping.config["num_hidden_layers"], 2)
+    every_second = ffn_layers(mapping.config)[1::2]
     with suppress(UpcycleError):  # its MoEs have experts in all layers
         yield "every: 2", map_model(mapping.where, reader, mapping.num_experts, layers=every_second)
 

@@ -13,14 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.architectures.layouts import MOE_LAYERS, Region, layer_of, router_tensors
+from upcycle.architectures.layouts import MOE_LAYERS, DenseLayout, channels, ffn_layers, layer_of, resized
 from upcycle.architectures.mapping import Mapping
+from upcycle.architectures.moves import Region, Rewrite, ffn_regions, router_tensors
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
 from upcycle.weights.folders import load_state
-from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD
+from upcycle.weights.safetensors_io import HEAD
 
 CHANNELS, TOKENS, WINDOW, LENGTH = 64, 256, 8, 48
+PER_LAYER = ("layer_types", "no_rope_layers", "layers_block_type")
+"""Fields with a value for each layer."""
 TOLERANCE = 1e-4
 """Of the largest logit: fp32 rounding is 1e-6, a lost field 1e-2 and more."""
 
@@ -48,11 +51,14 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
     for move, cut in zip(kept, small.shared, strict=True):
         values = _finite(_corner(dense(move.dense), cut.dense.shape), move.dense, where)
         _put(dense_state, cut.dense, values)
-        _put(moe_state, cut.moe, values if moe is None else _corner(moe(move.moe), cut.dense.shape))
+        kept_values = rewritten(values, move.rewrite) if moe is None else _corner(moe(move.moe), cut.moe.shape)
+        _put(moe_state, cut.moe, kept_values)
     for ffn, ffn_cut in zip(mapping.ffn, small.ffn, strict=False):  # the copy has the first layers
         values = _finite(_corner(dense(ffn.dense), ffn_cut.dense.shape), ffn.dense, where)
         _put(dense_state, ffn_cut.dense, values)
-        if moe is not None:
+        if moe is None:
+            values = rewritten(values, ffn.rewrite)
+        else:
             values = _corner(mapping.slicing.whole(ffn, expert, moe), ffn_cut.dense.shape)
         for copy in range(2):
             for region, element, part in small.slicing.place(ffn_cut, copy, 0, values.reshape(-1)):
@@ -60,7 +66,7 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
                 _put(moe_state, region, part)
     generator = torch.Generator().manual_seed(0)
     for name in router_tensors(family.moe.layout, config):
-        vectors = torch.randn(2, config["hidden_size"], generator=generator)
+        vectors = 0.02 * torch.randn(2, config["hidden_size"], generator=generator)  # sigmoids must not vanish
         moe_state[name] = vectors.repeat_interleave(small.granularity, dim=0)
     ids = torch.randint(config["vocab_size"], (1, LENGTH), generator=generator)
     expected = _logits(config, dense_state, ids, f"{where} (dense)")
@@ -75,29 +81,34 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
     return difference
 
 
-def cut_down(config: Config) -> Config:
+def rewritten(values: Tensor, rewrite: Rewrite | None) -> Tensor:
+    """As the MoE has them."""
+    return values if rewrite is None else rewrite.apply(values)
+
+
+def cut_down(config: Config, layout: DenseLayout) -> Config:
     """The configuration of the copy."""
     layers = _layers_of_every_kind(config)
     small = {
         **config,
         "num_hidden_layers": layers,
-        "intermediate_size": min(CHANNELS, config["intermediate_size"]),
         "vocab_size": min(TOKENS, config["vocab_size"]),
         "pad_token_id": None,
-        "bos_token_id": None,
+        "bos_token_id": 0,  # CWM insists on a number
         "eos_token_id": None,
-        **{name: config[name][:layers] for name in ("layer_types", "no_rope_layers") if config.get(name)},
+        **{name: config[name][:layers] for name in PER_LAYER if config.get(name)},
     }
+    small = resized(layout, small, min(CHANNELS, channels(layout, config)))
     if MOE_LAYERS in config:
         small[MOE_LAYERS] = [layer for layer in config[MOE_LAYERS] if layer < layers]
-    if config.get("sliding_window"):
+    if config.get("sliding_window") and config["sliding_window"] < config["max_position_embeddings"]:
         small["sliding_window"] = min(WINDOW, config["sliding_window"])
     return _shorten_positions(small)
 
 
 def _shorten_positions(config: Config) -> Config:
     """Positions from which scaled rotary embeddings behave otherwise come within the text."""
-    rope = dict(config["rope_parameters"])
+    rope = dict(config.get("rope_parameters") or {})
     original = rope.get("original_max_position_embeddings")
     if original:
         ratio = config["max_position_embeddings"] / original
@@ -109,7 +120,7 @@ def _shorten_positions(config: Config) -> Config:
 
 
 def _layers_of_every_kind(config: Config) -> int:
-    fields = [config[name] for name in ("layer_types", "no_rope_layers") if config.get(name)]
+    fields = [config[name] for name in PER_LAYER if config.get(name)]
     if MOE_LAYERS in config:
         fields.append([layer in config[MOE_LAYERS] for layer in range(config["num_hidden_layers"])])
     kinds = list(zip(*fields, strict=True))
@@ -119,9 +130,12 @@ def _layers_of_every_kind(config: Config) -> int:
 
 def _cut_mapping(mapping: Mapping) -> Mapping:
     """The copy's, with two experts."""
-    config = cut_down(mapping.config)
+    config, layout = cut_down(mapping.config, mapping.family.layout), mapping.family.layout
+    # of layers that keep one FFN
+    vocabulary = (layout.embeddings, HEAD)
+    ffns = {region.tensor: region.full for region in ffn_regions(layout, config, ffn_layers(config))}
     shapes = {
-        name: _cut_shape(name, shape, config)
+        name: ffns.get(name) or ((config["vocab_size"], *shape[1:]) if name in vocabulary else shape)
         for name, shape in mapping.shapes.items()
         if (layer_of(name) or 0) < config["num_hidden_layers"]
     }
@@ -132,15 +146,6 @@ def _finite(values: Tensor, region: Region, where: Path) -> Tensor:
     if not values.isfinite().all():
         raise UpcycleError(f"{where}: {region.tensor} holds NaN or Inf; this model is damaged, take another copy")
     return values
-
-
-def _cut_shape(name: str, shape: tuple[int, ...], small: Config) -> tuple[int, ...]:
-    if name in (EMBEDDINGS, HEAD):
-        return (small["vocab_size"], *shape[1:])
-    if ".mlp." not in name:
-        return shape
-    channels = small["intermediate_size"]  # of a layer that keeps one FFN
-    return (shape[0], channels) if name.endswith("down_proj.weight") else (channels, *shape[1:])
 
 
 def _corner(values: Tensor, shape: tuple[int, ...]) -> Tensor:

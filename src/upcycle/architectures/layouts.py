@@ -1,20 +1,23 @@
-"""Where the tensors of dense and MoE models lie on disk, and which goes where.
+"""Where the FFNs, the routers and the constants of dense and MoE models lie on disk.
 
 Legend: E experts, I intermediate size, H hidden size.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from upcycle.types import Config
+from upcycle.weights.safetensors_io import BACKBONE_EMBEDDINGS, EMBEDDINGS
 
+Shape = tuple[int, ...]
 MOE_LAYERS = "upcycle_moe_layers"
-"""Field of a dense configuration in memory: the layers that become sparse, in order; without it all do."""
+"""Field of a dense configuration in memory: the layers that become sparse, in order; without it all with an FFN do."""
 SHARED_EXPERT_SIZE = 256
 """Channels of a shared expert of zeros: size 0 would do for transformers, but vLLM refuses it; 256 suits quantizers."""
-
+PREFIX = "first_k_dense_replace"
+ADJUSTED = "block_auto_adjust_ff_dim"
+"""Field of LFM2's that makes its FFN another size than the configuration says."""
 SINK = -1e4
 """Its exponential is 0 beside that of any score, and all dtypes have it."""
 
@@ -24,7 +27,7 @@ class Place:
     """An FFN weight on disk: a tensor, or the `part`-th of `of` equal runs of its rows."""
 
     tensor: str
-    """Without `model.layers.{layer}.`; `{expert}` is filled in for a MoE."""
+    """Without what `prefix` gives; `{expert}` is filled in for a MoE."""
     part: int = 0
     of: int = 1
 
@@ -33,40 +36,103 @@ class Place:
 class DenseLayout:
     """The FFN weights `gate`, `up` (I, H) and `down` (H, I) of a dense layer."""
 
-    gate: Place
+    gate: Place | None
+    """None: the FFN has no gate."""
     up: Place
     down: Place
-    qkv: str | None = None
-    """A tensor that holds the rows of q_proj, k_proj and v_proj, if they are not tensors of their own."""
+    size_field: str = "intermediate_size"
+    """What config.json calls I."""
+    body: str = "model"
+    """What the names of all tensors but the head's begin with."""
+    embeddings: str = EMBEDDINGS
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that a MoE's architecture insists on, filled with one value so that it changes nothing."""
+
+    tensor: str
+    """Without what `prefix` gives."""
+    shape: tuple[int | str, ...]
+    """Numbers, or names of `sizes`."""
+    value: float | Callable[[Config], float] = 0.0
+    every_layer: bool = False
+    """Whether layers without experts have it too."""
 
 
 @dataclass(frozen=True)
 class MoeLayout:
     """The FFN weights of an expert, and the router, of a MoE layer."""
 
-    gate: Place
+    gate: Place | None
     up: Place
     down: Place
     router: str
     """The router's weight (E, H) on disk."""
     stacked: bool = False
     """Whether one tensor holds all experts, (E, rows, columns)."""
-    shared_expert: str | None = None
-    """A shared expert that the architecture insists on; all zeros, it adds nothing and gets no gradient."""
-    qkv_bias: bool = False
-    """Whether readers (vLLM) take biases of q, k and v for granted; of a dense model without, they are zeros."""
-    selection_bias: str | None = None
-    """A bias (1, E) that the choice of experts insists on; zeros leave it to the router."""
-    sinks: str | None = None
-    """Logits (heads,) that attention insists on beside those of the tokens; all SINK, they take no share of it."""
+    body: str = "model"
+    constants: tuple[Constant, ...] = ()
+    """What the model has beside them; a constant that the dense model has itself is copied."""
+
+
+def ffn(layout: DenseLayout | MoeLayout) -> list[Place]:
+    """Gate (if there is one), up and down."""
+    return [place for place in (layout.gate, layout.up, layout.down) if place is not None]
+
+
+def sizes(config: Config, num_experts: int, expert_size: int) -> dict[str, int]:
+    """What the shapes of constants are made of.
+
+    Args:
+        config: of the dense model.
+        num_experts: as the MoE counts them, slices for G > 1.
+        expert_size: channels of one of them.
+    """
+    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    return {
+        "hidden": config["hidden_size"],
+        "heads": heads,
+        "queries": heads * head_dim(config),
+        "keys": keys * head_dim(config),
+        "experts": num_experts,
+        "expert": expert_size,
+    }
+
+
+def _shared_expert(module: str, size: int | str, *inputs: str) -> tuple[Constant, ...]:
+    """An FFN of zeros: it adds nothing, and gets no gradient."""
+    first = [Constant(f"{module}.{part}_proj.weight", (size, "hidden")) for part in inputs]
+    return *first, Constant(f"{module}.down_proj.weight", ("hidden", size))
+
+
+QKV_BIAS = tuple(
+    Constant(f"self_attn.{part}_proj.bias", (size,), every_layer=True)
+    for part, size in (("q", "queries"), ("k", "keys"), ("v", "keys"))
+)
+"""Biases that readers (vLLM) take for granted, of a dense model without."""
+SHARED_EXPERT = (
+    *_shared_expert("mlp.shared_expert", SHARED_EXPERT_SIZE, "gate", "up"),
+    Constant("mlp.shared_expert_gate.weight", (1, "hidden")),
+)
+HUNYUAN_SHARED_EXPERT = _shared_expert("mlp.shared_mlp", "expert", "gate", "up")
+GLM_SHARED_EXPERT = _shared_expert("mlp.shared_experts", "expert", "gate", "up")
+GRANITE_SHARED_EXPERT = (
+    Constant("shared_mlp.input_linear.weight", (2 * SHARED_EXPERT_SIZE, "hidden")),
+    Constant("shared_mlp.output_linear.weight", ("hidden", SHARED_EXPERT_SIZE)),
+)
+SINKS = Constant("self_attn.sinks", ("heads",), SINK, every_layer=True)
+"""Logits that attention insists on beside those of the tokens; they take no share of it."""
+
+
+def selection_bias(tensor: str, rows: tuple[int, ...] = ()) -> Constant:
+    """A bias (*rows, E) of the choice of experts; zeros leave it to the router."""
+    return Constant(tensor, (*rows, "experts"))
 
 
 SEPARATE = DenseLayout(Place("mlp.gate_proj.weight"), Place("mlp.up_proj.weight"), Place("mlp.down_proj.weight"))
 FUSED = DenseLayout(
-    Place("mlp.gate_up_proj.weight", 0, 2),
-    Place("mlp.gate_up_proj.weight", 1, 2),
-    Place("mlp.down_proj.weight"),
-    qkv="self_attn.qkv_proj.weight",
+    Place("mlp.gate_up_proj.weight", 0, 2), Place("mlp.gate_up_proj.weight", 1, 2), Place("mlp.down_proj.weight")
 )
 MIXTRAL_LAYOUT = MoeLayout(
     Place("block_sparse_moe.experts.{expert}.w1.weight"),
@@ -87,153 +153,88 @@ GRANITE_LAYOUT = MoeLayout(
     router="block_sparse_moe.router.layer.weight",
     stacked=True,
 )
-
 GRANITE_SWA_LAYOUT = MoeLayout(
     Place("block_sparse_moe.experts.gate_up_proj", 0, 2),
     Place("block_sparse_moe.experts.gate_up_proj", 1, 2),
     Place("block_sparse_moe.experts.down_proj"),
     router="block_sparse_moe.router.weight",
     stacked=True,
-    sinks="self_attn.sinks",
+    constants=(SINKS,),
+)
+GRANITE_HYBRID_DENSE = DenseLayout(
+    Place("shared_mlp.input_linear.weight", 0, 2),
+    Place("shared_mlp.input_linear.weight", 1, 2),
+    Place("shared_mlp.output_linear.weight"),
+    size_field="shared_intermediate_size",
+)
+LFM2_DENSE = DenseLayout(
+    Place("feed_forward.w1.weight"), Place("feed_forward.w3.weight"), Place("feed_forward.w2.weight")
+)
+LFM2_LAYOUT = MoeLayout(
+    Place("feed_forward.experts.{expert}.w1.weight"),
+    Place("feed_forward.experts.{expert}.w3.weight"),
+    Place("feed_forward.experts.{expert}.w2.weight"),
+    router="feed_forward.gate.weight",
+    constants=(selection_bias("feed_forward.expert_bias"),),
+)
+NEMOTRON_DENSE = DenseLayout(
+    None,
+    Place("mixer.up_proj.weight"),
+    Place("mixer.down_proj.weight"),
+    body="backbone",
+    embeddings=BACKBONE_EMBEDDINGS,
+)
+NEMOTRON_LAYOUT = MoeLayout(
+    None,
+    Place("mixer.experts.{expert}.up_proj.weight"),
+    Place("mixer.experts.{expert}.down_proj.weight"),
+    router="mixer.gate.weight",
+    body="backbone",
+    constants=(
+        selection_bias("mixer.gate.e_score_correction_bias"),
+        *_shared_expert("mixer.shared_experts", SHARED_EXPERT_SIZE, "up"),
+    ),
 )
 
 
-@dataclass(frozen=True)
-class Region:
-    """A run of rows of a tensor on disk; a row is a run of the last dimension (of one element in a vector)."""
-
-    tensor: str
-    full: tuple[int, ...]
-    """Shape of the whole tensor."""
-    row: int
-    """First row, counted over all leading dimensions."""
-    shape: tuple[int, ...]
-    """(rows, width), or (length,) of a vector."""
-
-    @property
-    def element(self) -> int:
-        """First element in the tensor."""
-        return self.row * prod(self.shape[1:])
-
-    @property
-    def count(self) -> int:
-        return prod(self.shape)
+def with_constants(layout: MoeLayout, *constants: Constant) -> MoeLayout:
+    """The same places, and more constants."""
+    return replace(layout, constants=(*layout.constants, *constants))
 
 
-@dataclass(frozen=True)
-class SharedMove:
-    """A run of rows that every token passes: attention, norms, embeddings."""
-
-    dense: Region
-    moe: Region
-
-
-@dataclass(frozen=True)
-class FfnMove:
-    """A weight of a layer's FFN, and where it lies for each expert."""
-
-    dense: Region
-    experts: tuple[tuple[Region, ...], ...]
-    """The slices of each."""
-    down: bool
-    """Whether the FFN's channels are its columns."""
+def channels(layout: DenseLayout, config: Config) -> int:
+    """I of a dense model."""
+    size = int(config[layout.size_field])
+    factor, multiple = config.get("block_ffn_dim_multiplier"), config.get("block_multiple_of")
+    if not config.get(ADJUSTED):
+        return size
+    smaller = int(2 * size / 3)
+    return smaller if factor is None or multiple is None else -(-int(factor * smaller) // multiple) * multiple
 
 
-def ffn_moves(dense: DenseLayout, moe: MoeLayout, config: Config, num_experts: int, granularity: int) -> list[FfnMove]:
-    """Every FFN weight, layer by layer; slice g of expert e is the MoE's expert e G + g."""
-    sliced = _ffn_shapes({**config, "intermediate_size": config["intermediate_size"] // granularity})
-    total = num_experts * granularity
-
-    def move(layer: int, source: Place, target: Place, shape: tuple[int, int], part: tuple[int, int]) -> FfnMove:
-        slices = [_region(target, _prefix(layer), part, e, total, moe.stacked) for e in range(total)]
-        experts = tuple(tuple(slices[e : e + granularity]) for e in range(0, total, granularity))
-        return FfnMove(_region(source, _prefix(layer), shape), experts, target is moe.down)
-
-    return [
-        move(layer, *weight)
-        for layer in moe_layers(config)
-        for weight in zip(_ffn(dense), _ffn(moe), _ffn_shapes(config), sliced, strict=True)
-    ]
+def resized(layout: DenseLayout, config: Config, size: int) -> Config:
+    """The configuration of a dense model that differs in I alone."""
+    return {**config, layout.size_field: size, **({ADJUSTED: False} if ADJUSTED in config else {})}
 
 
-def ffn_regions(dense: DenseLayout, config: Config) -> list[Region]:
-    """Every FFN weight of a dense model that becomes an expert's, layer by layer."""
-    pairs = list(zip(_ffn(dense), _ffn_shapes(config), strict=True))
-    return [_region(place, _prefix(layer), shape) for layer in moe_layers(config) for place, shape in pairs]
-
-
-def ffn_tensors(dense: DenseLayout, config: Config) -> list[str]:
-    """The names of the tensors that hold these weights, layer by layer."""
-    return list(dict.fromkeys(region.tensor for region in ffn_regions(dense, config)))
-
-
-def shared_moves(dense: DenseLayout, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[SharedMove]:
-    """The tensors `shapes` (all but the FFNs'), under the same names, except that a fused q, k, v is split."""
-    return [move for name, shape in shapes.items() for move in _shared(dense, config, name, shape)]
-
-
-def _shared(dense: DenseLayout, config: Config, name: str, shape: tuple[int, ...]) -> Iterator[SharedMove]:
-    if dense.qkv is None or not name.endswith(dense.qkv):
-        whole = Region(name, shape, 0, shape)
-        yield SharedMove(whole, whole)
-        return
-    row, width = 0, head_dim(config)
-    keys = config["num_key_value_heads"] * width
-    for part, rows in (("q_proj", config["num_attention_heads"] * width), ("k_proj", keys), ("v_proj", keys)):
-        run = (rows, *shape[1:])
-        yield SharedMove(Region(name, shape, row, run), Region(name.replace("qkv_proj", part), run, 0, run))
-        row += rows
-
-
-def router_tensors(moe: MoeLayout, config: Config) -> list[str]:
-    """The router's weight of every sparse layer."""
-    return [_prefix(layer) + moe.router for layer in moe_layers(config)]
-
-
-def zero_biases(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
-    """Biases that a reader insists on, of a dense model that has none."""
-    if not moe.qkv_bias:
-        return {}
-    width = head_dim(config)
-    sizes = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"], "v": config["num_key_value_heads"]}
-    return {
-        f"{_prefix(layer)}self_attn.{part}_proj.bias": (heads * width,)
-        for layer in range(config["num_hidden_layers"])
-        for part, heads in sizes.items()
-    }
-
-
-def zero_tensors(moe: MoeLayout, config: Config, num_experts: int) -> dict[str, tuple[int, ...]]:
-    """Tensors that the architecture insists on and that are all zeros, of its sparse layers."""
-    shapes = _shared_expert(moe, config)
-    if moe.selection_bias is not None:
-        shapes[moe.selection_bias] = (1, num_experts)
-    return {_prefix(layer) + name: shape for layer in moe_layers(config) for name, shape in shapes.items()}
-
-
-def _shared_expert(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
-    if moe.shared_expert is None:
-        return {}
-    hidden, size = config["hidden_size"], SHARED_EXPERT_SIZE
-    shapes = {
-        ".gate_proj": (size, hidden),
-        ".up_proj": (size, hidden),
-        ".down_proj": (hidden, size),
-        "_gate": (1, hidden),
-    }
-    return {f"{moe.shared_expert}{part}.weight": shape for part, shape in shapes.items()}
-
-
-def sink_tensors(moe: MoeLayout, config: Config) -> dict[str, tuple[int, ...]]:
-    """Attention sinks that the architecture insists on, of a dense model that has none."""
-    layers = range(config["num_hidden_layers"] if moe.sinks else 0)
-    return {f"{_prefix(layer)}{moe.sinks}": (config["num_attention_heads"],) for layer in layers}
+def ffn_layers(config: Config) -> list[int]:
+    """The layers that have an FFN or experts; in some hybrids attention, mamba and FFN are layers of their own."""
+    blocks = config.get("layers_block_type") or ["mlp"] * config["num_hidden_layers"]
+    return [layer for layer, block in enumerate(blocks) if block in ("mlp", "moe")]
 
 
 def moe_layers(config: Config) -> list[int]:
     """The layers with experts: of a dense model those that will have them, of a MoE those that do."""
-    dense = set(config.get("mlp_only_layers") or ())
-    return list(config.get(MOE_LAYERS) or (n for n in range(config["num_hidden_layers"]) if n not in dense))
+    if MOE_LAYERS in config:
+        return list(config[MOE_LAYERS])
+    every = ffn_layers(config)
+    if (kinds := config.get("mlp_layer_types") or config.get("layers_block_type")) and {"sparse", "moe"} & set(kinds):
+        return [layer for layer in every if kinds[layer] in ("sparse", "moe")]
+    if interval := config.get("moe_layer_interval"):
+        first, last = config["moe_layer_start_index"], config["moe_layer_end_index"]
+        return [layer for layer in every if first <= layer <= (last % len(every)) and (layer + 1) % interval == 0]
+    dense = set(config.get("mlp_only_layers") or range(config.get("num_dense_layers") or config.get(PREFIX) or 0))
+    return [layer for layer in every if layer not in dense]
 
 
 def head_dim(config: Config) -> int:
@@ -243,27 +244,15 @@ def head_dim(config: Config) -> int:
 
 def layer_of(tensor: str) -> int | None:
     """The decoder layer that a tensor belongs to, None for embeddings and the last norm."""
-    match = re.match(r"model\.layers\.(\d+)\.", tensor)
+    match = re.match(r"\w+\.layers\.(\d+)\.", tensor)
     return int(match[1]) if match else None
 
 
-def _prefix(layer: int) -> str:
-    return f"model.layers.{layer}."
+def in_memory(tensor: str) -> str:
+    """The name that transformers gives a decoder layer's tensor of a dense model once it is loaded."""
+    return re.sub(r"^\w+\.layers\.", "model.layers.", tensor)
 
 
-def _ffn(layout: DenseLayout | MoeLayout) -> tuple[Place, Place, Place]:
-    return layout.gate, layout.up, layout.down
-
-
-def _ffn_shapes(config: Config) -> tuple[tuple[int, int], ...]:
-    hidden, channels = config["hidden_size"], config["intermediate_size"]
-    return (channels, hidden), (channels, hidden), (hidden, channels)
-
-
-def _region(
-    place: Place, prefix: str, shape: tuple[int, int], expert: int = 0, num_experts: int = 1, stacked: bool = False
-) -> Region:
-    rows, width = shape
-    full = (num_experts, place.of * rows, width) if stacked else (place.of * rows, width)
-    first = expert * place.of * rows if stacked else 0
-    return Region(prefix + place.tensor.format(expert=expert), full, first + place.part * rows, shape)
+def prefix(layout: DenseLayout | MoeLayout, layer: int) -> str:
+    """What the names of a decoder layer's tensors begin with."""
+    return f"{layout.body}.layers.{layer}."

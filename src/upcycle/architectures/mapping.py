@@ -9,31 +9,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.architectures.families import Family, family_of, moe_config
-from upcycle.architectures.layouts import (
-    MOE_LAYERS,
-    SINK,
+from upcycle.architectures.families import family_of, moe_config
+from upcycle.architectures.family import Family
+from upcycle.architectures.layouts import MOE_LAYERS, Shape, channels, layer_of, moe_layers, prefix, sizes
+from upcycle.architectures.moves import (
     FfnMove,
     Region,
     SharedMove,
+    constants,
     ffn_moves,
     ffn_regions,
     ffn_tensors,
-    layer_of,
-    moe_layers,
     router_tensors,
     shared_moves,
-    sink_tensors,
-    zero_biases,
-    zero_tensors,
 )
 from upcycle.architectures.slices import WHOLE, Slicing
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
 from upcycle.weights.folders import read_config
-from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD, ModelReader, TensorSpec
+from upcycle.weights.safetensors_io import HEAD, ModelReader, TensorSpec
 
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, Shape]
 SLICE_MULTIPLE = 8
 """Channels: torch's grouped product wants strides of a multiple of 16 bytes."""
 
@@ -58,31 +54,26 @@ class Mapping:
 
     @cached_property
     def shared(self) -> list[SharedMove]:
-        return shared_moves(self.family.layout, self.config, self.shapes)
+        return shared_moves(self.family.moves, self.config, self.shapes)
 
     @cached_property
     def ffn(self) -> list[FfnMove]:
-        layouts = self.family.layout, self.family.moe.layout
-        return ffn_moves(*layouts, self.config, self.num_experts, self.granularity)
+        family = self.family
+        layouts = family.layout, family.moe.layout
+        return ffn_moves(*layouts, self.config, self.num_experts, self.granularity, family.down(self.config))
 
     @property
-    def zeros(self) -> Shapes:
-        layout = self.family.moe.layout
-        biases = zero_biases(layout, self.config)
-        total = self.num_experts * self.granularity
-        return zero_tensors(layout, self.config, total) | {
-            n: shape for n, shape in biases.items() if n not in self.shapes
-        }
-
-    @property
-    def sinks(self) -> Shapes:
-        return sink_tensors(self.family.moe.layout, self.config)
+    def _constants(self) -> dict[str, tuple[Shape, float]]:
+        moved = {move.moe.tensor for move in self.shared}
+        expert_size = channels(self.family.layout, self.config) // self.granularity
+        known = sizes(self.config, self.num_experts * self.granularity, expert_size)
+        found = constants(self.family.moe.layout, self.config, known)
+        return {name: constant for name, constant in found.items() if name not in moved}
 
     @property
     def constants(self) -> dict[str, Tensor]:
         """Tensors that the MoE's architecture insists on and that change nothing."""
-        zeros = {name: torch.zeros(shape) for name, shape in self.zeros.items()}
-        return zeros | {name: torch.full(shape, SINK) for name, shape in self.sinks.items()}
+        return {name: torch.full(shape, value) for name, (shape, value) in self._constants.items()}
 
     @property
     def moe_shapes(self) -> Shapes:
@@ -91,7 +82,8 @@ class Mapping:
         regions = [move.moe for move in self.shared] + slices
         vectors = (self.num_experts * self.granularity, self.config["hidden_size"])
         routers = dict.fromkeys(router_tensors(self.family.moe.layout, self.config), vectors)
-        return {region.tensor: region.full for region in regions} | routers | self.zeros | self.sinks
+        fixed = {name: shape for name, (shape, _) in self._constants.items()}
+        return {region.tensor: region.full for region in regions} | routers | fixed
 
     def specs(self, dtype: torch.dtype) -> dict[str, TensorSpec]:
         return {name: TensorSpec(shape, dtype) for name, shape in self.moe_shapes.items()}
@@ -99,7 +91,7 @@ class Mapping:
     @property
     def num_dense(self) -> int:
         """Parameters of the dense model."""
-        return sum(move.dense.count for move in self.shared) + sum(move.dense.count for move in self.ffn)
+        return sum(map(prod, self.shapes.values())) + sum(r.count for r in {move.dense for move in self.ffn})
 
     def moe_config(self, num_experts_per_tok: int, dtype: str) -> Config:
         """The MoE's config.json, see `families.moe_config`; `num_experts_per_tok` counts whole experts."""
@@ -138,7 +130,7 @@ def map_model(
     config = with_own_head(reader, with_layers(read_config(base), layers))
     family = family_of(config, str(base))
     check_shapes(reader, family, config)
-    check_granularity(config, slicing.granularity, base)
+    check_granularity(channels(family.layout, config), slicing.granularity, base)
     return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts, slicing)
 
 
@@ -147,16 +139,16 @@ def with_layers(config: Config, layers: Sequence[int] | None) -> Config:
     return config if layers is None else {**config, MOE_LAYERS: list(layers)}
 
 
-def check_granularity(config: Config, granularity: int, where: Path) -> None:
+def check_granularity(size: int, granularity: int, where: Path) -> None:
     """
     Raises:
         UpcycleError: G does not divide the FFN's channels.
     """
-    if granularity > 1 and config["intermediate_size"] % (granularity * SLICE_MULTIPLE):
+    if granularity > 1 and size % (granularity * SLICE_MULTIPLE):
         raise UpcycleError(
-            f"{where}: assemble.granularity is {granularity}, which does not divide the FFN's "
-            f"{config['intermediate_size']} channels (intermediate_size) into a multiple of {SLICE_MULTIPLE} each, as "
-            "grouped products need; take a smaller one"
+            f"{where}: assemble.granularity is {granularity}, which does not divide the FFN's {size} channels "
+            "(intermediate_size) into a multiple of "
+            f"{SLICE_MULTIPLE} each, as grouped products need; take a smaller one"
         )
 
 
@@ -168,9 +160,9 @@ def looked_up(config: Config) -> int:
 def with_own_head(reader: ModelReader, config: Config) -> Config:
     """A tied model whose file has a head of its own that differs is untied, as transformers takes it."""
     names = set(reader.names())
-    if not config.get("tie_word_embeddings") or not {EMBEDDINGS, HEAD} <= names:
+    if not config.get("tie_word_embeddings") or not {reader.embeddings, HEAD} <= names:
         return config
-    same = torch.equal(reader.elements(EMBEDDINGS), reader.elements(HEAD))
+    same = torch.equal(reader.elements(reader.embeddings), reader.elements(HEAD))
     return config if same else {**config, "tie_word_embeddings": False}
 
 
@@ -186,11 +178,12 @@ def check_shapes(reader: ModelReader, family: Family, config: Config) -> None:
         raise UpcycleError(
             f"{reader.folder}: config.json says num_hidden_layers={config['num_hidden_layers']}, the file has {layers}"
         )
-    expected: Shapes = {EMBEDDINGS: (config["vocab_size"], config["hidden_size"])}
+    embeddings = family.layout.embeddings
+    expected: Shapes = {embeddings: (config["vocab_size"], config["hidden_size"])}
     expected |= {region.tensor: region.full for region in ffn_regions(family.layout, config)}
     for name, shape in expected.items():
         if (found := reader.spec(name).shape) != shape:
-            fields = "vocab_size, hidden_size" if name == EMBEDDINGS else "hidden_size, intermediate_size"
+            fields = "vocab_size, hidden_size" if name == embeddings else f"hidden_size, {family.layout.size_field}"
             raise UpcycleError(
                 f"{reader.folder}: {name} has shape {found}, expected {shape} by config.json ({fields}); "
                 "correct the one that is wrong"
@@ -209,9 +202,10 @@ def shared_shapes(reader: ModelReader, family: Family, config: Config) -> Shapes
         UpcycleError: a tensor of an FFN has no place in a MoE.
     """
     shared = needed_tensors(reader, config) - set(ffn_tensors(family.layout, config))
-    sparse = moe_layers(config)
-    strange = sorted(name for name in shared if ".mlp." in name and layer_of(name) in sparse)
-    if strange:
+    blocks = tuple(
+        prefix(family.layout, layer) + family.layout.up.tensor.split(".")[0] + "." for layer in moe_layers(config)
+    )
+    if strange := sorted(name for name in shared if name.startswith(blocks)):
         raise UpcycleError(f"{reader.folder}: {strange[0]} has no place in the mixture of experts")
     return {name: reader.spec(name).shape for name in sorted(shared)}
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from upcycle.architectures.layouts import FfnMove, Region
+from upcycle.architectures.moves import FfnMove, Region
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import CLIENTS, limits
 from upcycle.architectures.families import computed_fields, expert_counts, family_of, moe_of
-from upcycle.architectures.layouts import Region, ffn_tensors, moe_layers, router_tensors
+from upcycle.architectures.layouts import ffn, in_memory, moe_layers
 from upcycle.architectures.mapping import (
     Mapping,
     looked_up,
@@ -27,6 +27,7 @@ from upcycle.architectures.mapping import (
     with_layers,
     with_own_head,
 )
+from upcycle.architectures.moves import Region, ffn_tensors, router_tensors
 from upcycle.architectures.slices import Slicing
 from upcycle.console import warn
 from upcycle.distributed.shards import is_sharded, placement, take_over
@@ -116,7 +117,7 @@ def whole_model(base: Base, _lora: LoraSettings, _seed: int, devices: DevicesSet
     if base.layers is not None:
         every, sparse = ffn_names(replace(base, layers=None)), ffn_names(base)
         for name in set(every) - set(sparse):
-            model.get_parameter(name).requires_grad_(False)
+            model.get_parameter(in_memory(name)).requires_grad_(False)
     return model
 
 
@@ -127,7 +128,7 @@ def _dense_placement(devices: DevicesSettings) -> dict[str, Any]:
 def ffn_alone(base: Base, _lora: LoraSettings, _seed: int, devices: DevicesSettings) -> Model:
     """Only the FFN weights train: the experts then differ in nothing else."""
     model = load_dense(base.folder, torch.float32, **_dense_placement(devices)).train()
-    names = set(ffn_names(base))
+    names = set(map(in_memory, ffn_names(base)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     return model
@@ -189,7 +190,8 @@ def assemble(
         experts=partial(_pieces, sources, plan, layout_down),
         expert=partial(_expert, sources, plan, layout_down),
         routers=routers,
-        compared=[] if moments else [len(sources.experts) - 1],  # the last that exists as a dense model
+        compared=[len(sources.experts) - 1],  # the last that exists as a dense model
+        moments=moments,
         num_experts_per_tok=settings.num_experts_per_tok,
     )
     dtype = storage_dtype(settings.dtype, sources.experts[0], mapping)
@@ -312,7 +314,8 @@ def describe(folder: Path) -> Description:
 def _sizes(folder: Path, config: Config, experts: int, active_experts: int, slices: int) -> str:
     """Parameters in all and for a token, and FLOPs over the dense model's (scores of attention left out)."""
     reader, layers, hidden = ModelReader(folder), len(moe_layers(config)), config["hidden_size"]
-    expert = layers * 3 * hidden * config[moe_of(config).size_field]
+    moe = moe_of(config)
+    expert = layers * len(ffn(moe.layout)) * hidden * config[moe.size_field]
     total = reader.num_parameters
     active = total - (experts - active_experts) * expert
     dense = total - (experts - slices) * expert - layers * experts * hidden

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upcycle.architectures.families import family_of
-from upcycle.architectures.layouts import Region, ffn_regions
 from upcycle.architectures.mapping import with_layers
+from upcycle.architectures.moves import Region, ffn_regions
 from upcycle.errors import UpcycleError
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise

@@ -18,7 +18,7 @@ from upcycle.experts.kind import Kind, Load
 from upcycle.experts.lora import ADAPTER, LORA
 from upcycle.experts.mixture import mixture_of
 from upcycle.records.files import LINEAGE
-from upcycle.routing.routers import freeze, num_slices, router_modules
+from upcycle.routing.routers import freeze, num_slices, router_modules, routing_vectors
 from upcycle.settings import DevicesSettings
 from upcycle.types import Model
 from upcycle.weights.safetensors_io import ModelReader
@@ -129,4 +129,4 @@ def load_routers(model: Model, path: Path) -> None:
     tensors = load_file(path)
     with torch.no_grad():
         for name, router in zip(router_keys(model), router_modules(model), strict=True):
-            put(router.get_parameter("weight"), tensors[name])
+            put(routing_vectors(router), tensors[name])

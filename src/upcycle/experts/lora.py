@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from upcycle.architectures.layouts import Region
 from upcycle.architectures.mapping import map_model, read_region
+from upcycle.architectures.moves import Region
 from upcycle.console import say, warn
 from upcycle.distributed.device import compute_dtype, pick_device
 from upcycle.errors import UpcycleError

@@ -6,14 +6,15 @@ What differs between assembly and folding is where an expert's weights come from
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from upcycle.architectures.identity import check_identity
-from upcycle.architectures.layouts import FfnMove, Region, SharedMove, router_tensors
+from upcycle.architectures.identity import check_identity, rewritten
 from upcycle.architectures.mapping import Mapping, read_region
+from upcycle.architectures.moves import FfnMove, Region, SharedMove, router_tensors
 from upcycle.console import say
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
@@ -38,8 +39,10 @@ class Parts:
     routers: Sequence[Tensor]
     """(E, H) of each layer, E whole experts."""
     compared: Sequence[int]
-    """The experts whose logits are compared with those of their dense models; none: nothing is said either."""
+    """The experts whose logits are compared with those of their dense models."""
     num_experts_per_tok: int
+    moments: bool = False
+    """Whether they are an optimizer's moments: nothing is said or compared, and what is rewritten begins at zero."""
 
 
 def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype, verb: str, hint: str) -> Config:
@@ -60,20 +63,23 @@ def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype
     """
     require_space(out_dir, mapping.num_parameters() * stored.itemsize, "the MoE", hint)
     with ModelWriter(out_dir, mapping.specs(stored)) as writer:
-        map_tensors(partial(_write_shared, writer, parts.shared), mapping.shared, f"{verb}: shared weights")
+        shared = [move for move in mapping.shared if not parts.moments or _keeps_moments(move)]
+        map_tensors(partial(_write_shared, writer, parts.shared), shared, f"{verb}: shared weights")
 
         def write_experts(move: FfnMove) -> None:
             for expert, element, values in parts.experts(move.dense):
-                for target, begin, part in mapping.slicing.place(move, expert, element, values):
+                made = rewritten(values, move.rewrite)
+                for target, begin, part in mapping.slicing.place(move, expert, element, made):
                     writer.write(target.tensor, part, target.element + begin)
 
-        map_tensors(write_experts, mapping.ffn, f"{verb}: experts")
+        ffns = [move for move in mapping.ffn if not parts.moments or _keeps_moments(move)]
+        map_tensors(write_experts, ffns, f"{verb}: experts")
         for name, tensor in _small_tensors(mapping, parts.routers).items():
             writer.write(name, tensor)
     dtype_name = str(stored).removeprefix("torch.")
     config = mapping.moe_config(parts.num_experts_per_tok, dtype_name)
     write_config(out_dir, config)
-    if not parts.compared:
+    if parts.moments:
         return config
     millions, count = mapping.num_parameters() / 1e6, mapping.num_experts
     sliced = f" of {mapping.granularity} slices each" if mapping.granularity > 1 else ""
@@ -92,11 +98,19 @@ def storage_dtype(dtype: str, reader: ModelReader, mapping: Mapping) -> torch.dt
 def _write_shared(writer: ModelWriter, readers: Sequence[ModelReader], move: SharedMove) -> None:
     """Copy a run of rows from one model, or the mean of several; refuses NaN and Inf."""
     source, target = move.dense, move.moe
-    for begin, count in pieces(source.count, PIECE):
+    width = prod(source.shape[1:])
+    together = move.rewrite.rows * width if move.rewrite else 1
+    for begin, count in pieces(source.count, max(PIECE // together, 1) * together):
         values = _mean([reader.elements(source.tensor, source.element + begin, count) for reader in readers])
         if not values.float().sum().isfinite() and not values.isfinite().all():  # the sum is quicker
             raise UpcycleError(f"{readers[-1].folder}: {source.tensor} holds NaN or Inf; take an undamaged checkpoint")
+        if move.rewrite:
+            values = move.rewrite.apply(values.view(-1, *source.shape[1:]))
         writer.write(target.tensor, values, target.element + begin)
+
+
+def _keeps_moments(move: SharedMove | FfnMove) -> bool:
+    return move.rewrite is None or move.rewrite.permutes
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

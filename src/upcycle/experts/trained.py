@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from upcycle.architectures.layouts import in_memory
 from upcycle.architectures.mapping import Mapping
+from upcycle.architectures.moves import ffn_tensors
 from upcycle.experts.kinds import KINDS
 from upcycle.recipe import Recipe
 from upcycle.types import Config
@@ -24,8 +26,10 @@ def prepared(recipe: Recipe, mapping: Mapping) -> Trained:
     """In preparation."""
     if (added := _added(recipe, mapping.config)) is not None:
         return Trained(mapping.config, lambda _: False, added)
-    ffns = recipe.prepare.train == "ffn"
-    return Trained(mapping.config, lambda name: not ffns or ".mlp." in name)
+    if recipe.prepare.train != "ffn":
+        return Trained(mapping.config, lambda _: True)
+    ffns = set(map(in_memory, ffn_tensors(mapping.family.layout, mapping.config)))
+    return Trained(mapping.config, ffns.__contains__)
 
 
 def posttrained(recipe: Recipe, mapping: Mapping) -> Trained:
@@ -44,6 +48,6 @@ def _added(recipe: Recipe, config: Config) -> int | None:
 
 
 def _part(name: str) -> str:
-    if name.endswith("gate.weight") or ".router." in name:
+    if ".gate." in name or ".router." in name:
         return "router"
     return "experts" if ".experts." in name else "shared"

@@ -76,6 +76,7 @@ class Run:
     def base(self) -> "upcycle.weights.base.Base":
         """The base, refused here and now if nothing can be made of it."""
         from upcycle.architectures.families import family_of
+        from upcycle.architectures.layouts import ffn_layers
         from upcycle.architectures.mapping import with_layers
         from upcycle.weights.base import Base, template_text
         from upcycle.weights.folders import base_name, find_model
@@ -86,7 +87,7 @@ class Run:
         text = template_text(template) if template else None
         base = Base(folder, base_name(self.recipe.base), text, self._last_checkpoint)
         try:
-            layers = self.recipe.assemble.chosen_layers(base.config["num_hidden_layers"])
+            layers = self.recipe.assemble.chosen_layers(ffn_layers(base.config))
         except ValueError as error:
             raise UpcycleError(str(error)) from None
         base = replace(base, layers=layers)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what imports torch
 
 def _prepare(run: Run, out: Path) -> None:
     from upcycle.architectures.check import check_source, say_text_part
+    from upcycle.architectures.layouts import ffn_layers
     from upcycle.architectures.mapping import map_model
     from upcycle.architectures.slices import Slicing
     from upcycle.stages.expert_preparation.checkpoints import adopt
@@ -59,7 +60,7 @@ def _prepare(run: Run, out: Path) -> None:
         on_main(lambda: adopt(run.kind, base, run.given_checkpoints, out) and None)
         if base.layers is not None:
             warn(
-                f"prepare: {base.config['num_hidden_layers'] - base.num_moe_layers} layers keep one FFN, that of "
+                f"prepare: {len(ffn_layers(base.config)) - len(base.layers)} layers keep one FFN, that of "
                 f"assemble.shared={recipe.assemble.shared}: an expert alone is not its checkpoint then"
             )
     else:

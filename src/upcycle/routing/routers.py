@@ -37,6 +37,11 @@ def router_modules(model: Model) -> list[nn.Module]:
     return [getattr(block, name) for block, name in routers(model)]
 
 
+def routing_vectors(router: nn.Module) -> nn.Parameter:
+    """The parameter (E, H) of a model's own router, by whatever name: Hunyuan has a linear layer in it."""
+    return next(parameter for parameter in router.parameters() if parameter.dim() == 2)
+
+
 def granularity(model: Model) -> int:
     """Slices that an expert is cut into, as `experts.kinds.load_model` found them in its lineage; 1 for any other."""
     return int(getattr(model, "granularity", 1))
@@ -49,12 +54,12 @@ def num_experts(model: Model) -> int:
 
 def num_slices(model: Model) -> int:
     """What the router of a layer chooses among: the model's own experts, slices where they are cut."""
-    return next((len(router.get_parameter("weight")) for router in router_modules(model)), 0)
+    return next((len(routing_vectors(router)) for router in router_modules(model)), 0)
 
 
 def parts(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter of a MoE with the part that it belongs to: `router`, `experts`, or `shared` for all the rest."""
-    gates = {id(router.weight) for router in router_modules(model)}
+    gates = {id(routing_vectors(router)) for router in router_modules(model)}
     for name, parameter in model.named_parameters():
         yield "router" if id(parameter) in gates else "experts" if ".experts." in name else "shared", parameter
 
@@ -93,7 +98,7 @@ class ForcedRouter(nn.Module):
         self.rows = rows
         self.num_experts = num_experts
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
         flat = hidden.reshape(-1, hidden.shape[-1])
         experts = self.rows.of_tokens(len(flat), flat.device)
         scores = nn.functional.one_hot(experts, self.num_experts).to(flat)
@@ -112,7 +117,7 @@ class GatedRouter(nn.Module):
         self.vectors = nn.Parameter(vectors.clone().float())
         self.scores: Float[Tensor, " T"] = torch.zeros(0)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
         flat = hidden.reshape(-1, hidden.shape[-1])
         experts = self.rows.of_tokens(len(flat), flat.device)
         self.scores = (flat.float() * self.vectors[experts]).sum(dim=-1)

@@ -19,6 +19,10 @@ TOKEN_MASK = "token_mask"
 
 MASKED = ("sdpa", "eager")
 """Implementations of attention with a mask, which tells rows of several lines apart; flash attention mixes them."""
+PLAIN = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+"""Kinds of layers whose masks follow the positions."""
+PROBE, LEAK = 12, 0.1
+"""Tokens of a row, and the share of what it sees of another that is rounding."""
 DRAWN = 100
 """Micro-batches, to find the largest."""
 
@@ -53,8 +57,31 @@ class SideBySide:
 
 
 def can_pack(model: Model) -> bool:
-    """Whether rows may lie side by side in what it trains on."""
-    return model.config._attn_implementation in MASKED
+    """Whether rows may lie side by side in what it trains on: every layer tells them apart.
+
+    Convolutions, mamba and linear attention do not, nor do models that leave the positions out of their masks. Those
+    are found by a row of a few tokens behind another one.
+    """
+    if model.config._attn_implementation not in MASKED:
+        return False
+    kinds = {*(getattr(model.config, "layer_types", None) or ()), *(getattr(model.config, "layers_block_type", ()))}
+    return kinds <= PLAIN and _sees_itself_alone(model)
+
+
+@torch.no_grad()
+def _sees_itself_alone(model: Model) -> bool:
+    """Whether positions that start anew take away what a row sees of the row before it."""
+    ids = torch.arange(2 * PROBE, device=model.device)[None] % model.config.vocab_size
+    positions = torch.arange(2 * PROBE, device=model.device)[None]
+    training = model.training
+    model.eval()
+    alone = model(input_ids=ids[:, PROBE:], use_cache=False).logits
+    apart, seen = (
+        (model(input_ids=ids, position_ids=at, use_cache=False).logits[:, PROBE:] - alone).abs().max()
+        for at in (positions % PROBE, positions)
+    )
+    model.train(training)
+    return bool(apart <= LEAK * seen)
 
 
 def largest_batch(lengths: Sequence[int], rows: int, packed: bool) -> tuple[int, int]:

@@ -99,10 +99,14 @@ def _resolved(config: Config, path: Path) -> Config:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return config
     try:
-        resolved: Config = CONFIG_MAPPING[model_type].from_dict(config).to_dict()
+        known = CONFIG_MAPPING[model_type].from_dict(config)
+        resolved: Config = known.to_dict()
     except Exception as error:  # the strict dataclasses of huggingface_hub raise their own kinds
         raise UpcycleError(f"{path} is not a valid {model_type} configuration: {error}") from None
-    return _of_text_alone(_resolved(wrapper.text_config(resolved), path)) if wrapper else resolved
+    if wrapper is not None:
+        return _of_text_alone(_resolved(wrapper.text_config(resolved), path))
+    # some do not write what they imply
+    return {"num_hidden_layers": getattr(known, "num_hidden_layers", None), **resolved}
 
 
 def _of_text_alone(config: Config) -> Config:
@@ -149,7 +153,7 @@ def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False, **where
 
 
 def load_as_others_do(folder: Path, dtype: torch.dtype) -> tuple[Config, dict[str, torch.Tensor]]:
-    """Configuration and tensors of the dense model in a folder, as transformers alone reads them.
+    """Configuration and tensors of the dense model in a folder, as transformers alone reads and would write them.
 
     Of a wrapper those of its text model, cut out of the whole that transformers loads.
 
@@ -157,13 +161,15 @@ def load_as_others_do(folder: Path, dtype: torch.dtype) -> tuple[Config, dict[st
         UpcycleError: see `load_dense`.
     """
     from transformers import AutoModelForImageTextToText
+    from transformers.core_model_loading import revert_weight_conversion
 
     wrapper = wrapper_in(folder)
     if wrapper is None:
         model = load_dense(folder, dtype)
-        return model.config.to_dict(), model.state_dict()
+        return model.config.to_dict(), revert_weight_conversion(model, model.state_dict())
     whole, _ = _loaded(partial(_from_folder, AutoModelForImageTextToText), folder, dtype=dtype)
-    named = ((wrapper.text_name(name), tensor) for name, tensor in whole.state_dict().items())
+    written = revert_weight_conversion(whole, whole.state_dict())
+    named = ((wrapper.text_name(name), tensor) for name, tensor in written.items())
     config = _resolved(whole.config.to_dict(), folder / "config.json")
     return config, {name: tensor for name, tensor in named if name is not None}
 

@@ -50,6 +50,9 @@ class TensorSpec:
 
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BACKBONE_EMBEDDINGS = "backbone.embeddings.weight"
+"""Of Nemotron-H."""
+EMBEDDING_NAMES = EMBEDDINGS, BACKBONE_EMBEDDINGS
 COMPILED = r"_orig_mod\."
 
 
@@ -87,11 +90,18 @@ class ModelReader:
                     self.left_out += prod(mapped.spec.shape)
                 else:
                     self._where[plain] = mapped
-        if EMBEDDINGS not in self._where and HEAD in self._where:  # tied, and kept under the other of its two names
+        if (
+            not self._where.keys() & set(EMBEDDING_NAMES) and HEAD in self._where
+        ):  # tied, and kept under the other of its two names
             self._where[EMBEDDINGS] = self._where[HEAD]
 
     def names(self) -> list[str]:
         return sorted(self._where)
+
+    @property
+    def embeddings(self) -> str:
+        """The name of the embeddings."""
+        return next((name for name in EMBEDDING_NAMES if name in self._where), EMBEDDINGS)
 
     @property
     def num_parameters(self) -> int:

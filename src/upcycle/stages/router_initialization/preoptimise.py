@@ -15,7 +15,15 @@ from upcycle.data.batches import collate, token_batches
 from upcycle.data.chat import Sample
 from upcycle.routing.answers import answer_losses, token_mask
 from upcycle.routing.batch import Batch
-from upcycle.routing.routers import GatedRouter, RowExperts, granularity, parts, router_modules, swapped_routers
+from upcycle.routing.routers import (
+    GatedRouter,
+    RowExperts,
+    granularity,
+    parts,
+    router_modules,
+    routing_vectors,
+    swapped_routers,
+)
 from upcycle.settings import RouteSettings
 from upcycle.types import Model
 
@@ -45,7 +53,7 @@ def preoptimise(
     order = torch.Generator().manual_seed(seed)
     experts = _moving_experts(model, settings)
     groups = token_batches([len(samples[s].input_ids) for s, _ in pairs], settings.tokens_per_batch)
-    places = [router.get_parameter("weight").device for router in router_modules(model)]
+    places = [routing_vectors(router).device for router in router_modules(model)]
     log = []
     with (
         swapped_routers(model, lambda layer: GatedRouter(rows, start[layer].to(places[layer]))) as routers,
