@@ -362,6 +362,9 @@ class AssembleSettings(Settings):
     With `last` tokenizer, template, special tokens and generation settings come from it too, if it has them."""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Storage dtype of the assembled MoE; `source` keeps the checkpoints'."""
+    keep_vision: bool = False
+    """Write the finished MoE into the base's folder of more than text, with its vision part as it is there (Mistral3);
+    otherwise the MoE reads text alone. Whole FFNs only."""
 
     @field_validator("layers", mode="before")
     @classmethod

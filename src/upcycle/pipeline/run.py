@@ -75,12 +75,18 @@ class Run:
     @cached_property
     def base(self) -> "upcycle.weights.base.Base":
         """The base, refused here and now if nothing can be made of it."""
+        from upcycle.architectures.families import family_of
+        from upcycle.architectures.mapping import with_layers
         from upcycle.weights.safetensors_io import ModelReader
+        from upcycle.weights.whole import check_keeps
 
         base = self.given_base
         ModelReader(base.folder)
         self._check_shards(base)
         self.kind.check_base(base)
+        if self.recipe.assemble.keep_vision:
+            config = with_layers(base.config, base.layers)
+            check_keeps(base.folder, family_of(config, str(base.folder)).moe.model_type)
         return base
 
     @cached_property
