@@ -17,7 +17,7 @@ from setup_clients import ROOT
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import TEMPLATE, make_dense, perturbed
-from upcycle.architectures.clients import CLIENTS, limits
+from upcycle.architectures.clients import CLIENTS, UNTRIED, limits
 from upcycle.experts.kinds import load_model
 from upcycle.weights.folders import copy_companions
 from worlds import assembled
@@ -26,7 +26,18 @@ pytestmark = pytest.mark.clients
 HERE = Path(__file__).parent
 TEXT, NEW_TOKENS = "Spell the word upcycle backward, then add 2 and 3.", 12
 MIXED = ["sliding_attention", "full_attention"]
+LONG = {"max_position_embeddings": 1024}
+"""mistral.rs has a cache of 543 tokens for some."""
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+PARTIAL_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 2.0,
@@ -88,10 +99,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"rope_parameters": longrope(16), "original_max_position_embeddings": 32},
     ),
-    "phi3 with partial rotary -> glm4_moe": (
-        "phi3",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}},
-    ),
+    "phi3 with partial rotary -> glm4_moe": ("phi3", {**PARTIAL_ROTARY, "tie_word_embeddings": False}),
+    "phi3 with partial rotary, tied -> glm4_moe": ("phi3", PARTIAL_ROTARY),
     "seed_oss -> qwen2_moe": ("seed_oss", {"head_dim": 32, "tie_word_embeddings": False, **NO_DROPOUT}),
     "ernie4_5 -> ernie4_5_moe": ("ernie4_5", {"head_dim": 32}),
     "cohere2, mixed windows -> cohere2_moe": ("cohere2", {"sliding_window": 16, "layer_types": MIXED}),
@@ -115,22 +124,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite 4 -> granitemoe": ("granitemoehybrid", {**GRANITE_4, "layer_types": ["full_attention"] * 2}),
     "granite 4 with mamba -> granitemoehybrid": (
         "granitemoehybrid",
-        {**GRANITE_4, "layer_types": ["linear_attention", "full_attention"]},
+        {**GRANITE_4, **LONG, "layer_types": ["linear_attention", "full_attention"]},
     ),
     "hyperclovax -> granitemoe": ("hyperclovax", {**GRANITE, "use_post_norm": False}),
     "hunyuan -> hunyuan_v1_moe": ("hunyuan_v1_dense", {"head_dim": 32}),
-    "youtu -> deepseek_v3": (
-        "youtu",
+    "youtu -> deepseek_v3": ("youtu", {**MLA, "tie_word_embeddings": False}),
+    "youtu, tied -> deepseek_v3": ("youtu", MLA),
+    "lfm2 -> lfm2_moe": (
+        "lfm2",
         {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
-            "v_head_dim": 32,
+            "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            **LONG,
         },
     ),
-    "lfm2 -> lfm2_moe": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "nemotron_h -> nemotron_h": (
         "nemotron_h",
         {
@@ -252,8 +259,9 @@ def test_a_client_says_what_transformers_says(client: str, world: dict[str, Any]
         config = json.loads((Path(world[name]["folder"]) / "config.json").read_text())
         assert config["model_type"] == name.split(" -> ")[1]
         known = any(limit.client == client for limit in limits(config))
-        if known == verdict.startswith("equal"):
-            problems[name] = f"{verdict} (architectures.clients says {'otherwise' if known else 'it loads'})"
+        untried = any(limit.client == client for limit in limits(config, UNTRIED))
+        if not untried and known == verdict.startswith("equal"):
+            problems[name] = f"{verdict} (architectures.clients says {'otherwise' if known else 'yes'})"
     assert not problems
 
 

@@ -34,8 +34,7 @@ class Limit:
     """`when` in words."""
 
     def __str__(self) -> str:
-        untried = self.what == NOT_TRIED
-        return self.what if untried else f"{'WRONG' if self.silent else 'no'}: {self.what}"
+        return self.what if self.what.startswith(NOT_TRIED) else f"{'WRONG' if self.silent else 'no'}: {self.what}"
 
 
 def _biases(config: Config) -> bool:
@@ -60,11 +59,24 @@ def _own_head_dim(config: Config) -> bool:
     return bool(head_dim(config) * config["num_attention_heads"] != config["hidden_size"])
 
 
+def _tied(config: Config) -> bool:
+    return bool(config["tie_word_embeddings"])
+
+
+def _narrow_values(config: Config) -> bool:
+    return bool(config["v_head_dim"] != config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+
+
 LIMITS = (
     Limit("vllm", "granitemoe", "drops the attention biases", _biases, True, "with attention biases"),
     Limit("vllm", "qwen2_moe", "ignores the sliding windows", _windows, True, "with windows"),
     Limit("vllm", "cohere2_moe", "has windows one token longer", _windows, True, "with windows"),
     Limit("vllm", "mixtral", "takes the long factors for short texts too", _longrope, True, "with longrope"),
+    Limit("vllm", "glm4_moe", "does not tie the head to them", _tied, True, "with tied embeddings"),
+    Limit("vllm", "deepseek_v3", "does not tie the head to them", _tied, True, "with tied embeddings"),
+    Limit(
+        "vllm", "lfm2_moe", "on a CPU rotates queries wrongly (right with custom_ops -rotary_embedding)", silent=True
+    ),
     Limit("llamacpp", "mixtral", "ignores the sliding window", _window, True, "with a window"),
     Limit("llamacpp", "qwen2_moe", "does not renormalise the router's weights (nor load it tied)", silent=True),
     Limit("llamacpp", "flex_olmo", UNKNOWN),
@@ -76,6 +88,8 @@ LIMITS = (
         _own_head_dim,
         where="with its own head_dim",
     ),
+    Limit("mistralrs", "hunyuan_v1_moe", "gives other tokens (cause not found)", silent=True),
+    Limit("mistralrs", "deepseek_v3", "refuses the shapes", _narrow_values, where="with values narrower than queries"),
     *(
         Limit("mistralrs", moe, UNKNOWN)
         for moe in (
@@ -85,10 +99,20 @@ LIMITS = (
             "granitemoe_swa",
             "ernie4_5_moe",
             "cohere2_moe",
+            "mellum",
+            "qwen3_5_moe_text",
+            "nemotron_h",
         )
     ),
 )
 UNTRIED = (
+    Limit("vllm", "qwen3_5_moe_text", f"{NOT_TRIED} (its linear attention has no fp32 on a CPU)"),
+    Limit(
+        "vllm",
+        "deepseek_v3",
+        f"{NOT_TRIED} with its latent attention (no fp32 on a CPU; right with VLLM_MLA_DISABLE=1)",
+    ),
+    Limit("vllm", "nemotron_h", f"{NOT_TRIED} (its experts without a gate need a GPU)"),
     Limit("llamacpp", "mixtral", NOT_TRIED, _longrope, where="with longrope"),
     *(
         Limit("llamacpp", moe, NOT_TRIED)

@@ -253,14 +253,17 @@ MAMBA = (
 )
 
 
+GRANITE_LAYERS = {"full_attention": "attention", "linear_attention": "mamba"}
+"""What the kinds of layers are called on disk."""
 GRANITE_EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 
 
 def _granite_moe_hybrid(dense: Config) -> Config:
-    copied = ("layer_types", "position_embedding_type", "rope_parameters", *MAMBA)
+    copied = ("position_embedding_type", "rope_parameters", *MAMBA)
     return {
         **_granite_moe(dense),
         **{name: dense[name] for name in copied},
+        "layer_types": [GRANITE_LAYERS[kind] for kind in dense["layer_types"]],
         "shared_intermediate_size": SHARED_EXPERT_SIZE,
     }
 
@@ -324,7 +327,8 @@ def _glm_moe(dense: Config) -> Config:
     return {
         **_sigmoid_routing(dense),
         "attention_bias": dense.get("attention_bias", False),
-        "rope_parameters": dense["rope_parameters"],
+        "rope_parameters": (rope := dense["rope_parameters"]),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),  # where older readers look
         "use_qk_norm": False,
         "num_mtp_layers": 0,
     }
@@ -342,6 +346,8 @@ def _sigmoid_routing(dense: Config) -> Config:
     }
 
 
+DEEPSEEK_ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+"""What transformers takes for granted of DeepSeek-V3, and others read from its config.json."""
 MLA = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim")
 
 
@@ -349,6 +355,7 @@ def _deepseek_v3(dense: Config) -> Config:
     return {
         **_sigmoid_routing(dense),
         **{name: dense[name] for name in (*MLA, "attention_bias", "rope_interleave")},
+        **DEEPSEEK_ROUTING,
         "num_mtp_layers": 0,
     }
 
