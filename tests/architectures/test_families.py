@@ -10,12 +10,15 @@ import test_clients
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import make_dense, perturbed
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.check import check, check_source
 from upcycle.architectures.clients import CLIENTS, LIMITS, UNTRIED, Limit, always
 from upcycle.architectures.families import FAMILIES, MOES, family_of
+from upcycle.architectures.families import WRONG as WITHOUT
+from upcycle.architectures.listing import ADAPTERS, MODELS
 from upcycle.architectures.mapping import Mapping, shared_shapes, with_own_head
 from upcycle.errors import UpcycleError
 from upcycle.experts.ffn import describe
@@ -244,6 +247,23 @@ def assert_rows_see_themselves_alone(model: Model) -> None:
 def test_every_family_has_a_case(dense: str) -> None:
     rows = {f.moe.model_type for f in FAMILIES if f.dense == dense}
     assert rows == {moe for d, moe, _ in (*EXACT, *PARTIAL, *FIRST_DENSE) if d == dense}
+
+
+@pytest.mark.parametrize("dense", WITHOUT)
+def test_lora_experts_are_offered_where_every_layer_has_their_ffn(dense: str) -> None:
+    """Gate, up and down without biases, under these names."""
+    config = CONFIG_MAPPING[dense](num_hidden_layers=2, num_key_value_heads=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    ffn = getattr(getattr(getattr(model, "model", None), "layers", [None])[0], "mlp", torch.nn.Module())
+    needed = {f"{part}_proj.weight" for part in ("gate", "up", "down")}
+    assert ({name for name, _ in ffn.named_parameters()} == needed) == (dense in ADAPTERS)
+
+
+@pytest.mark.parametrize("dense", sorted({*WITHOUT, *(family.dense for family in FAMILIES)}))
+def test_every_family_is_known_by_the_names_of_its_models(dense: str) -> None:
+    assert MODELS[dense]
+    assert all(family.note for family in FAMILIES if family.dense == dense)
 
 
 @pytest.mark.parametrize("moe", MOES)

@@ -110,7 +110,7 @@ UNTRIED = (
     Limit(
         "vllm",
         "deepseek_v3",
-        f"{NOT_TRIED} with its latent attention (no fp32 on a CPU; right with VLLM_MLA_DISABLE=1)",
+        f"{NOT_TRIED} with its latent attention, which has no fp32 on a CPU (right without, see docs/families.md)",
     ),
     Limit("vllm", "nemotron_h", f"{NOT_TRIED} (its experts without a gate need a GPU)"),
     Limit("llamacpp", "mixtral", NOT_TRIED, _longrope, where="with longrope"),
