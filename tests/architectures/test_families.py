@@ -16,7 +16,7 @@ from conftest import make_dense, perturbed
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.check import check, check_source
 from upcycle.architectures.clients import CLIENTS, LIMITS, UNTRIED, Limit, always
-from upcycle.architectures.families import FAMILIES, MOES, family_of
+from upcycle.architectures.families import FAMILIES, MOES, expert_counts, family_of
 from upcycle.architectures.families import WRONG as WITHOUT
 from upcycle.architectures.listing import ADAPTERS, MODELS
 from upcycle.architectures.mapping import Mapping, shared_shapes, with_own_head
@@ -264,6 +264,12 @@ def test_lora_experts_are_offered_where_every_layer_has_their_ffn(dense: str) ->
 def test_every_family_is_known_by_the_names_of_its_models(dense: str) -> None:
     assert MODELS[dense]
     assert all(family.note for family in FAMILIES if family.dense == dense)
+
+
+def test_damaged_counts_of_experts_are_none() -> None:
+    for damage in ("x", [4], None, 0, {}):
+        assert expert_counts({"num_experts": damage}) == (0, 0)
+        assert family_of({**CONFIG_MAPPING["llama"]().to_dict(), "num_experts": damage}, "base").dense == "llama"
 
 
 @pytest.mark.parametrize("moe", MOES)

@@ -102,9 +102,10 @@ def family_of(dense_config: Config, where: str) -> Family:
 
 def _check_dense(config: Config, where: str) -> None:
     """Raises UpcycleError if a base is a mixture of experts itself."""
-    model_type, text = config.get("model_type"), config.get("text_config") or config
+    model_type, text = config.get("model_type"), config.get("text_config")
+    text = text if isinstance(text, dict) else config
     if count := expert_counts(text)[0]:
-        field = next(name for name in EXPERTS_FIELDS if text.get(name))
+        field = next(name for name in EXPERTS_FIELDS if text.get(name) == count)
         raise UpcycleError(
             f"{where}: config.json says {field}={count}: {model_type} is a mixture of {count} experts already, "
             "but a base must be dense; upcycling a mixture to more experts (arXiv 2604.19835) is not built, see "
@@ -148,7 +149,8 @@ def expert_counts(config: Config) -> tuple[int, int]:
 
 
 def _first(config: Config, names: Iterable[str]) -> int:
-    return next((int(config[name]) for name in names if config.get(name)), 0)
+    """The first number that is not 0; a damaged file may have anything."""
+    return next((number for name in names if isinstance(number := config.get(name), int) and number), 0)
 
 
 def moe_config(
