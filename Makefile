@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long torture results clients setup clean
+.PHONY: demo test test-long torture results families clients setup clean
 
 demo: $(READY)  ## the whole job on the embedded model, and dense tuning beside it: a few minutes on two cores
 	@echo "== dense tuning, and UpIT (dense model -> checkpoints -> mixture of experts), for the same number of tokens"
@@ -29,6 +29,9 @@ torture: $(READY)  ## 1,000 damaged inputs and 200 kills against whole commands:
 
 results: $(READY)  ## the tables of docs/results.md from the cells in benchmarks/results
 	$(BIN)/python benchmarks/results.py
+
+families: $(READY)  ## the tables of docs/families.md from those in the code
+	$(BIN)/python benchmarks/families.py
 
 clients: $(READY)  ## load small MoEs of every family in vLLM, llama.cpp and mistral.rs: half an hour the first time
 	@echo "== installing the clients into .clients (once; builds llama.cpp from source)"

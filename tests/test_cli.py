@@ -253,6 +253,19 @@ def test_assembly_that_will_not_fit_is_refused_beforehand(
     assert not list((tmp_path / "run").rglob("model.safetensors"))
 
 
+def test_families_are_listed_for_people_and_programs(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert call(monkeypatch, "families") == 0
+    printed = capsys.readouterr().out
+    assert call(monkeypatch, "families", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    row = {"dense": "smollm3", "models": ["SmolLM3"], "moe": "granitemoe_swa"}
+    assert any(row.items() <= entry.items() for entry in listed["families"])
+    row = {"dense": "exaone4", "instead": "prepare.train=lora"}
+    assert any(row.items() <= entry.items() for entry in listed["without_moe"])
+    for words in ("smollm3", "granitemoe_swa", "SmolLM3", "prepare.train=lora", "does not know the architecture"):
+        assert words in printed
+
+
 def test_recipes_and_settings_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert call(monkeypatch, "recipes") == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]

@@ -157,6 +157,15 @@ def test_tables_of_results_are_those_of_the_cells() -> None:
     subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 
+def test_tables_of_families_are_those_of_the_code() -> None:
+    """`make families` changes nothing, and all three tables are there."""
+    script = (
+        "import families; text = families.PAGE.read_text(encoding='utf-8'); assert families.page(text) == text; "
+        "assert {name for _, name, _ in families.BLOCK.findall(text)} == set(families.tables())"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
+
+
 def test_every_benchmark_imports() -> None:
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
     assert len(names) >= 8

@@ -118,6 +118,21 @@ def settings() -> None:
 
 
 @app.command()
+def families(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+) -> None:
+    """List which dense models become which mixture of experts, who serves it, and what has none."""
+    from upcycle.architectures.listing import listing, tables
+    from upcycle.console import table
+
+    if as_json:
+        print(json.dumps(listing(), indent=2))
+        return
+    for part in tables().values():
+        table(part.title, part.columns, part.rows, words=True)
+
+
+@app.command()
 def data(
     sources: Annotated[
         list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, patterns, hub datasets; data.FIELD=VALUE.")

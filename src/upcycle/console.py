@@ -106,8 +106,8 @@ WORDY = 40
 """Characters from which on a first column is wrapped before figures are."""
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table under its title: first column left, the others right.
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: bool = False) -> None:
+    """Print a table under its title: first column left, the others right, unless they are `words`.
 
     Where it is too wide, figures are wrapped, or first the words of a first column of long ones.
     """
@@ -115,7 +115,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     wordy = any(len(row[0]) > WORDY for row in rows)
     grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        grid.add_column(Text(column), justify="left" if i == 0 else "right", no_wrap=(i == 0) != wordy)
+        grid.add_column(Text(column), justify="left" if words or i == 0 else "right", no_wrap=(i == 0) != wordy)
     for row in rows:
         grid.add_row(*map(Text, row))  # not as markup: a setting may have brackets
     console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)

@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_clients
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import make_dense, perturbed
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.check import check, check_source
-from upcycle.architectures.families import FAMILIES, family_of
+from upcycle.architectures.clients import CLIENTS, LIMITS, UNTRIED, Limit, always
+from upcycle.architectures.families import FAMILIES, MOES, expert_counts, family_of
+from upcycle.architectures.families import WRONG as WITHOUT
+from upcycle.architectures.listing import ADAPTERS, MODELS
 from upcycle.architectures.mapping import Mapping, shared_shapes, with_own_head
 from upcycle.errors import UpcycleError
 from upcycle.experts.ffn import describe
@@ -245,6 +250,43 @@ def test_every_family_has_a_case(dense: str) -> None:
     assert rows == {moe for d, moe, _ in (*EXACT, *PARTIAL, *FIRST_DENSE) if d == dense}
 
 
+@pytest.mark.parametrize("dense", WITHOUT)
+def test_lora_experts_are_offered_where_every_layer_has_their_ffn(dense: str) -> None:
+    """Gate, up and down without biases, under these names."""
+    config = CONFIG_MAPPING[dense](num_hidden_layers=2, num_key_value_heads=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    ffn = getattr(getattr(getattr(model, "model", None), "layers", [None])[0], "mlp", torch.nn.Module())
+    needed = {f"{part}_proj.weight" for part in ("gate", "up", "down")}
+    assert ({name for name, _ in ffn.named_parameters()} == needed) == (dense in ADAPTERS)
+
+
+@pytest.mark.parametrize("dense", sorted({*WITHOUT, *(family.dense for family in FAMILIES)}))
+def test_every_family_is_known_by_the_names_of_its_models(dense: str) -> None:
+    assert MODELS[dense]
+    assert all(family.note for family in FAMILIES if family.dense == dense)
+
+
+def test_damaged_counts_of_experts_are_none() -> None:
+    for damage in ("x", [4], None, 0, {}):
+        assert expert_counts({"num_experts": damage}) == (0, 0)
+        assert family_of({**CONFIG_MAPPING["llama"]().to_dict(), "num_experts": damage}, "base").dense == "llama"
+
+
+@pytest.mark.parametrize("moe", MOES)
+def test_every_moe_is_given_to_the_other_programs(moe: str) -> None:
+    """Or is said not to have been."""
+    given = {name.split(" -> ")[1] for name in test_clients.FAMILIES}
+    assert moe in given or {limit.client for limit in UNTRIED if limit.moe == moe and not limit.where} == set(CLIENTS)
+
+
+@pytest.mark.parametrize("limit", [*LIMITS, *UNTRIED], ids=lambda limit: f"{limit.client} {limit.moe}")
+def test_every_limit_is_of_a_moe_here_and_says_of_which_of_them(limit: Limit) -> None:
+    assert limit.moe in MOES
+    assert limit.client in CLIENTS
+    assert (limit.where == "") == (limit.when is always)
+
+
 @pytest.mark.parametrize(("dense", "moe", "changes"), ONE_OF_EACH, ids=lambda v: v if isinstance(v, str) else "")
 def test_an_expert_of_any_layout_is_its_checkpoint(
     dense: str, moe: str, changes: dict[str, Any], tmp_path: Path
@@ -274,7 +316,8 @@ def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: 
         ),
         ({"model_type": "ministral3", "rope_parameters": {"llama_4_scaling_beta": 0.1}}, "llama_4_scaling_beta"),
         ({"model_type": "granitemoehybrid", "num_local_experts": 4}, "a mixture of 4 experts already"),
-        ({"model_type": "nemotron_h"}, "some of its blocks are mixtures of experts already"),
+        ({"model_type": "nemotron_h"}, "n_routed_experts=8: nemotron_h is a mixture of 8 experts already"),
+        ({"model_type": "nemotron_h", "layers_block_type": ["full_attention"]}, "none of its blocks is an FFN"),
         ({"model_type": "hyperclovax"}, "use_post_norm=True would be lost"),
         (
             {"model_type": "olmo3", "layer_types": ALTERNATING, "num_hidden_layers": 2},
@@ -296,7 +339,10 @@ def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: 
         ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm=True would be lost"),
         ({"model_type": "gpt2"}, "its FFN has no gate"),
         ({"model_type": "phi"}, "side by side"),
-        ({"model_type": "mixtral"}, "there is no row for it; supported: llama -> mixtral"),
+        ({"model_type": "mixtral"}, r"num_local_experts=8: mixtral is a mixture of 8 experts already.*2604.*0005-moe"),
+        ({"model_type": "olmoe"}, "num_experts=64: olmoe is a mixture of 64 experts already"),
+        ({"model_type": "qwen3_vl_moe"}, "qwen3_vl_moe is a mixture of 60 experts already"),
+        ({"model_type": "bloom"}, "there is no row for it; supported: llama -> mixtral"),
         ({"model_type": "qwen2_vl", "text_config": {}}, "a model of more than text"),
     ],
     ids=lambda v: v["model_type"] if isinstance(v, dict) else "",
@@ -315,7 +361,7 @@ def test_what_would_be_wrong_is_refused_with_the_reason(config: dict[str, Any], 
         ("phi3", PHI3_LONG, "mixtral", "WRONG: .* long factors"),
         ("ernie4_5", {}, "ernie4_5_moe", "llama.cpp.* not tried"),
         ("smollm3", NOPE, "granitemoe_swa", "llama.cpp.* not tried"),
-        ("cohere2", {}, "cohere2_moe", "WRONG: has windows one token longer"),
+        ("cohere2", {"sliding_window": 8}, "cohere2_moe", "WRONG: has windows one token longer"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

@@ -11,6 +11,11 @@ CLIENTS = {
     "llamacpp": "llama.cpp (llama-cpp-python 0.3.36)",
     "mistralrs": "mistral.rs (0.9.5)",
 }
+UNKNOWN, NOT_TRIED = "does not know the architecture", "not tried"
+
+
+def always(_: Config) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,29 @@ class Limit:
     moe: str
     """`model_type`."""
     what: str
-    when: Callable[[Config], bool] = lambda _: True
+    when: Callable[[Config], bool] = always
     """Whether a MoE's configuration is concerned."""
     silent: bool = False
     """Whether it loads, and gives other output."""
+    where: str = ""
+    """`when` in words."""
+
+    def __str__(self) -> str:
+        return self.what if self.what.startswith(NOT_TRIED) else f"{'WRONG' if self.silent else 'no'}: {self.what}"
+
+
+def _biases(config: Config) -> bool:
+    return bool(config["attention_bias"])
+
+
+def _windows(config: Config) -> bool:
+    """That a text can outgrow."""
+    kinds, longest = config["layer_types"], config["max_position_embeddings"]
+    return "sliding_attention" in kinds and bool(config["sliding_window"] < longest)
+
+
+def _window(config: Config) -> bool:
+    return config["sliding_window"] is not None
 
 
 def _longrope(config: Config) -> bool:
@@ -35,27 +59,79 @@ def _own_head_dim(config: Config) -> bool:
     return bool(head_dim(config) * config["num_attention_heads"] != config["hidden_size"])
 
 
+def _tied(config: Config) -> bool:
+    return bool(config["tie_word_embeddings"])
+
+
+def _narrow_values(config: Config) -> bool:
+    return bool(config["v_head_dim"] != config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+
+
 LIMITS = (
-    Limit("vllm", "granitemoe", "drops the attention biases", lambda c: bool(c["attention_bias"]), silent=True),
-    Limit("vllm", "qwen2_moe", "ignores the sliding windows", lambda c: bool(c["use_sliding_window"]), silent=True),
-    Limit("llamacpp", "mixtral", "ignores the sliding window", lambda c: c["sliding_window"] is not None, silent=True),
-    Limit("llamacpp", "qwen2_moe", "does not renormalise the router's weights (nor load it tied)", silent=True),
-    Limit("llamacpp", "flex_olmo", "does not know the architecture"),
+    Limit("vllm", "granitemoe", "drops the attention biases", _biases, True, "with attention biases"),
+    Limit("vllm", "qwen2_moe", "ignores the sliding windows", _windows, True, "with windows"),
+    Limit("vllm", "cohere2_moe", "has windows one token longer", _windows, True, "with windows"),
+    Limit("vllm", "mixtral", "takes the long factors for short texts too", _longrope, True, "with longrope"),
+    Limit("vllm", "glm4_moe", "does not tie the head to them", _tied, True, "with tied embeddings"),
+    Limit("vllm", "deepseek_v3", "does not tie the head to them", _tied, True, "with tied embeddings"),
     Limit(
-        "vllm", "cohere2_moe", "has windows one token longer", lambda c: "sliding_attention" in c["layer_types"], True
+        "vllm", "lfm2_moe", "on a CPU rotates queries wrongly (right with custom_ops -rotary_embedding)", silent=True
     ),
-    Limit("vllm", "mixtral", "takes longrope's long factors for short texts too", _longrope, silent=True),
-    Limit("mistralrs", "mixtral", "scales longrope otherwise", _longrope, silent=True),
-    Limit("mistralrs", "mixtral", "ignores head_dim, so it refuses the shapes", _own_head_dim),
-    Limit("llamacpp", "mixtral", "was not tried with longrope", _longrope),
+    Limit("llamacpp", "mixtral", "ignores the sliding window", _window, True, "with a window"),
+    Limit("llamacpp", "qwen2_moe", "does not renormalise the router's weights (nor load it tied)", silent=True),
+    Limit("llamacpp", "flex_olmo", UNKNOWN),
+    Limit("mistralrs", "mixtral", "scales positions otherwise", _longrope, True, "with longrope"),
+    Limit(
+        "mistralrs",
+        "mixtral",
+        "ignores head_dim, so it refuses the shapes",
+        _own_head_dim,
+        where="with its own head_dim",
+    ),
+    Limit("mistralrs", "hunyuan_v1_moe", "gives other tokens (cause not found)", silent=True),
+    Limit("mistralrs", "deepseek_v3", "refuses the shapes", _narrow_values, where="with values narrower than queries"),
     *(
-        Limit("mistralrs", moe, "does not know the architecture")
-        for moe in ("qwen2_moe", "flex_olmo", "granitemoe", "granitemoe_swa", "ernie4_5_moe", "cohere2_moe")
+        Limit("mistralrs", moe, UNKNOWN)
+        for moe in (
+            "qwen2_moe",
+            "flex_olmo",
+            "granitemoe",
+            "granitemoe_swa",
+            "ernie4_5_moe",
+            "cohere2_moe",
+            "mellum",
+            "qwen3_5_moe_text",
+            "nemotron_h",
+        )
     ),
 )
-
-UNTRIED = dict.fromkeys(("granitemoe_swa", "ernie4_5_moe", "cohere2_moe"), ("llamacpp",))
-"""Clients that nobody has given such a MoE, by `model_type`."""
+UNTRIED = (
+    Limit("vllm", "qwen3_5_moe_text", f"{NOT_TRIED} (its linear attention has no fp32 on a CPU)"),
+    Limit(
+        "vllm",
+        "deepseek_v3",
+        f"{NOT_TRIED} with its latent attention, which has no fp32 on a CPU (right without, see docs/families.md)",
+    ),
+    Limit("vllm", "nemotron_h", f"{NOT_TRIED} (its experts without a gate need a GPU)"),
+    Limit("llamacpp", "mixtral", NOT_TRIED, _longrope, where="with longrope"),
+    *(
+        Limit("llamacpp", moe, NOT_TRIED)
+        for moe in (
+            "granitemoe_swa",
+            "ernie4_5_moe",
+            "cohere2_moe",
+            "glm4_moe",
+            "mellum",
+            "qwen3_5_moe_text",
+            "granitemoehybrid",
+            "hunyuan_v1_moe",
+            "deepseek_v3",
+            "lfm2_moe",
+            "nemotron_h",
+        )
+    ),
+)
+"""What nobody has given a client."""
 
 
 def commands(folder: str) -> str:
@@ -67,13 +143,23 @@ transformers chat {folder}
 python convert_hf_to_gguf.py {folder} --outfile moe.gguf && llama-cli -m moe.gguf -cnv     # llama.cpp"""
 
 
-def limits(moe_config: Config) -> list[Limit]:
+def limits(moe_config: Config, among: tuple[Limit, ...] = LIMITS) -> list[Limit]:
     """What is known to go wrong with a MoE in other programs."""
-    return [limit for limit in LIMITS if limit.moe == moe_config["model_type"] and limit.when(moe_config)]
+    return [limit for limit in among if limit.moe == moe_config["model_type"] and limit.when(moe_config)]
 
 
 def served_by(moe_config: Config) -> list[tuple[str, str]]:
     """(client, `yes`, `not tried` or what goes wrong) of every client."""
-    found = dict.fromkeys(UNTRIED.get(moe_config["model_type"], ()), "not tried")
-    found |= {limit.client: f"{'WRONG: ' * limit.silent}{limit.what}" for limit in limits(moe_config)}
+    found = {limit.client: str(limit) for limit in limits(moe_config, (*UNTRIED, *LIMITS))}
     return [(title, found.get(client, "yes")) for client, title in CLIENTS.items()]
+
+
+def served(moe: str) -> dict[str, str]:
+    """The same of a MoE's `model_type`: by client, with what is otherwise for some configurations."""
+    return {client: _summary(client, moe) for client in CLIENTS}
+
+
+def _summary(client: str, moe: str) -> str:
+    found = [limit for limit in (*UNTRIED, *LIMITS) if (limit.client, limit.moe) == (client, moe)]
+    general = next((str(limit) for limit in found if not limit.where), "yes")
+    return "; ".join([general, *(f"{limit.where} {limit}" for limit in found if limit.where)])

@@ -49,6 +49,8 @@ NOT_COMPUTED = {"use_cache", "initializer_range", "attention_dropout", "pad_toke
 FAMILIES = ROWS
 MOES = {family.moe.model_type: family.moe for family in FAMILIES}
 """By `model_type`."""
+EXPERTS_FIELDS = sorted({moe.experts_field for moe in MOES.values()})
+ACTIVE_FIELDS = sorted({moe.active_field for moe in MOES.values()})
 
 WRONG = {
     "olmo": "its norms have no weights, those of OLMoE and FlexOlmo have",
@@ -60,6 +62,13 @@ WRONG = {
     "gpt_neox": "its FFN has no gate",
     "opt": "its FFN has no gate",
     "falcon": "its FFN has no gate",
+    "starcoder2": "its FFN has no gate",
+    "nemotron": "its FFN has no gate",
+    "apertus": "its FFN has no gate",
+    "jais2": "its FFN has no gate",
+    "stablelm": "its norms subtract the mean and have biases",
+    "exaone4": "no MoE architecture has norms behind attention and FFN alone and one for each head's queries and keys",
+    "glm4": "no MoE architecture has norms before and behind attention and FFN with half-rotated heads",
 }
 """Why a dense architecture has no row, where users ask for one."""
 
@@ -71,9 +80,10 @@ def family_of(dense_config: Config, where: str) -> Family:
 
     Raises:
         NoTwinError: no row, or a field with which the mapping would not be exact.
-        UpcycleError: there are rows, but none with layers that keep one FFN.
+        UpcycleError: it is a mixture already, or there are rows, but none with layers that keep one FFN.
     """
     model_type = dense_config.get("model_type")
+    _check_dense(dense_config, where)
     rows = [family for family in FAMILIES if family.dense == model_type]
     if not rows:
         raise _no_row(dense_config, where)
@@ -90,6 +100,19 @@ def family_of(dense_config: Config, where: str) -> Family:
         message = f"{where}: this {model_type} model cannot become a mixture of experts exactly: {listed}"
         raise NoTwinError(message, listed, dense_config)
     return exact[0]
+
+
+def _check_dense(config: Config, where: str) -> None:
+    """Raises UpcycleError if a base is a mixture of experts itself."""
+    model_type, text = config.get("model_type"), config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    if count := expert_counts(text)[0]:
+        field = next(name for name in EXPERTS_FIELDS if text.get(name) == count)
+        raise UpcycleError(
+            f"{where}: config.json says {field}={count}: {model_type} is a mixture of {count} experts already, "
+            "but a base must be dense; upcycling a mixture to more experts (arXiv 2604.19835) is not built, see "
+            "docs/decisions/0005-moe-as-a-base.md; take a dense model (`upcycle families` lists them)"
+        )
 
 
 def _keeps_ffns(config: Config) -> bool:
@@ -122,15 +145,14 @@ def moe_of(moe_config: Config) -> Moe:
 
 def expert_counts(config: Config) -> tuple[int, int]:
     """Experts of any MoE's (resolved) configuration, and those for a token; zeros for a dense one."""
-    if "moe" not in config.get("layers_block_type", ["moe"]):
+    if "moe" not in config.get("layers_block_type", ["moe"]) or config.get("is_moe") is False:
         return 0, 0
-    total = {moe.experts_field for moe in MOES.values()}
-    active = {moe.active_field for moe in MOES.values()}
-    return _first(config, total), _first(config, active)
+    return _first(config, EXPERTS_FIELDS), _first(config, ACTIVE_FIELDS)
 
 
 def _first(config: Config, names: Iterable[str]) -> int:
-    return next((int(config[name]) for name in sorted(names) if config.get(name)), 0)
+    """The first number that is not 0; a damaged file may have anything."""
+    return next((number for name in names if isinstance(number := config.get(name), int) and number), 0)
 
 
 def moe_config(

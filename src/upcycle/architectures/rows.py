@@ -106,11 +106,6 @@ def _attention_alone(config: Config) -> str | None:
     return only("position_embedding_type", "rope")(config)
 
 
-def _no_experts(config: Config) -> str | None:
-    count = config["num_local_experts"]
-    return f"it is a mixture of {count} experts already (exact with num_local_experts=0)" if count else None
-
-
 def _no_time_step_limit(config: Config) -> str | None:
     limit = tuple(config["time_step_limit"])
     if limit == (0.0, float("inf")):
@@ -118,9 +113,7 @@ def _no_time_step_limit(config: Config) -> str | None:
     return f"time_step_limit={list(limit)} would be lost (exact with [0, Infinity])"
 
 
-def _no_moe_blocks(config: Config) -> str | None:
-    if "moe" in config["layers_block_type"]:
-        return "some of its blocks are mixtures of experts already (exact if layers_block_type has no 'moe')"
+def _has_ffn(config: Config) -> str | None:
     return None if "mlp" in config["layers_block_type"] else "none of its blocks is an FFN"
 
 
@@ -260,14 +253,17 @@ MAMBA = (
 )
 
 
-GRANITE_EXPERTS = ("num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
+GRANITE_LAYERS = {"full_attention": "attention", "linear_attention": "mamba"}
+"""What the kinds of layers are called on disk."""
+GRANITE_EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 
 
 def _granite_moe_hybrid(dense: Config) -> Config:
-    copied = ("layer_types", "position_embedding_type", "rope_parameters", *MAMBA)
+    copied = ("position_embedding_type", "rope_parameters", *MAMBA)
     return {
         **_granite_moe(dense),
         **{name: dense[name] for name in copied},
+        "layer_types": [GRANITE_LAYERS[kind] for kind in dense["layer_types"]],
         "shared_intermediate_size": SHARED_EXPERT_SIZE,
     }
 
@@ -331,7 +327,8 @@ def _glm_moe(dense: Config) -> Config:
     return {
         **_sigmoid_routing(dense),
         "attention_bias": dense.get("attention_bias", False),
-        "rope_parameters": dense["rope_parameters"],
+        "rope_parameters": (rope := dense["rope_parameters"]),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),  # where older readers look
         "use_qk_norm": False,
         "num_mtp_layers": 0,
     }
@@ -349,6 +346,8 @@ def _sigmoid_routing(dense: Config) -> Config:
     }
 
 
+DEEPSEEK_ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+"""What transformers takes for granted of DeepSeek-V3, and others read from its config.json."""
 MLA = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim")
 
 
@@ -356,6 +355,7 @@ def _deepseek_v3(dense: Config) -> Config:
     return {
         **_sigmoid_routing(dense),
         **{name: dense[name] for name in (*MLA, "attention_bias", "rope_interleave")},
+        **DEEPSEEK_ROUTING,
         "num_mtp_layers": 0,
     }
 
@@ -464,7 +464,7 @@ _SEED_OSS = (
 )
 _SMOLLM3 = (*NO_BIAS, plain_rope, _rope_in_every_layer, one_kind_of_layer)
 _NEMOTRON = (
-    _no_moe_blocks,
+    _has_ffn,
     _no_time_step_limit,
     only("mlp_bias", False),
     only("use_bias", False),
@@ -474,58 +474,119 @@ _NEMOTRON = (
 )
 
 ROWS = (
-    Family("llama", MIXTRAL, _mixtral, (*NO_BIAS, *_LLAMA)),
-    Family("llama", GRANITE_MOE, _granite_moe_of_llama, _LLAMA),
-    Family("llama", QWEN2_MOE, _qwen2_moe, (*NO_BIAS, *_LLAMA)),
-    Family("mistral", MIXTRAL, _mixtral, (plain_rope,)),
-    Family("mistral", QWEN2_MOE, _qwen2_moe, (plain_rope,)),
-    Family("ministral3", MIXTRAL, _mixtral, (plain_rope,)),
-    Family("ministral", MIXTRAL, _mixtral, (plain_rope, one_kind_of_layer)),
-    Family("ministral", GRANITE_MOE_SWA, _granite_moe_swa, (plain_rope,)),
-    Family("ministral", QWEN2_MOE, _qwen2_moe, (plain_rope,)),
-    Family("cwm", GRANITE_MOE_SWA, _granite_moe_swa, _LLAMA),
-    Family("cwm", QWEN2_MOE, _qwen2_moe, _LLAMA),
-    Family("phi3", MIXTRAL, _mixtral, (plain_rope,), FUSED, SPLIT),
-    Family("phi3", GLM_MOE, _glm_moe, (_window_of_no_use,), FUSED, SPLIT),
-    Family("smollm3", MIXTRAL, _mixtral, _SMOLLM3),
-    Family("smollm3", GRANITE_MOE_SWA, _granite_moe_swa_of_smollm3, (*NO_BIAS, plain_rope)),
-    Family("qwen2", QWEN2_MOE, _qwen2_moe, (plain_rope,)),
-    Family("qwen3", QWEN3_MOE, _qwen3_moe, (plain_rope, one_kind_of_layer)),
-    Family("qwen3", MELLUM, _mellum, (plain_rope,)),
-    Family("qwen3_5_text", QWEN3_5_MOE, _qwen3_5_moe),
-    Family("olmo2", FLEX_OLMO, _flex_olmo, (plain_rope,)),
-    Family("olmo3", FLEX_OLMO, _flex_olmo, (_full_attention,)),
-    Family("internlm3", MIXTRAL, _mixtral, (*NO_BIAS, plain_rope)),
-    Family("seed_oss", QWEN2_MOE, _qwen2_moe, _SEED_OSS),
-    Family("ernie4_5", ERNIE_MOE, _ernie_moe, (plain_rope, only("use_bias", False, None), _regular_layers)),
-    Family("cohere2", COHERE2_MOE, _cohere2_moe, (plain_rope,)),
-    Family("cohere", COHERE2_MOE, _cohere2_moe_of_cohere, (plain_rope, only("use_qk_norm", False, None))),
-    Family("granite", GRANITE_MOE, _granite_moe, (plain_rope, only("mlp_bias", False))),
-    Family("granite_swa", GRANITE_MOE_SWA, _granite_moe_swa_of_granite, (plain_rope, only("mlp_bias", False))),
+    Family("llama", MIXTRAL, _mixtral, (*NO_BIAS, *_LLAMA), note="no biases; any rope, activation, head size"),
+    Family("llama", GRANITE_MOE, _granite_moe_of_llama, _LLAMA, note="attention biases"),
+    Family("llama", QWEN2_MOE, _qwen2_moe, (*NO_BIAS, *_LLAMA), note="no biases; for some layers only"),
+    Family("mistral", MIXTRAL, _mixtral, (plain_rope,), note="one window for all layers, or none"),
+    Family("mistral", QWEN2_MOE, _qwen2_moe, (plain_rope,), note="for some layers only"),
+    Family(
+        "ministral3",
+        MIXTRAL,
+        _mixtral,
+        (plain_rope,),
+        note="llama_4_scaling_beta=0, which the published ones do not have",
+    ),
+    Family("ministral", MIXTRAL, _mixtral, (plain_rope, one_kind_of_layer), note="all layers alike"),
+    Family("ministral", GRANITE_MOE_SWA, _granite_moe_swa, (plain_rope,), note="mixed windows"),
+    Family("ministral", QWEN2_MOE, _qwen2_moe, (plain_rope,), note="for some layers only"),
+    Family("cwm", GRANITE_MOE_SWA, _granite_moe_swa, _LLAMA, note="mixed windows"),
+    Family("cwm", QWEN2_MOE, _qwen2_moe, _LLAMA, note="for some layers only"),
+    Family("phi3", MIXTRAL, _mixtral, (plain_rope,), FUSED, SPLIT, note="the whole head rotated; longrope, one window"),
+    Family(
+        "phi3",
+        GLM_MOE,
+        _glm_moe,
+        (_window_of_no_use,),
+        FUSED,
+        SPLIT,
+        note="partial rotary positions; no window that matters",
+    ),
+    Family("smollm3", MIXTRAL, _mixtral, _SMOLLM3, note="all layers alike, with rotary positions"),
+    Family(
+        "smollm3",
+        GRANITE_MOE_SWA,
+        _granite_moe_swa_of_smollm3,
+        (*NO_BIAS, plain_rope),
+        note="layers without rotary positions; windows",
+    ),
+    Family("qwen2", QWEN2_MOE, _qwen2_moe, (plain_rope,), note="mixed windows too"),
+    Family("qwen3", QWEN3_MOE, _qwen3_moe, (plain_rope, one_kind_of_layer), note="all layers alike"),
+    Family("qwen3", MELLUM, _mellum, (plain_rope,), note="mixed windows"),
+    Family("qwen3_5_text", QWEN3_5_MOE, _qwen3_5_moe, note="linear and full attention"),
+    Family("olmo2", FLEX_OLMO, _flex_olmo, (plain_rope,), note="any rope; the whole head rotated"),
+    Family(
+        "olmo3",
+        FLEX_OLMO,
+        _flex_olmo,
+        (_full_attention,),
+        note="full attention in all layers, which the published ones do not have",
+    ),
+    Family("internlm3", MIXTRAL, _mixtral, (*NO_BIAS, plain_rope), note="no biases"),
+    Family("seed_oss", QWEN2_MOE, _qwen2_moe, _SEED_OSS, note="no attention_out_bias, no mlp_bias"),
+    Family(
+        "ernie4_5",
+        ERNIE_MOE,
+        _ernie_moe,
+        (plain_rope, only("use_bias", False, None), _regular_layers),
+        note="no use_bias",
+    ),
+    Family(
+        "cohere2",
+        COHERE2_MOE,
+        _cohere2_moe,
+        (plain_rope,),
+        note="windows, layers without rotary positions; the whole head rotated",
+    ),
+    Family(
+        "cohere",
+        COHERE2_MOE,
+        _cohere2_moe_of_cohere,
+        (plain_rope, only("use_qk_norm", False, None)),
+        note="no use_qk_norm",
+    ),
+    Family("granite", GRANITE_MOE, _granite_moe, (plain_rope, only("mlp_bias", False)), note="no mlp_bias"),
+    Family(
+        "granite_swa",
+        GRANITE_MOE_SWA,
+        _granite_moe_swa_of_granite,
+        (plain_rope, only("mlp_bias", False)),
+        note="windows, attention sinks; no mlp_bias",
+    ),
     Family(
         "granitemoehybrid",
         GRANITE_MOE,
         _granite_moe,
-        (_no_experts, _attention_alone, plain_rope),
+        (_attention_alone, plain_rope),
         GRANITE_HYBRID_DENSE,
         idle=(*MAMBA, *GRANITE_EXPERTS, "time_step_limit"),
+        note="attention in all layers, with rotary positions",
     ),
     Family(
         "granitemoehybrid",
         GRANITE_MOE_HYBRID,
         _granite_moe_hybrid,
-        (_no_experts, _no_time_step_limit),
+        (_no_time_step_limit,),
         GRANITE_HYBRID_DENSE,
         idle=GRANITE_EXPERTS,
+        note="mamba layers; with or without rotary positions",
     ),
     Family(
         "hyperclovax",
         GRANITE_MOE,
         _granite_moe_of_hyperclovax,
         (plain_rope, only("mlp_bias", False), only("use_post_norm", False)),
+        note="use_post_norm=false",
     ),
-    Family("hunyuan_v1_dense", HUNYUAN_MOE, _hunyuan_moe, (only("pretraining_tp", 1),)),
-    Family("youtu", DEEPSEEK_V3, _deepseek_v3, idle=("qk_head_dim",)),
-    Family("lfm2", LFM2_MOE, _lfm2_moe, (plain_rope,), LFM2_DENSE),
-    Family("nemotron_h", NEMOTRON_H, _nemotron_h, _NEMOTRON, NEMOTRON_DENSE, idle=NEMOTRON_IDLE),
+    Family("hunyuan_v1_dense", HUNYUAN_MOE, _hunyuan_moe, (only("pretraining_tp", 1),), note="any rope"),
+    Family("youtu", DEEPSEEK_V3, _deepseek_v3, idle=("qk_head_dim",), note="latent attention (MLA)"),
+    Family("lfm2", LFM2_MOE, _lfm2_moe, (plain_rope,), LFM2_DENSE, note="convolutions and full attention"),
+    Family(
+        "nemotron_h",
+        NEMOTRON_H,
+        _nemotron_h,
+        _NEMOTRON,
+        NEMOTRON_DENSE,
+        idle=NEMOTRON_IDLE,
+        note="mamba, attention and FFN blocks; FFNs without a gate",
+    ),
 )
