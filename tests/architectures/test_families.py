@@ -160,6 +160,10 @@ EXACT = [
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32}),
     ("nemotron_h", "nemotron_h", NEMOTRON),
+    ("glm", "glm4_moe", {"head_dim": 8, "rope_parameters": HALF_ROPE}),
+    ("glm", "glm4_moe", {"head_dim": 16, "attention_bias": False, "rope_parameters": YARN}),
+    ("helium", "mixtral", {"head_dim": 8}),
+    ("helium", "mixtral", {"head_dim": 8, "rope_parameters": LINEAR}),
 ]
 ONE_OF_EACH = list({(dense, moe): (dense, moe, changes) for dense, moe, changes in EXACT}.values())
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h")
@@ -185,6 +189,7 @@ FIRST_DENSE = [
     ("phi3", "glm4_moe", {"rope_parameters": HALF_ROPE}),
     ("youtu", "deepseek_v3", YOUTU),
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"] * 2}),
+    ("glm", "glm4_moe", {"head_dim": 16}),
 ]
 """Those where only the first layers can be without."""
 

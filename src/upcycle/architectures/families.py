@@ -9,6 +9,7 @@ from typing import Any
 
 from upcycle.architectures.family import Family, Moe
 from upcycle.architectures.layouts import MOE_LAYERS, channels, ffn_layers, head_dim
+from upcycle.architectures.rewritten import REWRITTEN
 from upcycle.architectures.rows import ROWS
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
@@ -46,7 +47,7 @@ INERT = {
 NOT_COMPUTED = {"use_cache", "initializer_range", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"}
 """Fields that may differ between the checkpoints of a run without changing what their weights compute."""
 
-FAMILIES = ROWS
+FAMILIES = ROWS + REWRITTEN
 MOES = {family.moe.model_type: family.moe for family in FAMILIES}
 """By `model_type`."""
 

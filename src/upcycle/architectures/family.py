@@ -47,6 +47,8 @@ class Family:
     """Fields that mean nothing in the models which meet the conditions."""
     down: Callable[[Config], Rewrite | None] = lambda _: None
     """What is done to the FFN's down projection."""
+    note: str = ""
+    """What a reader of the table must know of the row."""
 
     def __str__(self) -> str:
         return f"{self.dense} -> {self.moe.model_type}"

@@ -131,7 +131,7 @@ def _window(config: Config) -> int | None:
     return None if full else window
 
 
-def _mixtral(dense: Config) -> Config:
+def mixtral(dense: Config) -> Config:
     return {"sliding_window": _window(dense), "router_jitter_noise": 0.0}
 
 
@@ -327,7 +327,7 @@ def _first_dense(dense: Config) -> int:
     return int(moe_layers(dense)[0])
 
 
-def _glm_moe(dense: Config) -> Config:
+def glm_moe(dense: Config) -> Config:
     return {
         **_sigmoid_routing(dense),
         "attention_bias": dense.get("attention_bias", False),
@@ -449,11 +449,10 @@ def _gate_and_up(config: Config) -> dict[str, int]:
     return dict.fromkeys(("gate_proj.weight", "up_proj.weight"), int(config["intermediate_size"]))
 
 
-SPLIT = (
-    split("qkv_proj.weight", _qkv),
-    split("gate_up_proj.weight", _gate_and_up),
-)
-"""Fused tensors; those of FFNs in layers that keep one."""
+SPLIT_FFN = split("gate_up_proj.weight", _gate_and_up)
+"""In layers that keep one."""
+SPLIT = (split("qkv_proj.weight", _qkv), SPLIT_FFN)
+"""Fused tensors."""
 
 _LLAMA = (plain_rope, only("mlp_bias", False, None), only("pretraining_tp", 1, None))
 _SEED_OSS = (
@@ -474,20 +473,20 @@ _NEMOTRON = (
 )
 
 ROWS = (
-    Family("llama", MIXTRAL, _mixtral, (*NO_BIAS, *_LLAMA)),
+    Family("llama", MIXTRAL, mixtral, (*NO_BIAS, *_LLAMA)),
     Family("llama", GRANITE_MOE, _granite_moe_of_llama, _LLAMA),
     Family("llama", QWEN2_MOE, _qwen2_moe, (*NO_BIAS, *_LLAMA)),
-    Family("mistral", MIXTRAL, _mixtral, (plain_rope,)),
+    Family("mistral", MIXTRAL, mixtral, (plain_rope,)),
     Family("mistral", QWEN2_MOE, _qwen2_moe, (plain_rope,)),
-    Family("ministral3", MIXTRAL, _mixtral, (plain_rope,)),
-    Family("ministral", MIXTRAL, _mixtral, (plain_rope, one_kind_of_layer)),
+    Family("ministral3", MIXTRAL, mixtral, (plain_rope,)),
+    Family("ministral", MIXTRAL, mixtral, (plain_rope, one_kind_of_layer)),
     Family("ministral", GRANITE_MOE_SWA, _granite_moe_swa, (plain_rope,)),
     Family("ministral", QWEN2_MOE, _qwen2_moe, (plain_rope,)),
     Family("cwm", GRANITE_MOE_SWA, _granite_moe_swa, _LLAMA),
     Family("cwm", QWEN2_MOE, _qwen2_moe, _LLAMA),
-    Family("phi3", MIXTRAL, _mixtral, (plain_rope,), FUSED, SPLIT),
-    Family("phi3", GLM_MOE, _glm_moe, (_window_of_no_use,), FUSED, SPLIT),
-    Family("smollm3", MIXTRAL, _mixtral, _SMOLLM3),
+    Family("phi3", MIXTRAL, mixtral, (plain_rope,), FUSED, SPLIT),
+    Family("phi3", GLM_MOE, glm_moe, (_window_of_no_use,), FUSED, SPLIT),
+    Family("smollm3", MIXTRAL, mixtral, _SMOLLM3),
     Family("smollm3", GRANITE_MOE_SWA, _granite_moe_swa_of_smollm3, (*NO_BIAS, plain_rope)),
     Family("qwen2", QWEN2_MOE, _qwen2_moe, (plain_rope,)),
     Family("qwen3", QWEN3_MOE, _qwen3_moe, (plain_rope, one_kind_of_layer)),
@@ -495,7 +494,7 @@ ROWS = (
     Family("qwen3_5_text", QWEN3_5_MOE, _qwen3_5_moe),
     Family("olmo2", FLEX_OLMO, _flex_olmo, (plain_rope,)),
     Family("olmo3", FLEX_OLMO, _flex_olmo, (_full_attention,)),
-    Family("internlm3", MIXTRAL, _mixtral, (*NO_BIAS, plain_rope)),
+    Family("internlm3", MIXTRAL, mixtral, (*NO_BIAS, plain_rope)),
     Family("seed_oss", QWEN2_MOE, _qwen2_moe, _SEED_OSS),
     Family("ernie4_5", ERNIE_MOE, _ernie_moe, (plain_rope, only("use_bias", False, None), _regular_layers)),
     Family("cohere2", COHERE2_MOE, _cohere2_moe, (plain_rope,)),
