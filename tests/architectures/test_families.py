@@ -133,7 +133,7 @@ EXACT = [
     ("smollm3", "granitemoe_swa", {**NOPE, "use_sliding_window": True, "sliding_window": 8}),
     ("internlm3", "mixtral", {"head_dim": 16, "rope_parameters": DYNAMIC, "max_position_embeddings": 32}),
     ("seed_oss", "qwen2_moe", {**NO_DROPOUT, "head_dim": 16}),
-    ("seed_oss", "qwen2_moe", {**NO_DROPOUT, "attention_bias": False, "rope_parameters": YARN}),
+    ("seed_oss", "qwen2_moe", {**NO_DROPOUT, "attention_bias": False, "rope_parameters": {**YARN}}),
     ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
     ("ernie4_5", "ernie4_5_moe", {"rope_parameters": YARN}),
     ("cohere2", "cohere2_moe", {"sliding_window": 8, "layer_types": ALTERNATING, "logit_scale": 0.25}),
@@ -161,9 +161,11 @@ EXACT = [
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32}),
     ("nemotron_h", "nemotron_h", NEMOTRON),
     ("glm", "glm4_moe", {"head_dim": 8, "rope_parameters": HALF_ROPE}),
-    ("glm", "glm4_moe", {"head_dim": 16, "attention_bias": False, "rope_parameters": YARN}),
+    ("glm", "glm4_moe", {"head_dim": 16, "attention_bias": False, "rope_parameters": {**YARN}}),
     ("helium", "mixtral", {"head_dim": 8}),
     ("helium", "mixtral", {"head_dim": 8, "rope_parameters": LINEAR}),
+    ("arcee", "mixtral", {}),
+    ("arcee", "mixtral", {"head_dim": 16, "rope_parameters": YARN}),
 ]
 ONE_OF_EACH = list({(dense, moe): (dense, moe, changes) for dense, moe, changes in EXACT}.values())
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h")
@@ -291,6 +293,11 @@ def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: 
         ({"model_type": "internlm3", "attention_bias": True, "mlp_bias": True}, "attention_bias=True would be lost"),
         ({"model_type": "seed_oss", "attention_out_bias": True}, "attention_out_bias=True would be lost"),
         ({"model_type": "seed_oss", "mlp_bias": True}, "mlp_bias=True would be lost"),
+        ({"model_type": "helium", "attention_bias": True}, "attention_bias=True would be lost"),
+        (
+            {"model_type": "arcee", "hidden_act": "gelu"},
+            r"hidden_act='gelu' would be lost \(exact with hidden_act='relu2'",
+        ),
         ({"model_type": "ernie4_5", "use_bias": True}, "use_bias=True would be lost"),
         ({"model_type": "cohere2", "rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
         ({"model_type": "gemma"}, "scales embeddings"),

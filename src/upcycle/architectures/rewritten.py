@@ -3,26 +3,37 @@
 `tests/architectures/test_families.py` compares the logits of every row.
 """
 
-from upcycle.architectures.family import NO_BIAS, Family, plain_rope
-from upcycle.architectures.layouts import FUSED, head_dim
+from upcycle.architectures.family import NO_BIAS, Family, only, plain_rope
+from upcycle.architectures.layouts import FUSED, SEPARATE, DenseLayout, head_dim
 from upcycle.architectures.moves import Rewrite, changed
 from upcycle.architectures.rows import GLM_MOE, MIXTRAL, SPLIT_FFN, glm_moe, mixtral
 from upcycle.types import Config
 
 
 def _halves(config: Config) -> Rewrite:
-    """Rows of a head that rotate in pairs 0-1, 2-3, ... in the order in which the first half rotates with the second."""
+    """A head's rows, which rotate in pairs 0-1, 2-3, ..., in the order in which one half rotates with the other."""
     dim = head_dim(config)
     rotated = int(dim * config["rope_parameters"].get("partial_rotary_factor", 1.0))
     order = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, dim)]
-    return Rewrite(lambda rows: rows.unflatten(0, (-1, dim))[:, order].flatten(0, 1), dim, permutes=True)
+    return Rewrite(lambda rows: rows.view(-1, dim, *rows.shape[1:])[:, order].view_as(rows), dim, permutes=True)
 
 
 HALVES = tuple(changed(f"{part}_proj.{kind}", _halves) for part in "qk" for kind in ("weight", "bias"))
 REORDERED = "the rows of queries and keys are reordered, for rotary positions by halves"
 
+UNGATED = DenseLayout(SEPARATE.up, SEPARATE.up, SEPARATE.down)
+"""Arcee's FFN squares what the ReLU passes: relu(Wx)^2 = relu(Wx) Wx, a gated FFN whose gate is its up projection."""
+
+
+def _mixtral_of_arcee(dense: Config) -> Config:
+    return {**mixtral(dense), "hidden_act": "relu"}
+
+
+_ARCEE = (*NO_BIAS, plain_rope, only("hidden_act", "relu2"))
+
 REWRITTEN = (
     Family("glm", GLM_MOE, glm_moe, layout=FUSED, moves=(*HALVES, SPLIT_FFN), note=REORDERED),
     Family("helium", MIXTRAL, mixtral, (*NO_BIAS, plain_rope), moves=HALVES, note=REORDERED),
+    Family("arcee", MIXTRAL, _mixtral_of_arcee, _ARCEE, UNGATED, note="the up projection is the gate too"),
 )
 """Dense families and the MoE architecture that each becomes, as exact as `rows.ROWS`."""
