@@ -166,8 +166,12 @@ EXACT = [
     ("helium", "mixtral", {"head_dim": 8, "rope_parameters": LINEAR}),
     ("arcee", "mixtral", {}),
     ("arcee", "mixtral", {"head_dim": 16, "rope_parameters": YARN}),
+    ("gemma", "granitemoe", {"head_dim": 8}),
+    ("gemma", "granitemoe", {"head_dim": 16, "attention_bias": True, "use_bidirectional_attention": False}),
 ]
 ONE_OF_EACH = list({(dense, moe): (dense, moe, changes) for dense, moe, changes in EXACT}.values())
+VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma",)]
+"""Those with weights that are computed, and not only moved."""
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h")
 """Those that carry something from one row to the next where rows lie side by side."""
 PARTIAL = [
@@ -260,6 +264,20 @@ def test_an_expert_of_any_layout_is_its_checkpoint(
     assert_experts_are(folders, assembled(source, folders, tmp_path / "moe"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("dense", "moe", "changes"), VALUES_CHANGED, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_is_computed_is_rounded_once(
+    dense: str, moe: str, changes: dict[str, Any], dtype: str, tmp_path: Path
+) -> None:
+    """And the comparison at the end of assembly, which sets rounding aside, is as sharp as in fp32."""
+    source = make_dense(tmp_path / "dense", model_type=dense, **changes)
+    folders = [perturbed(source, tmp_path / f"c{i}", i) for i in (1, 2)]
+    exact = ModelReader(assembled(source, folders, tmp_path / "exact"))
+    made = ModelReader(assembled(source, folders, tmp_path / "moe", dtype=dtype))
+    rounded = getattr(torch, dtype)
+    assert all(torch.equal(made.tensor(name), exact.tensor(name).to(rounded)) for name in made.names())
+
+
 @pytest.mark.parametrize(("dense", "moe", "changes"), ONE_OF_EACH, ids=lambda v: v if isinstance(v, str) else "")
 def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: dict[str, Any], tmp_path: Path) -> None:
     source = make_dense(tmp_path / "dense", model_type=dense, **changes)
@@ -300,7 +318,10 @@ def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: 
         ),
         ({"model_type": "ernie4_5", "use_bias": True}, "use_bias=True would be lost"),
         ({"model_type": "cohere2", "rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
-        ({"model_type": "gemma"}, "scales embeddings"),
+        (
+            {"model_type": "gemma", "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True would be lost",
+        ),
         ({"model_type": "gemma2"}, "caps logits"),
         ({"model_type": "gemma3_text"}, "two kinds of rotary positions"),
         ({"model_type": "olmo"}, "its norms have no weights"),

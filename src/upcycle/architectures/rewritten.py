@@ -6,7 +6,7 @@
 from upcycle.architectures.family import NO_BIAS, Family, only, plain_rope
 from upcycle.architectures.layouts import FUSED, SEPARATE, DenseLayout, head_dim
 from upcycle.architectures.moves import Rewrite, changed
-from upcycle.architectures.rows import GLM_MOE, MIXTRAL, SPLIT_FFN, glm_moe, mixtral
+from upcycle.architectures.rows import GLM_MOE, GRANITE_MOE, MIXTRAL, SPLIT_FFN, glm_moe, granite_moe_of_llama, mixtral
 from upcycle.types import Config
 
 
@@ -29,11 +29,32 @@ def _mixtral_of_arcee(dense: Config) -> Config:
     return {**mixtral(dense), "hidden_act": "relu"}
 
 
+def _one_more(_: Config) -> Rewrite:
+    """Gemma multiplies by 1 + w what it has normalised."""
+    return Rewrite(lambda weight: weight + 1)
+
+
+ONE_MORE = changed("norm.weight", _one_more)
+
+
+def _granite_moe_of_gemma(dense: Config) -> Config:
+    return {**granite_moe_of_llama(dense), "embedding_multiplier": dense["hidden_size"] ** 0.5}
+
+
+_CAUSAL = only("use_bidirectional_attention", None, False)
 _ARCEE = (*NO_BIAS, plain_rope, only("hidden_act", "relu2"))
 
 REWRITTEN = (
     Family("glm", GLM_MOE, glm_moe, layout=FUSED, moves=(*HALVES, SPLIT_FFN), note=REORDERED),
     Family("helium", MIXTRAL, mixtral, (*NO_BIAS, plain_rope), moves=HALVES, note=REORDERED),
     Family("arcee", MIXTRAL, _mixtral_of_arcee, _ARCEE, UNGATED, note="the up projection is the gate too"),
+    Family(
+        "gemma",
+        GRANITE_MOE,
+        _granite_moe_of_gemma,
+        (plain_rope, _CAUSAL),
+        moves=(ONE_MORE,),
+        note="in bf16 Gemma rounds the square root of hidden_size that it multiplies embeddings with, the MoE does not",
+    ),
 )
 """Dense families and the MoE architecture that each becomes, as exact as `rows.ROWS`."""

@@ -211,7 +211,7 @@ def _granite_moe(dense: Config) -> Config:
     return {"attention_bias": dense["attention_bias"], **{name: dense[name] for name in MULTIPLIERS}}
 
 
-def _granite_moe_of_llama(dense: Config) -> Config:
+def granite_moe_of_llama(dense: Config) -> Config:
     multipliers = dict.fromkeys(MULTIPLIERS, 1.0)
     multipliers["attention_multiplier"] = head_dim(dense) ** -0.5
     return {"attention_bias": dense.get("attention_bias", False), **multipliers}
@@ -231,7 +231,7 @@ def _windows_by_layer(dense: Config) -> Config:
 
 
 def _granite_moe_swa(dense: Config) -> Config:
-    return {**_granite_moe_of_llama(dense), **_windows_by_layer(dense)}
+    return {**granite_moe_of_llama(dense), **_windows_by_layer(dense)}
 
 
 def _granite_moe_swa_of_granite(dense: Config) -> Config:
@@ -474,7 +474,7 @@ _NEMOTRON = (
 
 ROWS = (
     Family("llama", MIXTRAL, mixtral, (*NO_BIAS, *_LLAMA)),
-    Family("llama", GRANITE_MOE, _granite_moe_of_llama, _LLAMA),
+    Family("llama", GRANITE_MOE, granite_moe_of_llama, _LLAMA),
     Family("llama", QWEN2_MOE, _qwen2_moe, (*NO_BIAS, *_LLAMA)),
     Family("mistral", MIXTRAL, mixtral, (plain_rope,)),
     Family("mistral", QWEN2_MOE, _qwen2_moe, (plain_rope,)),
