@@ -84,6 +84,7 @@ YOUTU = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+MINICPM3 = {**YOUTU, "scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 8}
 NEMOTRON_BLOCKS = ["linear_attention", "mlp", "full_attention", "mlp"]
 NEMOTRON: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -166,11 +167,13 @@ EXACT = [
     ("helium", "mixtral", {"head_dim": 8, "rope_parameters": LINEAR}),
     ("arcee", "mixtral", {}),
     ("arcee", "mixtral", {"head_dim": 16, "rope_parameters": YARN}),
+    ("minicpm3", "deepseek_v3", {**MINICPM3, "rope_parameters": LONGROPE}),
+    ("minicpm3", "deepseek_v3", {**MINICPM3, "attention_bias": True, "q_lora_rank": None}),
     ("gemma", "granitemoe", {"head_dim": 8}),
     ("gemma", "granitemoe", {"head_dim": 16, "attention_bias": True, "use_bidirectional_attention": False}),
 ]
 ONE_OF_EACH = list({(dense, moe): (dense, moe, changes) for dense, moe, changes in EXACT}.values())
-VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma",)]
+VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma", "minicpm3")]
 """Those with weights that are computed, and not only moved."""
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h")
 """Those that carry something from one row to the next where rows lie side by side."""
@@ -196,6 +199,7 @@ FIRST_DENSE = [
     ("youtu", "deepseek_v3", YOUTU),
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"] * 2}),
     ("glm", "glm4_moe", {"head_dim": 16}),
+    ("minicpm3", "deepseek_v3", MINICPM3),
 ]
 """Those where only the first layers can be without."""
 

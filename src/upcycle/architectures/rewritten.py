@@ -3,11 +3,27 @@
 `tests/architectures/test_families.py` compares the logits of every row.
 """
 
+from collections.abc import Callable, Iterator
+
 from upcycle.architectures.family import NO_BIAS, Family, only, plain_rope
-from upcycle.architectures.layouts import FUSED, SEPARATE, DenseLayout, head_dim
-from upcycle.architectures.moves import Rewrite, changed
-from upcycle.architectures.rows import GLM_MOE, GRANITE_MOE, MIXTRAL, SPLIT_FFN, glm_moe, granite_moe_of_llama, mixtral
+from upcycle.architectures.layouts import FUSED, SEPARATE, DenseLayout, Shape, head_dim
+from upcycle.architectures.moves import Region, Rewrite, Rule, SharedMove, changed
+from upcycle.architectures.rows import (
+    DEEPSEEK_V3,
+    GLM_MOE,
+    GRANITE_MOE,
+    MIXTRAL,
+    SPLIT_FFN,
+    deepseek_v3,
+    glm_moe,
+    granite_moe_of_llama,
+    mixtral,
+)
 from upcycle.types import Config
+from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD
+
+Scale = Callable[[Config], float]
+"""What a tensor is multiplied by."""
 
 
 def _halves(config: Config) -> Rewrite:
@@ -41,6 +57,39 @@ def _granite_moe_of_gemma(dense: Config) -> Config:
     return {**granite_moe_of_llama(dense), "embedding_multiplier": dense["hidden_size"] ** 0.5}
 
 
+def _times(factor: float) -> Rewrite:
+    return Rewrite(lambda weight: weight * factor)
+
+
+def _with_a_head(embeddings: Scale, head: Scale) -> tuple[Rule, Rule]:
+    """Embeddings and head by factors of their own; a tied model gets a head."""
+
+    def moves(config: Config, name: str, shape: Shape) -> Iterator[SharedMove]:
+        whole = Region(name, shape, 0, shape)
+        yield SharedMove(whole, whole, _times(embeddings(config)))
+        if config["tie_word_embeddings"]:
+            yield SharedMove(whole, Region(HEAD, shape, 0, shape), _times(head(config)))
+
+    return (EMBEDDINGS, moves), changed(HEAD, lambda config: _times(head(config)))
+
+
+def _residual(config: Config) -> Rewrite:
+    """MiniCPM3 multiplies by this what a layer adds."""
+    return _times(config["scale_depth"] / config["num_hidden_layers"] ** 0.5)
+
+
+MINICPM3_MOVES = (
+    *_with_a_head(
+        lambda config: float(config["scale_emb"]), lambda config: config["dim_model_base"] / config["hidden_size"]
+    ),
+    *(changed(ending, _residual) for ending in ("o_proj.weight", "o_proj.bias", "down_proj.weight")),
+)
+
+
+def _deepseek_v3_of_minicpm3(dense: Config) -> Config:
+    return {**deepseek_v3(dense), "tie_word_embeddings": False}
+
+
 _CAUSAL = only("use_bidirectional_attention", None, False)
 _ARCEE = (*NO_BIAS, plain_rope, only("hidden_act", "relu2"))
 
@@ -55,6 +104,16 @@ REWRITTEN = (
         (plain_rope, _CAUSAL),
         moves=(ONE_MORE,),
         note="in bf16 Gemma rounds the square root of hidden_size that it multiplies embeddings with, the MoE does not",
+    ),
+    Family(
+        "minicpm3",
+        DEEPSEEK_V3,
+        _deepseek_v3_of_minicpm3,
+        (only("mlp_bias", False), only("pretraining_tp", 1, None)),
+        moves=MINICPM3_MOVES,
+        idle=("qk_head_dim", "scale_emb", "scale_depth", "dim_model_base"),
+        down=_residual,
+        note="its scales go into the weights, so that embeddings and head are two tensors",
     ),
 )
 """Dense families and the MoE architecture that each becomes, as exact as `rows.ROWS`."""

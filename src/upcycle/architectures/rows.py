@@ -352,10 +352,11 @@ def _sigmoid_routing(dense: Config) -> Config:
 MLA = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim")
 
 
-def _deepseek_v3(dense: Config) -> Config:
+def deepseek_v3(dense: Config) -> Config:
     return {
         **_sigmoid_routing(dense),
-        **{name: dense[name] for name in (*MLA, "attention_bias", "rope_interleave")},
+        **{name: dense[name] for name in (*MLA, "attention_bias")},
+        "rope_interleave": dense.get("rope_interleave", False),
         "num_mtp_layers": 0,
     }
 
@@ -524,7 +525,7 @@ ROWS = (
         (plain_rope, only("mlp_bias", False), only("use_post_norm", False)),
     ),
     Family("hunyuan_v1_dense", HUNYUAN_MOE, _hunyuan_moe, (only("pretraining_tp", 1),)),
-    Family("youtu", DEEPSEEK_V3, _deepseek_v3, idle=("qk_head_dim",)),
+    Family("youtu", DEEPSEEK_V3, deepseek_v3, idle=("qk_head_dim",)),
     Family("lfm2", LFM2_MOE, _lfm2_moe, (plain_rope,), LFM2_DENSE),
     Family("nemotron_h", NEMOTRON_H, _nemotron_h, _NEMOTRON, NEMOTRON_DENSE, idle=NEMOTRON_IDLE),
 )
