@@ -85,6 +85,15 @@ YOUTU = {
     "v_head_dim": 16,
 }
 MINICPM3 = {**YOUTU, "scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 8}
+GEMMA3 = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 256,
+    "initializer_range": 0.05,  # smaller logits, as tolerances are absolute
+    "rms_norm_eps": 1e-8,  # its share in Beam's norms is not the same; with so small a residual 1e-6 makes 5e-6
+    "sliding_window": 8,
+    "layer_types": ALTERNATING,
+    "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 500.0}, "full_attention": LINEAR},
+}
 NEMOTRON_BLOCKS = ["linear_attention", "mlp", "full_attention", "mlp"]
 NEMOTRON: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -169,11 +178,13 @@ EXACT = [
     ("arcee", "mixtral", {"head_dim": 16, "rope_parameters": YARN}),
     ("minicpm3", "deepseek_v3", {**MINICPM3, "rope_parameters": LONGROPE}),
     ("minicpm3", "deepseek_v3", {**MINICPM3, "attention_bias": True, "q_lora_rank": None}),
+    ("gemma3_text", "beam", GEMMA3),
+    ("gemma3_text", "beam", {**GEMMA3, "attention_bias": True, "final_logit_softcapping": 5.0}),
     ("gemma", "granitemoe", {"head_dim": 8}),
     ("gemma", "granitemoe", {"head_dim": 16, "attention_bias": True, "use_bidirectional_attention": False}),
 ]
 ONE_OF_EACH = list({(dense, moe): (dense, moe, changes) for dense, moe, changes in EXACT}.values())
-VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma", "minicpm3")]
+VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma", "minicpm3", "gemma3_text")]
 """Those with weights that are computed, and not only moved."""
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h")
 """Those that carry something from one row to the next where rows lie side by side."""
@@ -191,6 +202,7 @@ PARTIAL = [
     ("cohere2", "cohere2_moe", {"sliding_window": 8, "layer_types": ALTERNATING * 2}),
     ("cohere", "cohere2_moe", {}),
     ("ernie4_5", "ernie4_5_moe", {}),
+    ("gemma3_text", "beam", {**GEMMA3, "layer_types": ALTERNATING * 2}),
     ("nemotron_h", "nemotron_h", {**NEMOTRON, "num_hidden_layers": 8, "layers_block_type": NEMOTRON_BLOCKS * 2}),
 ]
 """Those whose MoE can have layers without experts."""
@@ -327,7 +339,11 @@ def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: 
             "use_bidirectional_attention=True would be lost",
         ),
         ({"model_type": "gemma2"}, "caps logits"),
-        ({"model_type": "gemma3_text"}, "two kinds of rotary positions"),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True would be lost",
+        ),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50\.0 would be lost"),
         ({"model_type": "olmo"}, "its norms have no weights"),
         ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm=True would be lost"),
         ({"model_type": "gpt2"}, "its FFN has no gate"),

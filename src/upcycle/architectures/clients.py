@@ -48,6 +48,7 @@ LIMITS = (
     Limit("mistralrs", "mixtral", "scales longrope otherwise", _longrope, silent=True),
     Limit("mistralrs", "mixtral", "ignores head_dim, so it refuses the shapes", _own_head_dim),
     Limit("llamacpp", "mixtral", "was not tried with longrope", _longrope),
+    *(Limit(client, "beam", "does not know the architecture") for client in CLIENTS),
     *(
         Limit("mistralrs", moe, "does not know the architecture")
         for moe in ("qwen2_moe", "flex_olmo", "granitemoe", "granitemoe_swa", "ernie4_5_moe", "cohere2_moe")

@@ -54,7 +54,6 @@ MOES = {family.moe.model_type: family.moe for family in FAMILIES}
 WRONG = {
     "olmo": "its norms have no weights, those of OLMoE and FlexOlmo have",
     "gemma2": "no MoE architecture caps logits and has four norms per layer as Gemma 2 does",
-    "gemma3_text": "no MoE architecture has Gemma 3's norms and its two kinds of rotary positions",
     "phi": "its layers compute attention and FFN side by side, with biases",
     "gpt2": "its FFN has no gate",
     "gpt_neox": "its FFN has no gate",

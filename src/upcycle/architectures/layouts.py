@@ -124,6 +124,12 @@ GRANITE_SHARED_EXPERT = (
 SINKS = Constant("self_attn.sinks", ("heads",), SINK, every_layer=True)
 """Logits that attention insists on beside those of the tokens; they take no share of it."""
 
+OPEN_GATE = (
+    Constant("self_attn.gate_proj.weight", ("queries", "hidden"), every_layer=True),
+    Constant("self_attn.gate_bias", ("heads",), every_layer=True),
+)
+"""A gate of what attention gives, whose sigmoid is 1/2 everywhere."""
+
 
 def selection_bias(tensor: str, rows: tuple[int, ...] = ()) -> Constant:
     """A bias (*rows, E) of the choice of experts; zeros leave it to the router."""

@@ -4,11 +4,13 @@
 """
 
 from collections.abc import Callable, Iterator
+from math import sqrt
 
 from upcycle.architectures.family import NO_BIAS, Family, only, plain_rope
 from upcycle.architectures.layouts import FUSED, SEPARATE, DenseLayout, Shape, head_dim
 from upcycle.architectures.moves import Region, Rewrite, Rule, SharedMove, changed
 from upcycle.architectures.rows import (
+    BEAM,
     DEEPSEEK_V3,
     GLM_MOE,
     GRANITE_MOE,
@@ -18,6 +20,7 @@ from upcycle.architectures.rows import (
     glm_moe,
     granite_moe_of_llama,
     mixtral,
+    mlp_layer_types,
 )
 from upcycle.types import Config
 from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD
@@ -54,7 +57,7 @@ ONE_MORE = changed("norm.weight", _one_more)
 
 
 def _granite_moe_of_gemma(dense: Config) -> Config:
-    return {**granite_moe_of_llama(dense), "embedding_multiplier": dense["hidden_size"] ** 0.5}
+    return {**granite_moe_of_llama(dense), "embedding_multiplier": sqrt(dense["hidden_size"])}
 
 
 def _times(factor: float) -> Rewrite:
@@ -75,7 +78,7 @@ def _with_a_head(embeddings: Scale, head: Scale) -> tuple[Rule, Rule]:
 
 def _residual(config: Config) -> Rewrite:
     """MiniCPM3 multiplies by this what a layer adds."""
-    return _times(config["scale_depth"] / config["num_hidden_layers"] ** 0.5)
+    return _times(config["scale_depth"] / sqrt(config["num_hidden_layers"]))
 
 
 MINICPM3_MOVES = (
@@ -88,6 +91,46 @@ MINICPM3_MOVES = (
 
 def _deepseek_v3_of_minicpm3(dense: Config) -> Config:
     return {**deepseek_v3(dense), "tie_word_embeddings": False}
+
+
+DEPTH_SCALE = 4.0
+"""Beam divides the residual stream by the square root of 1 plus the number of additions before; norms undo that but for
+their epsilon, whose share this keeps as small as it was, for some 50 layers."""
+
+
+def _one_more_times(factor: Scale) -> Callable[[Config], Rewrite]:
+    return lambda config: Rewrite(lambda weight: (weight + 1) * factor(config))
+
+
+def _query_scale(config: Config) -> float:
+    """Beam divides by the square root of head_dim alone."""
+    return sqrt(head_dim(config) / config["query_pre_attn_scalar"])
+
+
+GEMMA3_MOVES = (
+    *_with_a_head(lambda config: sqrt(config["hidden_size"]) * DEPTH_SCALE, lambda _: 1.0),
+    changed("q_norm.weight", _one_more_times(_query_scale)),
+    *(
+        changed(f"post_{block}_layernorm.weight", _one_more_times(lambda _: DEPTH_SCALE))
+        for block in ("attention", "feedforward")
+    ),
+    ONE_MORE,
+    changed("o_proj.weight", lambda _: _times(2.0)),  # Beam's gate halves what comes here
+)
+
+
+def _beam(dense: Config) -> Config:
+    copied = ("attention_bias", "layer_types", "sliding_window", "final_logit_softcapping")
+    return {
+        **{name: dense[name] for name in copied},
+        "hidden_act": dense["hidden_activation"],
+        "mlp_layer_types": mlp_layer_types(dense),
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+    }
 
 
 _CAUSAL = only("use_bidirectional_attention", None, False)
@@ -114,6 +157,15 @@ REWRITTEN = (
         idle=("qk_head_dim", "scale_emb", "scale_depth", "dim_model_base"),
         down=_residual,
         note="its scales go into the weights, so that embeddings and head are two tensors",
+    ),
+    Family(
+        "gemma3_text",
+        BEAM,
+        _beam,
+        moves=GEMMA3_MOVES,
+        idle=("query_pre_attn_scalar", "_sliding_window_pattern"),
+        note="norms and scales are rewritten, embeddings and head are two tensors; of the programs that serve models "
+        "only SGLang and transformers know Beam",
     ),
 )
 """Dense families and the MoE architecture that each becomes, as exact as `rows.ROWS`."""

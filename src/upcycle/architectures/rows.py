@@ -19,6 +19,7 @@ from upcycle.architectures.layouts import (
     MIXTRAL_LAYOUT,
     NEMOTRON_DENSE,
     NEMOTRON_LAYOUT,
+    OPEN_GATE,
     QKV_BIAS,
     QWEN_LAYOUT,
     SHARED_EXPERT,
@@ -69,6 +70,12 @@ GLM_MOE = Moe(
     partial="first",
 )
 DEEPSEEK_V3 = Moe("deepseek_v3", "DeepseekV3ForCausalLM", GLM_MOE.layout, "n_routed_experts", partial="first")
+BEAM = Moe(
+    "beam",
+    "BeamForCausalLM",
+    with_constants(QWEN_LAYOUT, selection_bias("mlp.gate.e_score_correction_bias"), *OPEN_GATE),
+    partial="any",
+)
 LFM2_MOE = Moe("lfm2_moe", "Lfm2MoeForCausalLM", LFM2_LAYOUT, partial="first")
 HUNYUAN_MOE = Moe(
     "hunyuan_v1_moe",
@@ -183,14 +190,14 @@ def _mellum(dense: Config) -> Config:
     return {
         "attention_bias": dense["attention_bias"],
         "layer_types": dense["layer_types"],
-        "mlp_layer_types": _mlp_layer_types(dense),
+        "mlp_layer_types": mlp_layer_types(dense),
         "norm_topk_prob": True,
         "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
         "sliding_window": dense["sliding_window"],
     }
 
 
-def _mlp_layer_types(dense: Config) -> list[str]:
+def mlp_layer_types(dense: Config) -> list[str]:
     sparse = moe_layers(dense)
     return ["sparse" if layer in sparse else "dense" for layer in range(dense["num_hidden_layers"])]
 
@@ -284,7 +291,7 @@ def _cohere2_moe_of_cohere(dense: Config) -> Config:
 def _cohere_moe(dense: Config) -> Config:
     return {
         **{name: dense[name] for name in ("attention_bias", "layer_norm_eps", "logit_scale")},
-        "mlp_layer_types": _mlp_layer_types(dense),
+        "mlp_layer_types": mlp_layer_types(dense),
         "prefix_dense_intermediate_size": dense["intermediate_size"],
         "rms_norm_eps": None,  # a number would make its norms those of Llama
         "num_shared_experts": 0,
@@ -329,7 +336,7 @@ def _first_dense(dense: Config) -> int:
 
 def glm_moe(dense: Config) -> Config:
     return {
-        **_sigmoid_routing(dense),
+        **sigmoid_routing(dense),
         "attention_bias": dense.get("attention_bias", False),
         "rope_parameters": dense["rope_parameters"],
         "use_qk_norm": False,
@@ -337,7 +344,7 @@ def glm_moe(dense: Config) -> Config:
     }
 
 
-def _sigmoid_routing(dense: Config) -> Config:
+def sigmoid_routing(dense: Config) -> Config:
     """Sigmoids in the place of softmax, here without groups of experts or scale."""
     return {
         "n_shared_experts": 1,  # of zeros: readers insist on one
@@ -354,7 +361,7 @@ MLA = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope
 
 def deepseek_v3(dense: Config) -> Config:
     return {
-        **_sigmoid_routing(dense),
+        **sigmoid_routing(dense),
         **{name: dense[name] for name in (*MLA, "attention_bias")},
         "rope_interleave": dense.get("rope_interleave", False),
         "num_mtp_layers": 0,
@@ -425,7 +432,7 @@ NEMOTRON_IDLE = (
 def _nemotron_h(dense: Config) -> Config:
     sparse = set(moe_layers(dense))
     blocks = ["moe" if layer in sparse else block for layer, block in enumerate(dense["layers_block_type"])]
-    routing = _sigmoid_routing(dense)
+    routing = sigmoid_routing(dense)
     del routing["first_k_dense_replace"]
     return {
         **{name: dense[name] for name in NEMOTRON_FIELDS},
