@@ -53,7 +53,14 @@ MOES = {family.moe.model_type: family.moe for family in FAMILIES}
 
 WRONG = {
     "olmo": "its norms have no weights, those of OLMoE and FlexOlmo have",
-    "gemma2": "no MoE architecture caps logits and has four norms per layer as Gemma 2 does",
+    "gemma2": "no MoE architecture caps the scores of attention as Gemma 2 does",
+    "exaone4": "MoE architectures with norms only after attention and FFN do not normalise queries and keys head by head",
+    "glm4": "MoE architectures with norms before and after attention and FFN normalise queries and keys too",
+    "apertus": "its FFN has no gate, and an activation with weights of its own",
+    "starcoder2": "its FFN has no gate, and its norms have biases",
+    "jais2": "its norms have biases, which no MoE architecture has that could be exact",
+    "nemotron": "its norms have biases, which no MoE architecture has that could be exact",
+    "stablelm": "its norms have biases, which no MoE architecture has that could be exact",
     "phi": "its layers compute attention and FFN side by side, with biases",
     "gpt2": "its FFN has no gate",
     "gpt_neox": "its FFN has no gate",
