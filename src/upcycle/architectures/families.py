@@ -54,7 +54,7 @@ MOES = {family.moe.model_type: family.moe for family in FAMILIES}
 WRONG = {
     "olmo": "its norms have no weights, those of OLMoE and FlexOlmo have",
     "gemma2": "no MoE architecture caps the scores of attention as Gemma 2 does",
-    "exaone4": "MoE architectures with norms only after attention and FFN do not normalise queries and keys head by head",
+    "exaone4": "MoE architectures with norms only after attention and FFN do not normalise heads one by one",
     "glm4": "MoE architectures with norms before and after attention and FFN normalise queries and keys too",
     "apertus": "its FFN has no gate, and an activation with weights of its own",
     "starcoder2": "its FFN has no gate, and its norms have biases",
