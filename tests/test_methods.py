@@ -45,8 +45,12 @@ def test_each_method_runs_and_learns(name: str, tiny_recipe: dict[str, Any], tmp
         ("glm", {"head_dim": 8}),
         ("gemma", {"head_dim": 8}),
         ("minicpm3", {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16}),
+        (
+            "gemma4_text",
+            {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 8, "rope_parameters": None},
+        ),
     ],
-    ids=["glm", "gemma", "minicpm3"],
+    ids=["glm", "gemma", "minicpm3", "gemma4"],
 )
 def test_families_with_rewritten_weights_go_all_the_way(
     dense: str, changes: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path

@@ -18,6 +18,14 @@ from upcycle.architectures.mapping import Mapping, shared_shapes, with_own_head
 from upcycle.errors import UpcycleError
 from upcycle.experts.ffn import describe
 from upcycle.experts.kinds import load_model
+from upcycle.routing.routers import (
+    ForcedRouter,
+    RouterRecorder,
+    RowExperts,
+    router_modules,
+    routing_vectors,
+    swapped_routers,
+)
 from upcycle.training.packing import TOKEN_MASK, SideBySide, can_pack, fill_lines
 from upcycle.types import Model
 from upcycle.weights.folders import read_config
@@ -93,6 +101,17 @@ GEMMA3 = {
     "sliding_window": 8,
     "layer_types": ALTERNATING,
     "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 500.0}, "full_attention": LINEAR},
+}
+GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 8,
+    "layer_types": ALTERNATING,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 5000.0},
+    },
 }
 NEMOTRON_BLOCKS = ["linear_attention", "mlp", "full_attention", "mlp"]
 NEMOTRON: dict[str, Any] = {
@@ -178,13 +197,15 @@ EXACT = [
     ("arcee", "mixtral", {"head_dim": 16, "rope_parameters": YARN}),
     ("minicpm3", "deepseek_v3", {**MINICPM3, "rope_parameters": LONGROPE}),
     ("minicpm3", "deepseek_v3", {**MINICPM3, "attention_bias": True, "q_lora_rank": None}),
+    ("gemma4_text", "gemma4_text", GEMMA4),
+    ("gemma4_text", "gemma4_text", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     ("gemma3_text", "beam", GEMMA3),
     ("gemma3_text", "beam", {**GEMMA3, "attention_bias": True, "final_logit_softcapping": 5.0}),
     ("gemma", "granitemoe", {"head_dim": 8}),
     ("gemma", "granitemoe", {"head_dim": 16, "attention_bias": True, "use_bidirectional_attention": False}),
 ]
 ONE_OF_EACH = list({(dense, moe): (dense, moe, changes) for dense, moe, changes in EXACT}.values())
-VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma", "minicpm3", "gemma3_text")]
+VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma", "minicpm3", "gemma3_text", "gemma4_text")]
 """Those with weights that are computed, and not only moved."""
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h")
 """Those that carry something from one row to the next where rows lie side by side."""
@@ -280,6 +301,21 @@ def test_an_expert_of_any_layout_is_its_checkpoint(
     assert_experts_are(folders, assembled(source, folders, tmp_path / "moe"))
 
 
+def test_routing_vectors_of_gemma_4_see_what_other_modules_in_the_routers_place_see(tmp_path: Path) -> None:
+    """The FFN's input normalised, and not as it is."""
+    source = make_dense(tmp_path / "dense", model_type="gemma4_text", **GEMMA4)
+    model = load_model(assembled(source, [source] * 3, tmp_path / "moe", router_std=0.3), torch.float32)
+    vectors, seen = routing_vectors(router_modules(model)[0]), []
+    with torch.no_grad(), RouterRecorder(model) as recorder:
+        model(IDS)
+        with swapped_routers(model, lambda _: ForcedRouter(RowExperts(), 3)) as routers:
+            routers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            model(IDS)
+    expected = torch.log_softmax(seen[0] @ vectors.T, dim=-1)
+    torch.testing.assert_close(recorder.logits[0], expected)
+    assert expected.std(dim=0).min() > 0.1
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("dense", "moe", "changes"), VALUES_CHANGED, ids=lambda v: v if isinstance(v, str) else "")
 def test_what_is_computed_is_rounded_once(
@@ -337,6 +373,11 @@ def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: 
         (
             {"model_type": "gemma", "use_bidirectional_attention": True},
             "use_bidirectional_attention=True would be lost",
+        ),
+        ({"model_type": "gemma4_text"}, r"hidden_size_per_layer_input=256, .* on a copy with fewer \(exact with 0\)"),
+        (
+            {"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+            "a mixture of 4 experts already",
         ),
         ({"model_type": "gemma2"}, "caps the scores of attention"),
         ({"model_type": "exaone4"}, "norms only after attention and FFN"),

@@ -108,6 +108,8 @@ def cut_down(config: Config, layout: DenseLayout) -> Config:
         small[MOE_LAYERS] = [layer for layer in config[MOE_LAYERS] if layer < layers]
     if config.get("sliding_window") and config["sliding_window"] < config["max_position_embeddings"]:
         small["sliding_window"] = min(WINDOW, config["sliding_window"])
+    if config.get("per_layer_config"):  # by layer, of which JSON makes words
+        small["per_layer_config"] = {n: of for n, of in config["per_layer_config"].items() if int(n) < layers}
     if "scale_depth" in config:  # MiniCPM3 divides it by the square root of the number of layers
         small["scale_depth"] = config["scale_depth"] * (layers / config["num_hidden_layers"]) ** 0.5
     return _shorten_positions(small)

@@ -6,8 +6,19 @@
 from collections.abc import Callable, Iterator
 from math import sqrt
 
-from upcycle.architectures.family import NO_BIAS, Family, only, plain_rope
-from upcycle.architectures.layouts import FUSED, SEPARATE, DenseLayout, Shape, head_dim
+from upcycle.architectures.family import NO_BIAS, Family, Moe, only, plain_rope
+from upcycle.architectures.layouts import (
+    FUSED,
+    GEMMA4_LAYOUT,
+    SEPARATE,
+    SHARED_EXPERT_SIZE,
+    Constant,
+    DenseLayout,
+    Shape,
+    head_dim,
+    shared_expert,
+    with_constants,
+)
 from upcycle.architectures.moves import Region, Rewrite, Rule, SharedMove, changed
 from upcycle.architectures.rows import (
     BEAM,
@@ -133,6 +144,79 @@ def _beam(dense: Config) -> Config:
     }
 
 
+FIRST_NORM = 2.0**-18
+"""Gemma 4 normalises what its experts give twice: the weight of the first norm, which every dtype has.
+
+So small, the second divides by hardly more than the root of its epsilon, and both are one norm: with a share
+d = FIRST_NORM^2 / epsilon, about 1e-5, of an epsilon of epsilon / (1 + d), and of the second's weight / sqrt(1 + 1 / d)."""
+
+
+def _second_norm(config: Config) -> Rewrite:
+    return _times(sqrt(1 + config["rms_norm_eps"] / FIRST_NORM**2))
+
+
+def _twice(config: Config, name: str, shape: Shape) -> Iterator[SharedMove]:
+    """The FFN's norm; that of the FFN of zeros beside the experts may be the same."""
+    whole = Region(name, shape, 0, shape)
+    yield SharedMove(whole, whole)
+    other = name.replace("layernorm", "layernorm_2")
+    yield SharedMove(whole, Region(other, shape, 0, shape))
+
+
+GEMMA4 = Moe(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    with_constants(
+        GEMMA4_LAYOUT,
+        *shared_expert("mlp", SHARED_EXPERT_SIZE, "gate", "up"),
+        Constant("post_feedforward_layernorm_1.weight", ("hidden",), 1.0),
+        Constant("post_feedforward_layernorm_2.weight", ("hidden",), FIRST_NORM),
+        Constant("router.scale", ("hidden",), lambda dense: sqrt(dense["hidden_size"])),  # which it divides by
+        Constant("router.per_expert_scale", ("experts",), 1.0),
+    ),
+    active_field="top_k_experts",
+)
+GEMMA4_MOVES = (
+    ("pre_feedforward_layernorm.weight", _twice),
+    changed("post_feedforward_layernorm.weight", _second_norm),
+)
+GEMMA4_FIELDS = (
+    "hidden_activation",
+    "attention_bias",
+    "sliding_window",
+    "layer_types",
+    "per_layer_config",
+    "final_logit_softcapping",
+    "attention_k_eq_v",
+)
+GEMMA4_IDLE = ("num_experts", "top_k_experts", "moe_intermediate_size", "vocab_size_per_layer_input")
+
+
+def _gemma4(dense: Config) -> Config:
+    return {
+        **{name: dense[name] for name in GEMMA4_FIELDS},
+        "rope_parameters": dense["rope_parameters"],
+        "intermediate_size": SHARED_EXPERT_SIZE,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+        "enable_moe_block": True,
+    }
+
+
+def _layers_for_themselves(config: Config) -> str | None:
+    for field in ("hidden_size_per_layer_input", "num_kv_shared_layers"):
+        if config[field]:
+            return f"{field}={config[field]}, so its layers cannot be compared on a copy with fewer (exact with 0)"
+    return None
+
+
+def _no_moe_block(config: Config) -> str | None:
+    count = config["num_experts"]
+    return f"it is a mixture of {count} experts already (exact without)" if config["enable_moe_block"] else None
+
+
+_GEMMA4 = (_no_moe_block, _layers_for_themselves, only("use_double_wide_mlp", False))
 _CAUSAL = only("use_bidirectional_attention", None, False)
 _ARCEE = (*NO_BIAS, plain_rope, only("hidden_act", "relu2"))
 
@@ -157,6 +241,15 @@ REWRITTEN = (
         idle=("qk_head_dim", "scale_emb", "scale_depth", "dim_model_base"),
         down=_residual,
         note="its scales go into the weights, so that embeddings and head are two tensors",
+    ),
+    Family(
+        "gemma4_text",
+        GEMMA4,
+        _gemma4,
+        _GEMMA4,
+        moves=GEMMA4_MOVES,
+        idle=GEMMA4_IDLE,
+        note="the FFN beside the experts is zeros, and the router's z-loss has no effect; not in float16",
     ),
     Family(
         "gemma3_text",
