@@ -63,6 +63,11 @@ def test_families_with_rewritten_weights_go_all_the_way(
     run_stages(run)
     scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
     assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
+    before, after = ModelReader(run.folder / "assemble"), ModelReader(run.folder / "posttrain")
+    same = {name for name in before.names() if torch.equal(before.tensor(name), after.tensor(name))}
+    kept = {name for name in before.names() if name.endswith("post_feedforward_layernorm_2.weight")}
+    assert len(kept) == (2 if dense == "gemma4_text" else 0)
+    assert kept <= same
 
 
 def test_fine_grained_experts_cost_what_the_dense_model_costs(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:

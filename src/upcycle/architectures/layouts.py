@@ -58,6 +58,8 @@ class Constant:
     value: float | Callable[[Config], float] = 0.0
     every_layer: bool = False
     """Whether layers without experts have it too."""
+    trains: bool = True
+    """Whether post-training may change it."""
 
 
 @dataclass(frozen=True)

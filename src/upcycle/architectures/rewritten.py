@@ -147,8 +147,9 @@ def _beam(dense: Config) -> Config:
 FIRST_NORM = 2.0**-18
 """Gemma 4 normalises what its experts give twice: the weight of the first norm, which every dtype has.
 
-So small, the second divides by hardly more than the root of its epsilon, and both are one norm: with a share
-d = FIRST_NORM^2 / epsilon, about 1e-5, of an epsilon of epsilon / (1 + d), and of the second's weight / sqrt(1 + 1 / d)."""
+So small, the second divides by hardly more than the root of its epsilon, and both are one norm: with d = FIRST_NORM^2 /
+epsilon, about 1e-5, epsilon / (1 + d) is its epsilon, and the second's weight / sqrt(1 + 1 / d) its weight. A step of
+training would be larger than this weight, so it stays."""
 
 
 def _second_norm(config: Config) -> Rewrite:
@@ -170,7 +171,7 @@ GEMMA4 = Moe(
         GEMMA4_LAYOUT,
         *shared_expert("mlp", SHARED_EXPERT_SIZE, "gate", "up"),
         Constant("post_feedforward_layernorm_1.weight", ("hidden",), 1.0),
-        Constant("post_feedforward_layernorm_2.weight", ("hidden",), FIRST_NORM),
+        Constant("post_feedforward_layernorm_2.weight", ("hidden",), FIRST_NORM, trains=False),
         Constant("router.scale", ("hidden",), lambda dense: sqrt(dense["hidden_size"])),  # which it divides by
         Constant("router.per_expert_scale", ("experts",), 1.0),
     ),
