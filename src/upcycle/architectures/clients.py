@@ -55,7 +55,10 @@ LIMITS = (
     ),
 )
 
-UNTRIED = dict.fromkeys(("granitemoe_swa", "ernie4_5_moe", "cohere2_moe"), ("llamacpp",))
+UNTRIED = {
+    **dict.fromkeys(("granitemoe_swa", "ernie4_5_moe", "cohere2_moe"), ("llamacpp",)),
+    "gemma4_text": ("llamacpp", "mistralrs"),
+}
 """Clients that nobody has given such a MoE, by `model_type`."""
 
 
