@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,8 +67,8 @@ def test_a_base_that_is_not_supported_says_what_is(
 
     for changes, message in (
         (
-            {"model_type": "gemma"},
-            "'gemma' has no exact mixture-of-experts twin here: no MoE architecture scales embeddings",
+            {"model_type": "gemma2"},
+            "'gemma2' has no exact mixture-of-experts twin here: no MoE architecture caps the scores of attention",
         ),
         ({"mlp_bias": True}, "as mixtral, mlp_bias=True would be lost (exact with mlp_bias=False)"),
     ):
@@ -77,6 +78,27 @@ def test_a_base_that_is_not_supported_says_what_is(
         (other / "config.json").write_text(json.dumps({**config, **changes}))
         assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", f"base={other}", "--update") == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "offer"),
+    [
+        ("gemma2", "caps the scores of attention .*; LoRA experts work on it: prepare.train=lora"),
+        (
+            "glm4",
+            "normalise queries and keys too.*; nor do LoRA experts work on it, .* an mlp of gate_up_proj",
+        ),
+    ],
+)
+def test_a_model_without_a_plain_moe_is_checked_for_what_else_works(
+    model_type: str, offer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: Path, capsys: Any
+) -> None:
+    from conftest import make_dense
+
+    dense = make_dense(tmp_path / "dense", model_type=model_type, head_dim=8)
+    assert call(monkeypatch, "check", dense) == 2
+    assert re.search(offer, capsys.readouterr().err)
+    assert call(monkeypatch, "data", rows, "--base", dense) == 0  # whatever can be made of the base
 
 
 def test_checkpoints_of_another_architecture_are_named(

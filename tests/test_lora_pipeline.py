@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import make_dense
 from upcycle.errors import UpcycleError
 from upcycle.experts.gram import adapter_gram
 from upcycle.experts.kinds import load_model
@@ -18,6 +19,8 @@ from upcycle.experts.mixture import MixtureConfig
 from upcycle.pipeline.manifest import read_manifest
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
+from upcycle.pipeline.stages import training_flops
+from upcycle.pipeline.summary import show_summary
 from upcycle.recipe import parse_recipe
 from upcycle.stages.model_upcycling.export import export
 from worlds import IDS, logits, make_adapter, shrunk
@@ -153,3 +156,50 @@ def test_settings_that_do_not_go_together_are_refused(
 ) -> None:
     with pytest.raises(UpcycleError, match=message):
         parse_recipe({**tiny_recipe, **changes}, "test")
+
+
+ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+TWO_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
+
+
+@pytest.mark.parametrize(
+    ("dense", "changes", "reason"),
+    [
+        (
+            "gemma3_text",
+            {**ALTERNATING, "head_dim": 8, "rope_parameters": TWO_ROPES},
+            "no MoE architecture has Gemma 3",
+        ),
+        ("olmo3", ALTERNATING, "some of its layers have a sliding window"),
+    ],
+)
+@pytest.mark.parametrize("name", ["upit-lora", "pesc"])
+def test_a_base_without_a_plain_moe_runs_to_the_end_and_is_told_so_at_the_start(
+    name: str,
+    dense: str,
+    changes: dict[str, Any],
+    reason: str,
+    tiny_recipe: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = make_dense(tmp_path / dense, model_type=dense, **changes)
+    run = Run(shrunk(name, {**tiny_recipe, "base": str(base)}), tmp_path / "run")
+    run_stages(run, ("prepare",))
+    warning = f"warning: {dense} has no exact plain MoE ("
+    assert (warning in capsys.readouterr().out) == (name == "upit-lora")  # bottlenecks are never folded
+    run_stages(run)
+    scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
+    assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
+    assert training_flops(run)["posttrain"] > 0
+    show_summary(run)
+    assert "--fold" not in capsys.readouterr().out
+    result = run.folder / "posttrain"
+    export(result, tmp_path / "compact", False, "source")
+    assert "--fold" not in capsys.readouterr().out
+    torch.testing.assert_close(logits(tmp_path / "compact"), logits(result), rtol=0, atol=0)
+    if name == "upit-lora":
+        with pytest.raises(UpcycleError, match=f"{reason}.*; export .*posttrain without --fold"):
+            export(result, tmp_path / "plain", True, "source")
+    with pytest.raises(UpcycleError, match=rf"{reason}.*; LoRA experts work on it: prepare\.train=lora"):
+        run_stages(Run(parse_recipe({**tiny_recipe, "base": str(base)}, "test"), tmp_path / "other"))

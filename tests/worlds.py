@@ -54,7 +54,7 @@ def assemble(
     chosen = AssembleSettings(**settings)
     dense = as_base(base)
     if chosen.layers != "all":
-        dense = replace(dense, layers=chosen.chosen_layers(ffn_layers(dense.config)))
+        dense = replace(dense, layers=chosen.chosen_layers(ffn_layers(dense.config), dense.config["num_hidden_layers"]))
     hidden = dense.config["hidden_size"]
     routers = random_routers(
         len(moe_layers(with_layers(dense.config, dense.layers))), len(plan.experts), hidden, router_std, 0

@@ -137,8 +137,9 @@ def data(
     names = [word for word in sources if word not in settings]
     run = Run(load_recipe("upit", [f"base={base}", f"data.train={json.dumps(names)}", *settings]), Path())
     console.record = html is not None
-    train, _ = load_parts(run.recipe, run.base.tokenizer, run.base.context_length)
-    overview(train, run.base.tokenizer)
+    given = run.given_base  # whatever can be made of it
+    train, _ = load_parts(run.recipe, given.tokenizer, given.context_length)
+    overview(train, given.tokenizer)
     if html is not None:
         console.save_html(str(html))
         say(f"written: {html}")
@@ -163,10 +164,12 @@ def check(
         raise UpcycleError(f"--granularity is {granularity}, expected 1, 2, 4 or 8")
     _quiet_libraries()
     from upcycle.architectures.check import check
+    from upcycle.experts.structure import offering_adapters
     from upcycle.pipeline.fit import parse_devices, show_fit
 
     cards = parse_devices(devices) if devices is not None else None
-    mapping = check(model, num_experts, num_experts_per_tok, dtype, granularity)
+    with offering_adapters():
+        mapping = check(model, num_experts, num_experts_per_tok, dtype, granularity)
     if cards:
         show_fit(model, mapping, num_experts_per_tok, cards)
 

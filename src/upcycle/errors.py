@@ -2,10 +2,25 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class UpcycleError(ValueError):
     """Bad input. The message names the file or field, what was found, what was expected and what to do."""
+
+
+class NoTwinError(UpcycleError):
+    """A dense model that has no exact plain MoE."""
+
+    def __init__(self, message: str, reason: str, config: dict[str, Any]) -> None:
+        """
+        Args:
+            reason: without the model's name and what would be supported.
+            config: of the dense model.
+        """
+        super().__init__(message)
+        self.reason = reason
+        self.config = config
 
 
 class RelayedError(UpcycleError):

@@ -197,6 +197,11 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _whole_ffns_alone_are_sliced_or_left_out(self) -> "Recipe":
         granularity, m = self.assemble.granularity, self.expand.num_experts
+        if self.assemble.keep_vision and self.prepare.shares_base:
+            raise ValueError(
+                "assemble.keep_vision writes a plain MoE beside the base's vision part, but adapters stay beside their "
+                "base; leave it out, or set prepare.train=ffn or full"
+            )
         if self.assemble.layers != "all" and self.prepare.shares_base:
             raise ValueError(
                 "assemble.layers leaves layers without experts, but adapters are experts of all layers; leave it out, "

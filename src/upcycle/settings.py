@@ -362,6 +362,9 @@ class AssembleSettings(Settings):
     With `last` tokenizer, template, special tokens and generation settings come from it too, if it has them."""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Storage dtype of the assembled MoE; `source` keeps the checkpoints'."""
+    keep_vision: bool = False
+    """Write the finished MoE into the base's folder of more than text, with its vision part as it is there (Mistral3);
+    otherwise the MoE reads text alone. Whole FFNs only."""
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -377,8 +380,8 @@ class AssembleSettings(Settings):
             return value
         raise ValueError("expected all, {every: N} with a whole number N, or a list of layers such as [1, 3]")
 
-    def chosen_layers(self, layers: Sequence[int]) -> tuple[int, ...] | None:
-        """The layers with experts out of `layers`, those with an FFN; None: all.
+    def chosen_layers(self, layers: Sequence[int], count: int) -> tuple[int, ...] | None:
+        """The layers with experts out of `layers`, those with an FFN; None: all `count` of the model.
 
         Raises:
             ValueError: one is none of them or there twice, or none is left.
@@ -394,7 +397,7 @@ class AssembleSettings(Settings):
                 f"assemble.layers is {self.model_dump()['layers']}, but the model has FFNs in the layers {have}; name "
                 "one or more of them, each once"
             )
-        return None if len(found) == len(layers) else tuple(sorted(found))
+        return None if len(found) == count else tuple(sorted(found))
 
 
 class RouteSettings(Settings):

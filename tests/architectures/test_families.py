@@ -85,6 +85,7 @@ NO_MAMBA = {"layer_types": ["full_attention"] * 2}
 NO_ROPE = {"position_embedding_type": None}
 HUNYUAN_ROPE = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 500.0}
 YOUTU = {
+    "pad_token_id": None,  # as published; transformers would set that row of the embeddings to 0 at each loading
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,

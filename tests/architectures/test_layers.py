@@ -91,7 +91,7 @@ def test_a_run_leaves_the_other_layers_ffns_as_they_are(
     ("layers", "expected"), [("all", None), ({"every": 2}, (1, 3)), ({"every": 1}, None), ([3, 0], (0, 3))]
 )
 def test_layers_are_chosen(layers: Any, expected: tuple[int, ...] | None) -> None:
-    assert AssembleSettings(layers=layers).chosen_layers(range(4)) == expected
+    assert AssembleSettings(layers=layers).chosen_layers(range(4), 4) == expected
 
 
 @pytest.mark.parametrize(

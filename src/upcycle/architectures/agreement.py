@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from upcycle.architectures.families import computed_fields
 from upcycle.architectures.mapping import needed_tensors
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
-from upcycle.weights.folders import load_dense
-from upcycle.weights.safetensors_io import HEAD, ModelReader
+from upcycle.weights.folders import load_as_others_do
+from upcycle.weights.names import HEAD
+from upcycle.weights.safetensors_io import ModelReader
 
 RUNS, RUN = 16, 256
 """Runs of consecutive elements, evenly spread over a tensor. Rows of another order, a transposed, a swapped or an older
@@ -36,15 +36,14 @@ def check_agreement(reader: ModelReader, config: Config) -> None:
             transformers cannot load the folder.
     """
     where = reader.folder
-    model = load_dense(where, main_dtype(reader))
-    theirs, found = computed_fields(config), computed_fields(model.config.to_dict())
-    for field in sorted(theirs.keys() - {TIED}):
-        if theirs[field] != found.get(field):
-            raise otherwise(where, f"config.json's {field}", repr(found.get(field)), repr(theirs[field]))
+    their_config, tensors = load_as_others_do(where, main_dtype(reader))
+    ours, found = computed_fields(config), computed_fields(their_config)
+    for field in sorted(ours.keys() - {TIED}):
+        if ours[field] != found.get(field):
+            raise otherwise(where, f"config.json's {field}", repr(found.get(field)), repr(ours[field]))
     sources = {name: name for name in needed_tensors(reader, config)}
     if config.get(TIED):
         sources[HEAD] = reader.embeddings
-    tensors = revert_weight_conversion(model, model.state_dict())
     if odd := sorted(sources.keys() ^ tensors.keys()):
         has = ("nothing", "a tensor")
         raise otherwise(where, odd[0], has[odd[0] in tensors], has[odd[0] in sources])

@@ -16,6 +16,7 @@ from upcycle.console import say, table
 from upcycle.errors import UpcycleError
 from upcycle.weights.folders import find_model
 from upcycle.weights.safetensors_io import DTYPE_NAMES, ModelReader
+from upcycle.weights.wrappers import wrapper_in
 
 CHOICE = ("experts", "layers", "k", "G", "M parameters", "active", "FLOPs / dense", "GB in bf16", "GB to post-train")
 TRAINING_BYTES = 16
@@ -30,6 +31,7 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, gra
     """
     folder = find_model(name)
     reader = ModelReader(folder)
+    say_text_part(reader)
     mapping = map_model(folder, reader, num_experts, Slicing(granularity))
     difference = check_source(mapping, reader)
     source = reader.spec(mapping.ffn[0].dense.tensor).dtype
@@ -70,6 +72,15 @@ def check_source(mapping: Mapping, reader: ModelReader) -> float:
     """The folder is read as transformers reads it, and the logits of a cut-down copy are the same, before all else."""
     check_agreement(reader, mapping.config)
     return check_identity(mapping, partial(read_region, reader), None, 0)
+
+
+def say_text_part(reader: ModelReader) -> None:
+    """What of a wrapper of more than text is taken, and what is left out."""
+    if wrapper := wrapper_in(reader.folder):
+        say(
+            f"text part of a {wrapper.model_type} model: {reader.num_parameters / 1e6:,.1f} M parameters are taken, "
+            f"{reader.left_out / 1e6:,.1f} M of vision and the like are left out; the MoE reads text alone"
+        )
 
 
 def _rows(mapping: Mapping, active: int, itemsize: int) -> Iterator[tuple[str, str]]:

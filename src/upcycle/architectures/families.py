@@ -11,7 +11,7 @@ from upcycle.architectures.family import Family, Moe
 from upcycle.architectures.layouts import MOE_LAYERS, channels, ffn_layers, head_dim
 from upcycle.architectures.rewritten import REWRITTEN
 from upcycle.architectures.rows import ROWS
-from upcycle.errors import UpcycleError
+from upcycle.errors import NoTwinError, UpcycleError
 from upcycle.types import Config
 
 COPIED = (
@@ -76,12 +76,13 @@ def family_of(dense_config: Config, where: str) -> Family:
     Where some layers only are to be sparse (`layouts.MOE_LAYERS`), rows whose MoE allows that alone count.
 
     Raises:
-        UpcycleError: no row, or a field with which the mapping would not be exact.
+        NoTwinError: no row, or a field with which the mapping would not be exact.
+        UpcycleError: there are rows, but none with layers that keep one FFN.
     """
     model_type = dense_config.get("model_type")
     rows = [family for family in FAMILIES if family.dense == model_type]
     if not rows:
-        raise UpcycleError(_no_row(dense_config, where))
+        raise _no_row(dense_config, where)
     if _keeps_ffns(dense_config) and not (rows := [row for row in rows if row.moe.partial != "no"]):
         able = ", ".join(sorted({family.dense for family in FAMILIES if family.moe.partial != "no"}))
         raise UpcycleError(
@@ -92,7 +93,8 @@ def family_of(dense_config: Config, where: str) -> Family:
     exact = [family for family, problem in problems.items() if problem is None]
     if not exact:
         listed = "; ".join(f"as {family.moe.model_type}, {problem}" for family, problem in problems.items())
-        raise UpcycleError(f"{where}: this {model_type} model cannot become a mixture of experts exactly: {listed}")
+        message = f"{where}: this {model_type} model cannot become a mixture of experts exactly: {listed}"
+        raise NoTwinError(message, listed, dense_config)
     return exact[0]
 
 
@@ -216,13 +218,14 @@ def _declared(config: Config) -> Config:
     return {name: value for name, value in defaults.items() if name not in common}
 
 
-def _no_row(config: Config, where: str) -> str:
+def _no_row(config: Config, where: str) -> NoTwinError:
     model_type = config.get("model_type")
     reason = WRONG.get(str(model_type), "there is no row for it")
     if "text_config" in config:
         reason = "it is a model of more than text"
     supported = ", ".join(map(str, FAMILIES))
-    return f"{where}: '{model_type}' has no exact mixture-of-experts twin here: {reason}; supported: {supported}"
+    message = f"{where}: '{model_type}' has no exact mixture-of-experts twin here: {reason}; supported: {supported}"
+    return NoTwinError(message, reason, config)
 
 
 def _without(values: Config, *names: str) -> Config:

@@ -19,7 +19,7 @@ from upcycle.architectures.moves import Region, Rewrite, ffn_regions, router_ten
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
 from upcycle.weights.folders import load_state
-from upcycle.weights.safetensors_io import HEAD
+from upcycle.weights.names import HEAD
 
 CHANNELS, TOKENS, WINDOW, LENGTH = 64, 256, 8, 48
 PER_LAYER = ("layer_types", "no_rope_layers", "layers_block_type")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from upcycle.types import Config
-from upcycle.weights.safetensors_io import BACKBONE_EMBEDDINGS, EMBEDDINGS
+from upcycle.weights.names import BACKBONE_EMBEDDINGS, EMBEDDINGS
 
 Shape = tuple[int, ...]
 MOE_LAYERS = "upcycle_moe_layers"

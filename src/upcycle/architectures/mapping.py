@@ -27,7 +27,8 @@ from upcycle.architectures.slices import WHOLE, Slicing
 from upcycle.errors import UpcycleError
 from upcycle.types import Config
 from upcycle.weights.folders import read_config
-from upcycle.weights.safetensors_io import HEAD, ModelReader, TensorSpec
+from upcycle.weights.names import HEAD
+from upcycle.weights.safetensors_io import ModelReader, TensorSpec
 
 Shapes = dict[str, Shape]
 SLICE_MULTIPLE = 8

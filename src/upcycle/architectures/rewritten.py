@@ -34,7 +34,7 @@ from upcycle.architectures.rows import (
     mlp_layer_types,
 )
 from upcycle.types import Config
-from upcycle.weights.safetensors_io import EMBEDDINGS, HEAD
+from upcycle.weights.names import EMBEDDINGS, HEAD
 
 Scale = Callable[[Config], float]
 """What a tensor is multiplied by."""

@@ -7,11 +7,9 @@ attention and the embeddings' lookup not at all.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from upcycle.architectures.mapping import Mapping, map_model
-from upcycle.architectures.slices import Slicing
+from upcycle.experts.structure import mapping_of, read_dense
 from upcycle.recipe import Recipe
 from upcycle.weights.base import Base
-from upcycle.weights.safetensors_io import ModelReader
 
 Addition = Callable[[int, int, Recipe], int]
 """(hidden size, the FFN's inner size, recipe): parameters of an expert in a layer."""
@@ -29,7 +27,7 @@ class Active:
 
 def active_ffns(base: Base, recipe: Recipe) -> Active:
     """Where every expert is an FFN of its own."""
-    mapping = _mapping(base, recipe)
+    mapping = mapping_of(base, recipe)
     used = mapping.num_parameters(recipe.assemble.num_experts_per_tok)
     return Active(mapping.num_dense - mapping.lookup, used - mapping.moe_lookup)
 
@@ -38,17 +36,12 @@ def active_additions(per_layer: Addition) -> Callable[[Base, Recipe], Active]:
     """Where every expert is an addition to the base's FFN."""
 
     def active(base: Base, recipe: Recipe) -> Active:
-        mapping = _mapping(base, recipe)
+        found = read_dense(base)
         layers, hidden, inner = (
             base.config[field] for field in ("num_hidden_layers", "hidden_size", "intermediate_size")
         )
-        dense, expert = mapping.num_dense - mapping.lookup, layers * per_layer(hidden, inner, recipe)
+        dense, expert = found.num_dense - found.lookup, layers * per_layer(hidden, inner, recipe)
         routers = layers * hidden * recipe.expand.num_experts
         return Active(dense + expert, dense + recipe.assemble.num_experts_per_tok * expert + routers)
 
     return active
-
-
-def _mapping(base: Base, recipe: Recipe) -> Mapping:
-    slicing = Slicing(recipe.assemble.granularity)
-    return map_model(base.folder, ModelReader(base.folder), recipe.expand.num_experts, slicing, base.layers)

@@ -12,15 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from upcycle.architectures.families import family_of
-from upcycle.architectures.layouts import SEPARATE
 from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
 from upcycle.merging.low_rank import LowRank
 from upcycle.reading import brief, read_json
 from upcycle.records.record import first_problem
 from upcycle.types import Config
-from upcycle.weights.base import Base
 from upcycle.weights.safetensors_io import plain_name
 
 CONFIG = "adapter_config.json"
@@ -140,15 +137,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise UpcycleError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def check_base(base: Base) -> None:
-    """Raises UpcycleError if the FFN weights of a dense model are not three tensors without biases."""
-    if family_of(base.config, str(base.folder)).layout is not SEPARATE:
-        raise UpcycleError(
-            f"{base.folder}: {base.config['model_type']} keeps gate and up in one weight, but adapters as experts need "
-            "gate_proj, up_proj and down_proj; use prepare.train=ffn"
-        )
 
 
 def name_base(folder: Path, name: str) -> None:

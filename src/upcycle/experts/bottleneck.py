@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from upcycle.console import say
 from upcycle.errors import UpcycleError
 from upcycle.experts.active import active_additions
-from upcycle.experts.adapter_files import PREFIX, check_base
+from upcycle.experts.adapter_files import PREFIX
 from upcycle.experts.gram import Measure
 from upcycle.experts.kind import Kind, Load, Routers
 from upcycle.experts.lora_ffn import DenseFfn, slot_products
@@ -31,6 +31,7 @@ from upcycle.experts.mixture import (
     save_mixture,
     write_new,
 )
+from upcycle.experts.structure import check_base, checked_dense
 from upcycle.merging.low_rank import fresh
 from upcycle.recipe import Recipe
 from upcycle.records.description import Description
@@ -141,6 +142,7 @@ BOTTLENECK = Kind(
     peft_types=(BOTTLENECK_MIXTURE,),
     frozen=frozenset({"shared"}),
     check_base=check_base,
+    read_base=lambda base, _: checked_dense(base),
     check_checkpoint=no_checkpoints,
     trainable=no_checkpoints,
     num_saved=no_checkpoints,

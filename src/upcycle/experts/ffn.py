@@ -39,6 +39,7 @@ from upcycle.experts.gram import Measure, task_vector_gram
 from upcycle.experts.kind import Kind, Load, Routers
 from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
 from upcycle.experts.sharded import write_plain
+from upcycle.experts.structure import check_twin, checked_mapping
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.lineage import Child, materialise
 from upcycle.merging.perturb import perturbed
@@ -52,6 +53,11 @@ from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, load_dense, read_config, write_config
 from upcycle.weights.safetensors_io import ModelReader, pieces
 from upcycle.weights.streaming import PIECE
+
+
+def check_base(base: Base) -> None:
+    """Raises UpcycleError if there is no plain MoE that computes the same, with what works on the base."""
+    check_twin(base.folder, with_layers(base.config, base.layers))
 
 
 def check_checkpoint(base: Base, first: Path, checkpoint: Path) -> None:
@@ -335,7 +341,8 @@ def _sizes(folder: Path, config: Config, experts: int, active_experts: int, slic
 FFN = Kind(
     peft_types=(),
     frozen=frozenset(),
-    check_base=lambda _: None,
+    check_base=check_base,
+    read_base=checked_mapping,
     check_checkpoint=check_checkpoint,
     trainable=ffn_alone,
     num_saved=lambda model: model.num_parameters(),

@@ -1,14 +1,17 @@
 """The form of a row of `kinds.KINDS`: everything that depends on what an expert is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as Dictionary
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from upcycle.architectures.mapping import Mapping
 from upcycle.experts.active import Active, Addition
 from upcycle.experts.gram import Measure
+from upcycle.experts.structure import Dense
 from upcycle.recipe import Recipe
 from upcycle.records.description import Description
 from upcycle.records.plan import AdapterMerge, ExpansionPlan, Gram
@@ -31,7 +34,7 @@ class Load:
     """The dense model of adapters; None: the one that they name."""
     four_bit: bool = False
     """Quantize the dense model of adapters (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)."""
-    where: Mapping[str, Any] = field(default_factory=dict)
+    where: Dictionary[str, Any] = field(default_factory=dict)
     """from_pretrained's `distributed_config` or `device_map`, which then take the place of `device`."""
 
 
@@ -67,7 +70,10 @@ class Kind:
 
     # preparation
     check_base: Callable[[Base], None]
-    """Refuses a base that cannot have such experts."""
+    """Refuses a base that cannot have such experts, by its configuration."""
+    read_base: Callable[[Base, Recipe], Mapping | Dense]
+    """Before hours of training: refuses a base whose files do not hold what they seem to, and says what cannot be done
+    with what will be made of it."""
     check_checkpoint: Callable[[Base, Path, Path], None]
     """(base, the first checkpoint, a checkpoint): refuses what does not belong to the base."""
     trainable: Callable[[Base, LoraSettings, int, DevicesSettings], Model]

@@ -13,17 +13,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from upcycle.architectures.mapping import Mapping as PlainMapping
 from upcycle.architectures.mapping import map_model, read_region
 from upcycle.architectures.moves import Region
 from upcycle.console import say, warn
 from upcycle.distributed.device import compute_dtype, pick_device
-from upcycle.errors import UpcycleError
+from upcycle.errors import NoTwinError, UpcycleError
 from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_agreement import check_adapter_agreement, load_adapted
 from upcycle.experts.adapter_files import (
     FFN_WEIGHTS,
     PREFIX,
-    check_base,
     ffn_shapes,
     is_adapter,
     merged_weight,
@@ -48,6 +48,7 @@ from upcycle.experts.mixture import (
     write_new,
 )
 from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
+from upcycle.experts.structure import Dense, check_base, checked_dense, checked_mapping, may_have_twin
 from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
 from upcycle.recipe import Recipe
@@ -99,6 +100,22 @@ class LoraExperts(nn.ModuleDict):
             stacked = cast(StackedLora, self[weight])
             yield f"{weight}.lora_A", stacked.lora_A.data[expert, :rank]
             yield f"{weight}.lora_B", stacked.lora_B.data[expert, :rank].T
+
+
+def read_base(base: Base, recipe: Recipe) -> PlainMapping | Dense:
+    """The mapping to what the mixture can be folded into; if there is none that is said, and the dense model does.
+
+    Raises:
+        UpcycleError: see `checked_mapping` and `checked_dense`.
+    """
+    try:
+        return checked_mapping(base, recipe)
+    except NoTwinError as error:
+        warn(
+            f"{base.config['model_type']} has no exact plain MoE ({error.reason}): this mixture of adapters will be "
+            "served by upcycle and transformers alone, and `upcycle export --fold` will refuse it"
+        )
+        return checked_dense(base)
 
 
 def check_checkpoint(base: Base, _first: Path, checkpoint: Path) -> None:
@@ -266,7 +283,10 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
     base = find_model(base_name or config.base_model_name_or_path)
     check_same_base(source, base)
     reader = ModelReader(base)
-    mapping = map_model(base, reader, config.num_experts)
+    try:
+        mapping = map_model(base, reader, config.num_experts)
+    except NoTwinError as error:
+        raise UpcycleError(f"{error}; export {source} without --fold: upcycle and its base serve it") from None
     experts, kept = expert_updates(source, config), read_tensors(source)
 
     def expert(number: int, region: Region) -> Tensor:
@@ -301,9 +321,9 @@ def describe(folder: Path) -> Description:
     """From its configuration."""
     if read_adapter_config(folder).get("peft_type") != LORA_MIXTURE:
         return Description("A LoRA adapter (it needs its base)", plain=False)
-    count = MixtureConfig.load(folder).num_experts
-    what = f"A mixture of {count} LoRA adapters in compact form (it needs its base and upcycle)"
-    return Description(what, plain=False, folds=True)
+    config = MixtureConfig.load(folder)
+    what = f"A mixture of {config.num_experts} LoRA adapters in compact form (it needs its base and upcycle)"
+    return Description(what, plain=False, folds=may_have_twin(config.base_model_name_or_path))
 
 
 def addition(hidden: int, inner: int, recipe: Recipe) -> int:
@@ -315,6 +335,7 @@ LORA = Kind(
     peft_types=("LORA", LORA_MIXTURE),
     frozen=frozenset({"shared"}),
     check_base=check_base,
+    read_base=read_base,
     check_checkpoint=check_checkpoint,
     trainable=trainable,
     num_saved=lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -7,6 +7,7 @@ from upcycle.architectures.layouts import in_memory
 from upcycle.architectures.mapping import Mapping
 from upcycle.architectures.moves import ffn_tensors
 from upcycle.experts.kinds import KINDS
+from upcycle.experts.structure import Dense
 from upcycle.recipe import Recipe
 from upcycle.types import Config
 
@@ -22,21 +23,23 @@ class Trained:
     """Parameters of adapters, which alone do then."""
 
 
-def prepared(recipe: Recipe, mapping: Mapping) -> Trained:
+def prepared(recipe: Recipe, base: Mapping | Dense) -> Trained:
     """In preparation."""
-    if (added := _added(recipe, mapping.config)) is not None:
-        return Trained(mapping.config, lambda _: False, added)
+    if (added := _added(recipe, base.config)) is not None:
+        return Trained(base.config, lambda _: False, added)
     if recipe.prepare.train != "ffn":
-        return Trained(mapping.config, lambda _: True)
-    ffns = set(map(in_memory, ffn_tensors(mapping.family.layout, mapping.config)))
-    return Trained(mapping.config, ffns.__contains__)
+        return Trained(base.config, lambda _: True)
+    assert isinstance(base, Mapping)
+    ffns = set(map(in_memory, ffn_tensors(base.family.layout, base.config)))
+    return Trained(base.config, ffns.__contains__)
 
 
-def posttrained(recipe: Recipe, mapping: Mapping) -> Trained:
+def posttrained(recipe: Recipe, base: Mapping | Dense) -> Trained:
     """In post-training."""
-    if (added := _added(recipe, mapping.config)) is not None:
-        return Trained(mapping.config, lambda _: False, recipe.expand.num_experts * added)
-    moe, frozen = mapping.moe_config(recipe.assemble.num_experts_per_tok, "float32"), recipe.posttrain.freeze
+    if (added := _added(recipe, base.config)) is not None:
+        return Trained(base.config, lambda _: False, recipe.expand.num_experts * added)
+    assert isinstance(base, Mapping)  # an expert that is an FFN has a place in a MoE
+    moe, frozen = base.moe_config(recipe.assemble.num_experts_per_tok, "float32"), recipe.posttrain.freeze
     return Trained(moe, lambda name: _part(name) != frozen)
 
 

@@ -13,6 +13,7 @@ from upcycle.records.files import POSTTRAIN, PREPARE
 
 if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
     import upcycle.architectures.mapping
+    import upcycle.experts.structure
     import upcycle.training.forecast
 
 CARDS = {
@@ -85,7 +86,7 @@ def parse_devices(text: str) -> Devices:
 
 def forecasts(
     recipe: Recipe,
-    mapping: "upcycle.architectures.mapping.Mapping",
+    base: "upcycle.architectures.mapping.Mapping | upcycle.experts.structure.Dense",
     lengths: Sequence[int],
     processes: int,
     accelerator: bool,
@@ -93,24 +94,24 @@ def forecasts(
     """Of each stage that trains.
 
     Args:
-        mapping: from the dense model to the MoE.
+        base: the dense model; where experts are FFNs, with its mapping to the MoE.
         lengths: tokens of the rows; a single one is that of all.
     """
     from upcycle.experts.trained import posttrained, prepared
     from upcycle.training.forecast import forecast
-    from upcycle.training.packing import MASKED, largest_batch
+    from upcycle.training.packing import MASKED, is_masked, largest_batch
     from upcycle.training.trainer_settings import attention
 
     stages = {PREPARE: (recipe.prepare, prepared)} if recipe.tunes else {}
     for stage, (settings, of) in (stages | {POSTTRAIN: (recipe.posttrain, posttrained)}).items():
-        what = of(recipe, mapping)
-        packed = settings.pack_rows and attention(settings) in (None, *MASKED)
+        what = of(recipe, base)
+        packed = settings.pack_rows and attention(settings) in (None, *MASKED) and is_masked(what.config)
         rows, length = largest_batch(lengths, settings.micro_batch(processes), packed)
         where = (settings, length, recipe.devices, processes, what.names, accelerator)
         yield stage, forecast(what.config, *where, added=what.added, rows=rows)
 
 
-def say_fit(run: Run, mapping: "upcycle.architectures.mapping.Mapping") -> None:
+def say_fit(run: Run, base: "upcycle.architectures.mapping.Mapping | upcycle.experts.structure.Dense") -> None:
     """What the trainings of a run need, in a line each.
 
     Raises:
@@ -119,13 +120,13 @@ def say_fit(run: Run, mapping: "upcycle.architectures.mapping.Mapping") -> None:
     from upcycle.distributed.device import memory, pick_device
     from upcycle.distributed.world import world_size
 
-    if mapping.num_dense < SMALL:
+    if base.num_dense < SMALL:
         return
     from upcycle.data.samples import lengths
 
     accelerator = pick_device().type != "cpu"
     there = memory()
-    for stage, found in forecasts(run.recipe, mapping, lengths(run.splits.train), world_size(), accelerator):
+    for stage, found in forecasts(run.recipe, base, lengths(run.splits.train), world_size(), accelerator):
         say(f"{stage}: needs {found}; {there / 1e9:.1f} GB are there")
         certain = found.weights + found.gradients + found.optimizer
         if accelerator and certain > there:

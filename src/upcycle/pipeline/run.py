@@ -76,25 +76,34 @@ class Run:
     def base(self) -> "upcycle.weights.base.Base":
         """The base, refused here and now if nothing can be made of it."""
         from upcycle.architectures.families import family_of
-        from upcycle.architectures.layouts import ffn_layers
         from upcycle.architectures.mapping import with_layers
+        from upcycle.weights.safetensors_io import ModelReader
+        from upcycle.weights.whole import check_keeps
+
+        base = self.given_base
+        ModelReader(base.folder)
+        self._check_shards(base)
+        self.kind.check_base(base)
+        if self.recipe.assemble.keep_vision:
+            config = with_layers(base.config, base.layers)
+            check_keeps(base.folder, family_of(config, str(base.folder)).moe.model_type)
+        return base
+
+    @cached_property
+    def given_base(self) -> "upcycle.weights.base.Base":
+        """The base as it is given: its tokenizer reads data also where nothing can be made of it."""
+        from upcycle.architectures.layouts import ffn_layers
         from upcycle.weights.base import Base, template_text
         from upcycle.weights.folders import base_name, find_model
-        from upcycle.weights.safetensors_io import ModelReader
 
         folder, template = find_model(self.recipe.base), self.recipe.data.chat_template
         text = template_text(template) if template else None
         base = Base(folder, base_name(self.recipe.base), text, self._last_checkpoint)
         try:
-            layers = self.recipe.assemble.chosen_layers(ffn_layers(base.config))
+            layers = self.recipe.assemble.chosen_layers(ffn_layers(base.config), base.config["num_hidden_layers"])
         except ValueError as error:
             raise UpcycleError(str(error)) from None
-        base = replace(base, layers=layers)
-        family_of(with_layers(base.config, layers), str(folder))
-        ModelReader(folder)
-        self._check_shards(base)
-        self.kind.check_base(base)
-        return base
+        return replace(base, layers=layers)
 
     def _check_shards(self, base: "upcycle.weights.base.Base") -> None:
         """Both uses of a tied weight are shards of their own, and where those are padded only one is trained."""

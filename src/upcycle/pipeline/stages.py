@@ -35,10 +35,8 @@ if TYPE_CHECKING:  # what imports torch
 
 
 def _prepare(run: Run, out: Path) -> None:
-    from upcycle.architectures.check import check_source
+    from upcycle.architectures.check import say_text_part
     from upcycle.architectures.layouts import ffn_layers
-    from upcycle.architectures.mapping import map_model
-    from upcycle.architectures.slices import Slicing
     from upcycle.stages.expert_preparation.checkpoints import adopt
     from upcycle.stages.expert_preparation.prepare import tune
     from upcycle.training.trainer_settings import check
@@ -47,11 +45,8 @@ def _prepare(run: Run, out: Path) -> None:
     base, recipe = run.base, run.recipe
     check(PREPARE, recipe.prepare)
     check(POSTTRAIN, recipe.posttrain)
-    reader = ModelReader(base.folder)
-    slicing = Slicing(recipe.assemble.granularity)
-    mapping = map_model(base.folder, reader, recipe.expand.num_experts, slicing, base.layers)
-    check_source(mapping, reader)  # before hours of training
-    say_fit(run, mapping)
+    say_text_part(ModelReader(base.folder))
+    say_fit(run, run.kind.read_base(base, recipe))
     if not recipe.prepares:
         say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
         on_main(lambda: CHECKPOINTS.write(out, []))
@@ -143,6 +138,16 @@ def _scheduled(name: str) -> Callable[[Recipe], Sections]:
     return sections
 
 
+def _assembled(recipe: Recipe) -> Sections:
+    own = _section(ASSEMBLE)(recipe)
+    own[ASSEMBLE].pop("keep_vision")  # of the finished MoE
+    return own | {"init_std": recipe.route.init_std}
+
+
+def _posttrained(recipe: Recipe) -> Sections:
+    return _scheduled(POSTTRAIN)(recipe) | ({"keep_vision": True} if recipe.assemble.keep_vision else {})
+
+
 def _trained_tokens(folder: Path) -> int:
     record = LOG.known(folder)
     return record.tokens if record else 0
@@ -192,7 +197,7 @@ STAGES = (
         help="Stage 4, first half, before stage 3: write the MoE, every expert's FFN side by side, in one pass.",
         needs=(PREPARE, EXPAND),
         run=_assemble,
-        settings=lambda recipe: {**_section(ASSEMBLE)(recipe), "init_std": recipe.route.init_std},
+        settings=_assembled,
         reads_template=True,
     ),
     Stage(
@@ -215,7 +220,7 @@ STAGES = (
         run=_posttrain,
         by_all=True,
         less_memory=_less_memory("posttrain", "posttrain.freeze=experts"),
-        settings=_scheduled(POSTTRAIN),
+        settings=_posttrained,
         reads_data=lambda _: True,
         held_out=lambda recipe: recipe.route.seed_from == "held_out",
         tokens=_trained_tokens,

@@ -114,7 +114,7 @@ def _use(made: Description) -> str:
         return (
             "Fold it into a plain mixture of experts first: `upcycle export FOLDER --fold --to PLAIN` (with its base)."
         )
-    return "It loads with upcycle alone, on its base: its experts are not linear, so no plain model computes the same."
+    return "It loads with upcycle alone, on its base: no plain model computes the same."
 
 
 def _source(recipe: Recipe) -> str:

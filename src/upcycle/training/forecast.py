@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
+from upcycle.experts.structure import without_values
 from upcycle.settings import DevicesSettings, TrainingSettings
 from upcycle.training.simulate import Step, activations
 from upcycle.types import Config
@@ -82,7 +81,8 @@ def forecast(
     learned = 0 if added else sum(size for name, size in sizes.items() if trained(name))
     moments = next((size for part, size in OPTIMIZERS.items() if part in settings.trainer.get("optim", "")), MOMENTS)
     total, kept = sum(sizes.values()), HALF if added and accelerator else FULL
-    first, more = activations(config, step, _norms if added else trained)
+    seen = _norms if any(map(_norms, sizes)) else _embeddings  # some norms have no weights
+    first, more = activations(config, step, seen if added else trained)
     gradients = FULL * (learned / shards + added)
     # layer by layer they take the place of activations, which a CPU's heap does not
     if accelerator and micro * processes >= settings.batch_size:
@@ -102,14 +102,13 @@ def _norms(name: str) -> bool:
     return "norm" in name
 
 
+def _embeddings(name: str) -> bool:
+    return "embed_tokens" in name
+
+
 def _sizes(config: Config) -> dict[str, int]:
     """Parameters of each tensor of the model."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    made = CONFIG_MAPPING[config["model_type"]](**config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
-    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {name: parameter.numel() for name, parameter in without_values(config).named_parameters()}
 
 
 def _by_layer(sizes: dict[str, int], ep: int = 1) -> tuple[list[float], float]:

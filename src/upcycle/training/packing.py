@@ -11,16 +11,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from upcycle.distributed.shards import is_sharded
 from upcycle.routing.batch import IGNORED
-from upcycle.types import Model
+from upcycle.types import Config, Model
 
 TOKEN_MASK = "token_mask"
 """1 for a token of a row, 0 for padding; no model takes it, unlike `attention_mask`."""
 
 MASKED = ("sdpa", "eager")
 """Implementations of attention with a mask, which tells rows of several lines apart; flash attention mixes them."""
-PLAIN = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
-"""Kinds of layers whose masks follow the positions."""
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+"""Kinds of layers that a mask reaches; recurrent ones and convolutions carry a row's tokens into the next."""
 PROBE, LEAK = 12, 0.1
 """Tokens of a row, and the share of what it sees of another that is rounding."""
 DRAWN = 100
@@ -60,12 +61,15 @@ def can_pack(model: Model) -> bool:
     """Whether rows may lie side by side in what it trains on: every layer tells them apart.
 
     Convolutions, mamba and linear attention do not, nor do models that leave the positions out of their masks. Those
-    are found by a row of a few tokens behind another one.
+    are found by a row of a few tokens behind another one; a model in shards cannot be tried so.
     """
-    if model.config._attn_implementation not in MASKED:
-        return False
-    kinds = {*(getattr(model.config, "layer_types", None) or ()), *(getattr(model.config, "layers_block_type", ()))}
-    return kinds <= PLAIN and _sees_itself_alone(model)
+    masked = model.config._attn_implementation in MASKED and is_masked(model.config.to_dict())
+    return masked and (is_sharded(model) or _sees_itself_alone(model))
+
+
+def is_masked(config: Config) -> bool:
+    """Whether a mask keeps a row's tokens from those of another in every layer of a model."""
+    return {*(config.get("layer_types") or ()), *(config.get("layers_block_type") or ())} <= ATTENDING
 
 
 @torch.no_grad()

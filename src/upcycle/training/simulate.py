@@ -95,6 +95,10 @@ def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str],
     cut = {**config, "num_hidden_layers": layers}
     if isinstance(cut.get("layer_types"), list):
         cut["layer_types"] = cut["layer_types"][:layers]
+    if isinstance(cut.get("per_layer_config"), dict):
+        cut["per_layer_config"] = {n: own for n, own in cut["per_layer_config"].items() if int(n) < layers}
+    if "num_kv_shared_layers" in cut:  # those whose keys they share may be cut away
+        cut["num_kv_shared_layers"] = 0
     made = CONFIG_MAPPING[cut["model_type"]](**cut)
     dtype = torch.bfloat16 if step.bf16 and step.sharded else torch.float32
     with FakeTensorMode(allow_non_fake_inputs=True), _products_without_values(), _head(step.bf16, config["vocab_size"]):

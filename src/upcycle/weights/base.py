@@ -39,6 +39,10 @@ class Base:
         return read_config(self.folder)
 
     @property
+    def num_moe_layers(self) -> int:
+        return int(self.config["num_hidden_layers"]) if self.layers is None else len(self.layers)
+
+    @property
     def words(self) -> Path:
         """The folder whose tokenizer is in force."""
         return self.last if self.last is not None and has_tokenizer(self.last) else self.folder

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from upcycle.errors import UpcycleError
 from upcycle.reading import brief, read_json
 from upcycle.records.files import LINEAGE
 from upcycle.types import Config, Model
-from upcycle.weights.safetensors_io import COMPILED
+from upcycle.weights.safetensors_io import COMPILED, ModelReader
+from upcycle.weights.wrappers import wrapper_in, wrapper_of
 
 BUILTIN_BASE = "builtin:tiny"
 TEMPLATE = "chat_template.jinja"
@@ -27,11 +29,14 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     TEMPLATE,
 )
-SETTINGS_FILES = ("generation_config.json",)
+GENERATION = "generation_config.json"
+SETTINGS_FILES = (GENERATION,)
 COMPANIONS = (*TOKENIZER_FILES, *SETTINGS_FILES, LINEAGE.name)
 """What lies beside weights and configuration."""
 FLOAT, NO_JSON_FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
+Loaded = tuple[Model, dict[str, Any]]
+"""A model, and the keys that did not fit."""
 
 
 def find_model(name: str) -> Path:
@@ -56,10 +61,10 @@ def find_model(name: str) -> Path:
 
 
 def read_config(folder: Path) -> Config:
-    """The decoded config.json.
+    """The decoded config.json; of a wrapper of more than text its text model's.
 
     Raises:
-        UpcycleError: it is missing or not a JSON object.
+        UpcycleError: it is missing or not a JSON object, or that of a wrapper of which nothing is known.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -90,7 +95,7 @@ def _resolved(config: Config, path: Path) -> Config:
             f"{path}: quantization_config is {brief(quantized)}; a quantized model has to be dequantized first, and if "
             "its weights are 16 or 32 bits already, the field is a leftover: remove it"
         )
-    model_type = config.get("model_type")
+    wrapper, model_type = wrapper_of(config, path), config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return config
     try:
@@ -98,8 +103,18 @@ def _resolved(config: Config, path: Path) -> Config:
         resolved: Config = known.to_dict()
     except Exception as error:  # the strict dataclasses of huggingface_hub raise their own kinds
         raise UpcycleError(f"{path} is not a valid {model_type} configuration: {error}") from None
+    if wrapper is not None:
+        return _of_text_alone(_resolved(wrapper.text_config(resolved), path))
     # some do not write what they imply
     return {"num_hidden_layers": getattr(known, "num_hidden_layers", None), **resolved}
+
+
+def _of_text_alone(config: Config) -> Config:
+    """With the name of the class that loads the text model: a wrapper's configuration has it for the whole alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    name = CLASSES.get(config["model_type"])
+    return {**config, "architectures": [name]} if name else config
 
 
 def four_bit_config(dtype: torch.dtype) -> Any:
@@ -119,7 +134,7 @@ def four_bit_config(dtype: torch.dtype) -> Any:
 
 
 def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False, **where: Any) -> Model:
-    """A model of its own, no adapters, on the CPU (in 4 bits: on the GPU).
+    """A model of its own, no adapters, on the CPU (in 4 bits: on the GPU); of a wrapper its text model.
 
     From safetensors; never unpickles, runs no remote code.
 
@@ -131,23 +146,77 @@ def load_dense(folder: Path, dtype: torch.dtype, four_bit: bool = False, **where
     """
     from transformers import AutoModelForCausalLM
 
-    quantized = {"quantization_config": four_bit_config(dtype)} if four_bit else {}
+    how = {**where, "quantization_config": four_bit_config(dtype)} if four_bit else where
+    load = _from_text_part if wrapper_in(folder) else partial(_from_folder, AutoModelForCausalLM)
+    model, info = _loaded(load, folder, dtype=dtype, **how)
+    return _with_valid_generation(_complete(model, info, str(folder)))
+
+
+def load_as_others_do(folder: Path, dtype: torch.dtype) -> tuple[Config, dict[str, torch.Tensor]]:
+    """Configuration and tensors of the dense model in a folder, as transformers alone reads and would write them.
+
+    Of a wrapper those of its text model, cut out of the whole that transformers loads.
+
+    Raises:
+        UpcycleError: see `load_dense`.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.core_model_loading import revert_weight_conversion
+
+    wrapper = wrapper_in(folder)
+    if wrapper is None:
+        model = load_dense(folder, dtype)
+        return model.config.to_dict(), revert_weight_conversion(model, model.state_dict())
+    whole, _ = _loaded(partial(_from_folder, AutoModelForImageTextToText), folder, dtype=dtype)
+    written = revert_weight_conversion(whole, whole.state_dict())
+    named = ((wrapper.text_name(name), tensor) for name, tensor in written.items())
+    config = _resolved(whole.config.to_dict(), folder / "config.json")
+    return config, {name: tensor for name, tensor in named if name is not None}
+
+
+def _loaded(load: Callable[..., Loaded], folder: Path, **how: Any) -> Loaded:
     read_json(folder / "config.json")  # with errors that name the place
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            key_mapping={COMPILED: ""},
-            output_loading_info=True,
-            trust_remote_code=False,
-            **quantized,
-            **where,
-        )
+        return load(folder, **how)
+    except UpcycleError:
+        raise
     except Exception as error:  # what is damaged surfaces as any kind
         raise UpcycleError(f"the model in {folder} cannot be loaded: {type(error).__name__}: {error}") from error
-    return _with_valid_generation(_complete(model, info, str(folder)))
+
+
+def _from_folder(loader: Any, folder: Path, **how: Any) -> Loaded:
+    found: Loaded = loader.from_pretrained(
+        folder,
+        use_safetensors=True,
+        local_files_only=True,
+        key_mapping={COMPILED: ""},
+        output_loading_info=True,
+        trust_remote_code=False,
+        **how,
+    )
+    return found
+
+
+def _from_text_part(folder: Path, **how: Any) -> Loaded:
+    """A wrapper's text model, from its tensors: with a mapping of names it would be saved under the wrapper's."""
+    from transformers import GenerationConfig
+
+    reader = ModelReader(folder)
+    model, info = _from_tensors(read_config(folder), {name: reader.tensor(name) for name in reader.names()}, **how)
+    model.name_or_path = ""  # else PEFT would look there for the text model's configuration
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, info
+
+
+def _from_tensors(config: Config, tensors: dict[str, torch.Tensor], **how: Any) -> Loaded:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    resolved = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    found: Loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(resolved)].from_pretrained(
+        None, config=resolved, state_dict=tensors, output_loading_info=True, **how
+    )
+    return found
 
 
 def _with_valid_generation(model: Model) -> Model:
@@ -173,12 +242,7 @@ def load_state(config: Config, tensors: dict[str, torch.Tensor], what: str) -> M
     Raises:
         UpcycleError: keys are missing or left over.
     """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
-    resolved = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(resolved)].from_pretrained(
-        None, config=resolved, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-    )
+    model, info = _from_tensors(config, tensors, dtype=torch.float32)
     return _complete(model, info, what).eval()
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from upcycle.disk import named_inside
 from upcycle.errors import UpcycleError
 from upcycle.reading import read_json
+from upcycle.weights.names import EMBEDDING_NAMES, EMBEDDINGS, HEAD
+from upcycle.weights.wrappers import wrapper_in
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,10 +50,6 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BACKBONE_EMBEDDINGS = "backbone.embeddings.weight"
-"""Of Nemotron-H."""
-EMBEDDING_NAMES = EMBEDDINGS, BACKBONE_EMBEDDINGS
 COMPILED = r"_orig_mod\."
 
 
@@ -63,19 +61,32 @@ def plain_name(name: str) -> str:
 class ModelReader:
     """The tensors of a model folder, single file or sharded, by name; nothing is read before it is used.
 
+    Of a wrapper of more than text the text model's tensors, under their names in a folder of their own.
+
+    Args:
+        whole: show a wrapper's file as it is.
+
     Raises:
         UpcycleError: no weights, a damaged file, an index that names a missing shard or one outside the folder, or
             a tensor of a dtype that is not a plain floating-point one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, whole: bool = False) -> None:
         self.folder = folder
         self._where: dict[str, _Mapped] = {}
+        self.left_out = 0  # parameters of a wrapper's other parts
+        wrapper = None if whole else wrapper_in(folder)
         for path, names in _shards(folder).items():
             found = _map_file(path)
             if lost := sorted(names - found.keys()):
                 raise UpcycleError(f"{folder / INDEX} says that {lost[0]} is in {path.name}, which does not have it")
-            self._where.update({plain_name(name): mapped for name, mapped in found.items()})
+            for name, mapped in found.items():
+                plain: str | None = plain_name(name)
+                plain = wrapper.text_name(plain) if wrapper and plain else plain
+                if plain is None:
+                    self.left_out += prod(mapped.spec.shape)
+                else:
+                    self._where[plain] = mapped
         if (
             not self._where.keys() & set(EMBEDDING_NAMES) and HEAD in self._where
         ):  # tied, and kept under the other of its two names

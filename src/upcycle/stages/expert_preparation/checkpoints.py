@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from upcycle.console import say, warn
 from upcycle.disk import check_name
@@ -14,7 +15,7 @@ from upcycle.records.plan import Checkpoint
 from upcycle.records.scores import RESERVED
 from upcycle.training.checkpoints import step_of
 from upcycle.weights.base import Base
-from upcycle.weights.folders import TOKENIZER_FILES, find_model
+from upcycle.weights.folders import TOKENIZER_FILES, find_model, read_config
 from upcycle.weights.tokenizers import has_tokenizer, other_ids, other_words, read_tokenizer
 
 NUMBERED = re.compile(r"(checkpoint-)?[0-9]+")
@@ -73,9 +74,15 @@ def _other_words(base: Base, last: Path) -> list[str]:
 
 def _other_ids(base: Base, last: Path) -> Iterator[str]:
     for name in ("config.json", "generation_config.json"):
-        ids = [read_json(f / name).get(EOS) if (f / name).is_file() else None for f in (base.folder, last)]
+        ids = [_end(folder / name) for folder in (base.folder, last)]
         if ids[1] is not None and ids[0] != ids[1]:
             yield f"{EOS} {ids[1]} of {name} ({ids[0]} in the base)"
+
+
+def _end(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    return (read_config(path.parent) if path.name == "config.json" else read_json(path)).get(EOS)
 
 
 def checkpoint_folders(given: str | list[str] | None) -> list[Path]:

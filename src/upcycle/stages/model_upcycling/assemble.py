@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from upcycle.architectures.layouts import moe_layers
-from upcycle.architectures.mapping import with_layers
 from upcycle.experts.kind import Kind
 from upcycle.recipe import Recipe
 from upcycle.records.plan import ExpansionPlan
@@ -24,6 +22,5 @@ def assemble(
         UpcycleError: see the kind's `assemble`.
     """
     hidden = base.config["hidden_size"]
-    layers = len(moe_layers(with_layers(base.config, base.layers)))
-    routers = random_routers(layers, len(plan.experts), hidden, recipe.route.init_std, recipe.seed)
+    routers = random_routers(base.num_moe_layers, len(plan.experts), hidden, recipe.route.init_std, recipe.seed)
     kind.assemble(base, folders, plan, recipe.assemble, recipe.lora, routers, out_dir)

@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upcycle.architectures.layouts import moe_layers
-from upcycle.architectures.mapping import with_layers
 from upcycle.experts.kind import Kind
 from upcycle.experts.kinds import load_model
 from upcycle.recipe import Recipe
@@ -57,7 +55,7 @@ def _assembled(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     shape = len(plan.experts), base.config["hidden_size"]
-    routers = [torch.zeros(shape) for _ in moe_layers(with_layers(base.config, base.layers))]
+    routers = [torch.zeros(shape) for _ in range(base.num_moe_layers)]
     settings = recipe.assemble.model_copy(update={"shared": "last", "dtype": "float32"})
     kind.assemble(base, [dense], _copies(plan), settings, recipe.lora, routers, scratch, moments=True)
     found = {name: p.data for name, p in load_model(scratch, torch.float32, base=base.folder).named_parameters()}

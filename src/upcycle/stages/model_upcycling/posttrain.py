@@ -18,6 +18,7 @@ from upcycle.training.training import Training
 from upcycle.types import Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import require_space
+from upcycle.weights.whole import write_whole
 
 TRAINER = "trainer"
 """Folder of the Trainer's own checkpoints while the stage runs."""
@@ -59,8 +60,11 @@ def posttrain(
         begun = partial(moments, model, trainer / "moments") if moments else None
         training = Training(settings, recipe.seed, title, trainer, True, settings, span=(begin, 1.0), moments=begun)
         record = fine_tune(model, base.tokenizer, train, training, validation)
-        save_model(model, out_dir, initial)
+        text = trainer / "text" if recipe.assemble.keep_vision else out_dir
+        save_model(model, text, initial)
         if is_main():
+            if recipe.assemble.keep_vision:
+                write_whole(text, base.folder, out_dir)
             LOG.write(out_dir, record)
             note_sizes(out_dir)
         del model

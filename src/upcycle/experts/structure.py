@@ -1,0 +1,203 @@
+"""Which dense models adapters can be experts of: by what their layers are made of, whatever the model's name.
+
+A mixture of adapters is the dense model with its own attention, norms and embeddings, so it needs no MoE architecture;
+only `upcycle export --fold` does.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcycle.architectures.agreement import check_agreement
+from upcycle.architectures.check import check_source
+from upcycle.architectures.families import family_of
+from upcycle.architectures.mapping import Mapping, looked_up, map_model, needed_tensors, with_own_head
+from upcycle.architectures.slices import Slicing
+from upcycle.errors import NoTwinError, UpcycleError
+from upcycle.experts.adapter_files import FFN_WEIGHTS
+from upcycle.reading import brief
+from upcycle.recipe import Recipe
+from upcycle.routing.routers import routers
+from upcycle.types import Config, Model
+from upcycle.weights.base import Base
+from upcycle.weights.folders import BUILTIN_BASE, find_model, read_config
+from upcycle.weights.safetensors_io import ModelReader
+
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
+"""Fields of config.json that are read here."""
+WANTED = (
+    "adapters as experts need an mlp of gate_proj, up_proj and down_proj without biases in every layer, of one size"
+)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense model as it lies in its folder."""
+
+    config: Config
+    """With every field written out."""
+    num_dense: int
+    """Parameters."""
+
+    @property
+    def lookup(self) -> int:
+        """Entries of embeddings that are looked up and not multiplied."""
+        return looked_up(self.config)
+
+
+def read_dense(base: Base) -> Dense:
+    """The model, by its configuration and the shapes in its files."""
+    reader = ModelReader(base.folder)
+    config = with_own_head(reader, base.config)
+    return Dense(config, sum(prod(reader.spec(name).shape) for name in needed_tensors(reader, config)))
+
+
+def checked_dense(base: Base) -> Dense:
+    """The model, once transformers reads the same from its folder.
+
+    Raises:
+        UpcycleError: see `check_agreement`.
+    """
+    dense = read_dense(base)
+    check_agreement(ModelReader(base.folder), dense.config)
+    return dense
+
+
+def mapping_of(base: Base, recipe: Recipe) -> Mapping:
+    """From the base to the plain MoE of a recipe."""
+    slicing = Slicing(recipe.assemble.granularity)
+    return map_model(base.folder, ModelReader(base.folder), recipe.expand.num_experts, slicing, base.layers)
+
+
+def checked_mapping(base: Base, recipe: Recipe) -> Mapping:
+    """The mapping, once the MoE of a cut-down copy has the dense model's logits.
+
+    Raises:
+        UpcycleError: see `map_model` and `check_source`.
+    """
+    mapping = mapping_of(base, recipe)
+    check_source(mapping, ModelReader(base.folder))
+    return mapping
+
+
+def check_base(base: Base) -> None:
+    """Raises UpcycleError if adapters cannot be experts of a dense model, with what would work."""
+    if (problem := problem_of(base.config)) is None:
+        return
+    try:
+        family_of(base.config, str(base.folder))
+        instead = "use prepare.train=ffn"
+    except NoTwinError as error:
+        instead = f"nor has it an exact plain MoE ({error.reason}), so take another base"
+    raise UpcycleError(f"{base.folder}: this {base.config.get('model_type')} model {problem}; {WANTED}; {instead}")
+
+
+@contextmanager
+def offering_adapters() -> Iterator[None]:
+    """Say of a model that has no exact plain MoE whether adapters can be experts of it."""
+    try:
+        yield
+    except NoTwinError as error:
+        problem = problem_of(error.config)
+        works = "LoRA experts work on it: prepare.train=lora (all but `upcycle export --fold`)"
+        offer = works if problem is None else f"nor do LoRA experts work on it, as it {problem}; {WANTED}"
+        raise NoTwinError(f"{error}; {offer}", error.reason, error.config) from None
+
+
+def check_twin(folder: Path, config: Config) -> None:
+    """Raises NoTwinError if a dense model has no exact plain MoE, with what works on it."""
+    with offering_adapters():
+        family_of(config, str(folder))
+
+
+def may_have_twin(name: str) -> bool:
+    """Whether a dense model has an exact plain MoE; one that is not on this machine may have."""
+    if name != BUILTIN_BASE and not Path(name).is_dir():
+        return True
+    folder = find_model(name)
+    try:
+        family_of(read_config(folder), name)
+    except UpcycleError:
+        return False
+    return True
+
+
+def problem_of(config: Config) -> str | None:
+    """What stands against adapters as experts of a (resolved) dense model, or None.
+
+    It is built without values, and every layer's FFN must compute what a mixture takes it to compute.
+    """
+    if "text_config" in config:
+        return "is one of more than text"
+    try:
+        model = without_values(config)
+    except UpcycleError as error:
+        return str(error)
+    if routers(model):
+        return "is a mixture of experts already"
+    layers = getattr(getattr(model, "model", None), "layers", ())
+    if not layers or len(layers) != config.get("num_hidden_layers"):
+        return "keeps its layers elsewhere than in model.layers"
+    for field in SIZES:
+        if not isinstance(config.get(field), int):
+            return f"has {field} {brief(config.get(field))} in its config.json, expected a number"
+    problems = (_problem(layer, config["hidden_size"], config["intermediate_size"]) for layer in layers)
+    return next((f"has in layer {number} {problem}" for number, problem in enumerate(problems) if problem), None)
+
+
+def without_values(config: Config) -> Model:
+    """A causal language model on the meta device.
+
+    Raises:
+        UpcycleError: transformers has none for the configuration.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UpcycleError("is no causal language model that transformers knows")
+    try:
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config), trust_remote_code=False)
+    except Exception as error:  # what is inconsistent surfaces as any kind
+        raise UpcycleError(f"cannot be built by transformers ({type(error).__name__}: {error})") from None
+    model: Model = made
+    return model
+
+
+def _problem(layer: nn.Module, hidden: int, channels: int) -> str | None:
+    """What a layer has instead of a gated FFN."""
+    ffn = getattr(layer, "mlp", None)
+    if not isinstance(ffn, nn.Module):
+        return f"no mlp but {', '.join(name for name, _ in layer.named_children())}"
+    inner, outer = (channels, hidden), (hidden, channels)
+    expected = {f"{name}.weight": shape for name, shape in zip(FFN_WEIGHTS, (inner, inner, outer), strict=True)}
+    found = {name: tuple(parameter.shape) for name, parameter in ffn.named_parameters()}
+    if found != expected:
+        return f"an mlp of {', '.join(f'{name} {shape}' for name, shape in found.items())}"
+    if not callable(getattr(ffn, "act_fn", None)) or not _is_gated(ffn):
+        return "an mlp that computes something else than down_proj(act_fn(gate_proj(x)) * up_proj(x))"
+    return None
+
+
+@torch.no_grad()
+def _is_gated(ffn: nn.Module) -> bool:
+    """Whether the module's own forward is that of a gated FFN: run with small weights in the place of its own."""
+    small: Any = deepcopy(ffn).eval()
+    draw = torch.Generator().manual_seed(0)
+    for name, (outputs, inputs) in zip(FFN_WEIGHTS, ((6, 4), (6, 4), (4, 6)), strict=True):
+        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+        linear.weight = nn.Parameter(torch.randn(outputs, inputs, generator=draw))
+        setattr(small, name, linear)
+    x = torch.randn(1, 3, 4, generator=draw)
+    try:
+        return torch.allclose(small(x), small.down_proj(small.act_fn(small.gate_proj(x)) * small.up_proj(x)))
+    except (RuntimeError, TypeError):  # it takes more than x, or more tensors of its own
+        return False

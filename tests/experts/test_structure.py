@@ -1,0 +1,189 @@
+"""Adapters as experts ask for the structure of a base's layers, not for a plain MoE that computes the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_families import assert_rows_see_themselves_alone, greedy
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from conftest import make_dense
+from upcycle.errors import NoTwinError, UpcycleError
+from upcycle.experts.kinds import KINDS, load_model
+from upcycle.experts.structure import checked_dense, may_have_twin, problem_of
+from upcycle.settings import DevicesSettings, TrainingSettings
+from upcycle.training.forecast import forecast
+from upcycle.training.packing import can_pack
+from upcycle.weights.folders import read_config
+from worlds import IDS, as_base, forced_logits, logits, make_adapter, mixture
+
+WINDOWS: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+NARROW = {**WINDOWS, "head_dim": 8}
+TWO_ROPES = {
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": theta}
+        for kind, theta in (("sliding_attention", 1e3), ("full_attention", 1e4))
+    }
+}
+GEMMA4 = {**NARROW, **TWO_ROPES, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+SHARED = {"num_hidden_layers": 4, "layer_types": WINDOWS["layer_types"] * 2, "num_kv_shared_layers": 2}
+BEYOND = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "rope_theta": 5000.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.1,
+}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "v_head_dim": 8}
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+LINEAR = {
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+BASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"attention_bias": True, "pretraining_tp": 2}),
+    ("gemma", {}),
+    ("gemma2", {**NARROW, "query_pre_attn_scalar": 8}),
+    ("gemma3_text", {**NARROW, **TWO_ROPES}),
+    ("gemma4_text", GEMMA4),
+    ("gemma4_text", {**GEMMA4, **SHARED, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 99}),
+    ("olmo", {}),
+    ("olmo3", WINDOWS),
+    ("exaone4", WINDOWS),
+    ("ministral3", {"head_dim": 8, "rope_parameters": BEYOND}),
+    ("cohere", {"use_qk_norm": True}),
+    ("cohere2", {**WINDOWS, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("hunyuan_v1_dense", {"head_dim": 8}),
+    ("qwen3_5_text", LINEAR),
+    ("qwen3", {**NARROW, "use_sliding_window": True}),
+    ("stablelm", {}),
+    ("helium", {"head_dim": 8}),
+    ("youtu", LATENT),
+]
+WITHOUT_TWIN = ("llama", "gemma2", "olmo", "olmo3", "exaone4", "ministral3", "cohere", "cohere2", "stablelm")
+
+
+@pytest.mark.parametrize(("dense", "changes"), BASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
+    dense: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    base = as_base(make_dense(tmp_path / "dense", model_type=dense, **changes))
+    if dense in WITHOUT_TWIN:
+        with pytest.raises(NoTwinError, match=r"LoRA experts work on it: prepare\.train=lora"):
+            KINDS["ffn"].check_base(base)
+    for kind in ("lora", "bottleneck"):
+        KINDS[kind].check_base(base)
+    found = checked_dense(base)
+    adapters = [make_adapter(base.folder, tmp_path / f"adapter-{i}", i) for i in (1, 2)]
+    for folder in adapters:
+        KINDS["lora"].check_checkpoint(base, adapters[0], folder)
+    made = mixture(base.folder, adapters, tmp_path / "mixture")
+    model, plain = load_model(made, torch.float32), logits(base.folder)
+    for expert, folder in enumerate(adapters):
+        with torch.no_grad():
+            expected = load_model(folder, torch.float32, base=base.folder)(IDS).logits
+        largest = expected.abs().max()
+        assert (expected - plain).abs().max() > 0.02 * largest
+        difference = (forced_logits(model, [expert] * 2, 2) - expected).abs().max()
+        assert difference <= (2e-5 if "hidden_size_per_layer_input" in changes else 1e-5) * largest
+    assert len(greedy(made)) == len(IDS)
+    if can_pack(model):
+        assert_rows_see_themselves_alone(load_model(made, torch.float32).train())
+    assert can_pack(model) == (dense != "qwen3_5_text")  # a recurrent layer carries one row into the next
+    needs = forecast(found.config, TrainingSettings(), 32, DevicesSettings(), 1, lambda _: False, added=1000)
+    assert needs.weights == 4 * (sum(p.numel() for p in load_model(base.folder, torch.float32).parameters()) + 1000)
+
+
+@pytest.mark.parametrize(
+    ("dense", "changes", "problem", "instead"),
+    [
+        ("phi3", {}, r"layer 0 an mlp of gate_up_proj\.weight \(96, 32\), down_proj", "use prepare.train=ffn"),
+        ("llama", {"mlp_bias": True}, r"gate_proj\.bias \(48,\)", "nor has it an exact plain MoE .*mlp_bias=True"),
+        ("glm4", {"head_dim": 8}, "an mlp of gate_up_proj", "normalise queries and keys too"),
+        ("arcee", {}, r"an mlp of up_proj\.weight \(48, 32\), down_proj\.weight \(32, 48\)", "use prepare.train=ffn"),
+        ("starcoder2", {}, r"an mlp of c_fc", "take another base"),
+        ("nemotron", {}, r"an mlp of up_proj", "take another base"),
+        ("apertus", {}, r"act_fn\.alpha_p", "take another base"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "no mlp but conv, feed_forward", "use prepare.train=ffn"),
+        ("gpt2", {}, "keeps its layers elsewhere than in model.layers", "its FFN has no gate"),
+        ("mixtral", {}, "is a mixture of experts already", "take another base"),
+        ("qwen2_vl", {"text_config": {}}, "is one of more than text", "a model of more than text"),
+        ("no_such", {}, "is no causal language model that transformers knows", "take another base"),
+        (
+            "gemma4_text",
+            {**GEMMA4, **SHARED, "use_double_wide_mlp": True},
+            r"layer 2 an mlp of gate_proj\.weight \(96, 32\)",
+            "take another base",
+        ),
+    ],
+    ids=lambda v: v if isinstance(v, str) and len(v) < 12 else "",
+)
+def test_another_structure_is_refused_by_what_was_found(
+    dense: str, changes: dict[str, Any], problem: str, instead: str, base: Path
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = as_base(base)
+    given = {"model_type": dense, **sizes, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, **changes}
+    vars(small)["config"] = resolved(given)
+    for kind in ("lora", "bottleneck"):
+        with pytest.raises(
+            UpcycleError, match=f"this {dense} model .*{problem}.* adapters as experts need .*{instead}"
+        ):
+            KINDS[kind].check_base(small)
+    if instead != "use prepare.train=ffn":
+        with pytest.raises(NoTwinError, match=f"nor do LoRA experts work on it, as it .*{problem}"):
+            KINDS["ffn"].check_base(small)
+
+
+def resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """With the architecture's own defaults."""
+    from transformers import CONFIG_MAPPING
+
+    known = config["model_type"] in CONFIG_MAPPING and "text_config" not in config
+    return CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict() if known else config
+
+
+def test_an_ffn_that_computes_something_else_of_the_same_weights_is_found(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(base)
+    assert problem_of(config) is None
+    right = LlamaMLP.forward
+    for wrong in (lambda self, x: 2 * right(self, x), lambda self, x, places: right(self, x)):
+        monkeypatch.setattr(LlamaMLP, "forward", wrong)
+        assert problem_of(config).startswith("has in layer 0 an mlp that computes something else than down_proj(")
+
+
+def test_structure_is_asked_without_a_trace(base: Path) -> None:
+    """Neither the random numbers of a run nor its memory change."""
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert problem_of({**read_config(base), "num_hidden_layers": 3, "vocab_size": 10**9}) is None
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_only_what_has_a_plain_moe_is_said_to_fold(base: Path, tmp_path: Path) -> None:
+    gemma, gemma2 = (make_dense(tmp_path / name, model_type=name, head_dim=8) for name in ("gemma", "gemma2"))
+    for dense, folds in ((base, True), (gemma, True), (gemma2, False)):
+        made = mixture(dense, [make_adapter(dense, tmp_path / f"{dense.name}-adapter", 1)] * 2, tmp_path / "mixture")
+        assert KINDS["lora"].describe(made).folds == folds
+    with pytest.raises(UpcycleError, match=r"caps the scores of attention.*; export .*mixture without --fold"):
+        KINDS["lora"].fold(made, tmp_path / "plain", "source", None)
+    assert may_have_twin("someone/not-here")
+    assert may_have_twin("builtin:tiny")
+
+
+def test_a_mixture_folds_into_weights_that_are_rewritten(tmp_path: Path) -> None:
+    for dense in ("gemma", "helium"):
+        base = make_dense(tmp_path / dense, model_type=dense, head_dim=8)
+        adapters = [make_adapter(base, tmp_path / f"{dense}-{i}", i) for i in (1, 2)]
+        made, plain = mixture(base, adapters, tmp_path / f"{dense}-mixture"), tmp_path / f"{dense}-plain"
+        plain.mkdir()
+        KINDS["lora"].fold(made, plain, "float32", None)
+        torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=2e-5)
