@@ -67,8 +67,8 @@ def test_a_base_that_is_not_supported_says_what_is(
 
     for changes, message in (
         (
-            {"model_type": "gemma"},
-            "'gemma' has no exact mixture-of-experts twin here: no MoE architecture scales embeddings",
+            {"model_type": "gemma2"},
+            "'gemma2' has no exact mixture-of-experts twin here: no MoE architecture caps the scores of attention",
         ),
         ({"mlp_bias": True}, "as mixtral, mlp_bias=True would be lost (exact with mlp_bias=False)"),
     ):
@@ -83,10 +83,10 @@ def test_a_base_that_is_not_supported_says_what_is(
 @pytest.mark.parametrize(
     ("model_type", "offer"),
     [
-        ("gemma", "scales embeddings and adds 1 .*; LoRA experts work on it: prepare.train=lora"),
+        ("gemma2", "caps the scores of attention .*; LoRA experts work on it: prepare.train=lora"),
         (
             "glm4",
-            "there is no row for it.*; nor do LoRA experts work on it, as it has in layer 0 an mlp of gate_up_proj",
+            "normalise queries and keys too.*; nor do LoRA experts work on it, .* an mlp of gate_up_proj",
         ),
     ],
 )

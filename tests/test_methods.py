@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import make_dense
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import load_model
 from upcycle.merging.perturb import add_noise, perturbed, redraw
@@ -36,6 +37,37 @@ def test_each_method_runs_and_learns(name: str, tiny_recipe: dict[str, Any], tmp
         torch.testing.assert_close(logits(run.folder / "assemble"), logits(run.base.folder), rtol=0, atol=1e-5)
     if name == "btx":
         assert [e.name for e in run.plan.experts] == ["domain-copy", "domain-reverse"]
+
+
+@pytest.mark.parametrize(
+    ("dense", "changes"),
+    [
+        ("glm", {"head_dim": 8}),
+        ("gemma", {"head_dim": 8}),
+        ("minicpm3", {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16}),
+        (
+            "gemma4_text",
+            {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 8, "rope_parameters": None},
+        ),
+    ],
+    ids=["glm", "gemma", "minicpm3", "gemma4"],
+)
+def test_families_with_rewritten_weights_go_all_the_way(
+    dense: str, changes: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """With moments, of which those are carried whose weights only change places."""
+    base = make_dense(tmp_path / "base", model_type=dense, num_key_value_heads=4, **changes)
+    carried = {"optimizer_state": "carry"}
+    recipe = shrunk("upit", {**tiny_recipe, "base": str(base)}, expand={"num_experts": 3}, posttrain=carried)
+    run = Run(recipe, tmp_path / "run")
+    run_stages(run)
+    scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
+    assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
+    before, after = ModelReader(run.folder / "assemble"), ModelReader(run.folder / "posttrain")
+    same = {name for name in before.names() if torch.equal(before.tensor(name), after.tensor(name))}
+    kept = {name for name in before.names() if name.endswith("post_feedforward_layernorm_2.weight")}
+    assert len(kept) == (2 if dense == "gemma4_text" else 0)
+    assert kept <= same
 
 
 def test_fine_grained_experts_cost_what_the_dense_model_costs(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -23,6 +23,14 @@ from upcycle.architectures.mapping import Mapping, shared_shapes, with_own_head
 from upcycle.errors import UpcycleError
 from upcycle.experts.ffn import describe
 from upcycle.experts.kinds import load_model
+from upcycle.routing.routers import (
+    ForcedRouter,
+    RouterRecorder,
+    RowExperts,
+    router_modules,
+    routing_vectors,
+    swapped_routers,
+)
 from upcycle.training.packing import TOKEN_MASK, SideBySide, can_pack, fill_lines
 from upcycle.types import Model
 from upcycle.weights.folders import read_config
@@ -90,6 +98,27 @@ YOUTU = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+MINICPM3 = {**YOUTU, "scale_emb": 3, "scale_depth": 0.7, "dim_model_base": 8}
+GEMMA3 = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 256,
+    "initializer_range": 0.05,  # smaller logits, as tolerances are absolute
+    "rms_norm_eps": 1e-8,  # its share in Beam's norms is not the same; with so small a residual 1e-6 makes 5e-6
+    "sliding_window": 8,
+    "layer_types": ALTERNATING,
+    "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 500.0}, "full_attention": LINEAR},
+}
+GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 8,
+    "layer_types": ALTERNATING,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 5000.0},
+    },
+}
 NEMOTRON_BLOCKS = ["linear_attention", "mlp", "full_attention", "mlp"]
 NEMOTRON: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -139,7 +168,7 @@ EXACT = [
     ("smollm3", "granitemoe_swa", {**NOPE, "use_sliding_window": True, "sliding_window": 8}),
     ("internlm3", "mixtral", {"head_dim": 16, "rope_parameters": DYNAMIC, "max_position_embeddings": 32}),
     ("seed_oss", "qwen2_moe", {**NO_DROPOUT, "head_dim": 16}),
-    ("seed_oss", "qwen2_moe", {**NO_DROPOUT, "attention_bias": False, "rope_parameters": YARN}),
+    ("seed_oss", "qwen2_moe", {**NO_DROPOUT, "attention_bias": False, "rope_parameters": {**YARN}}),
     ("ernie4_5", "ernie4_5_moe", {"head_dim": 16}),
     ("ernie4_5", "ernie4_5_moe", {"rope_parameters": YARN}),
     ("cohere2", "cohere2_moe", {"sliding_window": 8, "layer_types": ALTERNATING, "logit_scale": 0.25}),
@@ -166,8 +195,24 @@ EXACT = [
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 32}),
     ("nemotron_h", "nemotron_h", NEMOTRON),
+    ("glm", "glm4_moe", {"head_dim": 8, "rope_parameters": HALF_ROPE}),
+    ("glm", "glm4_moe", {"head_dim": 16, "attention_bias": False, "rope_parameters": {**YARN}}),
+    ("helium", "mixtral", {"head_dim": 8}),
+    ("helium", "mixtral", {"head_dim": 8, "rope_parameters": LINEAR}),
+    ("arcee", "mixtral", {}),
+    ("arcee", "mixtral", {"head_dim": 16, "rope_parameters": YARN}),
+    ("minicpm3", "deepseek_v3", {**MINICPM3, "rope_parameters": LONGROPE}),
+    ("minicpm3", "deepseek_v3", {**MINICPM3, "attention_bias": True, "q_lora_rank": None}),
+    ("gemma4_text", "gemma4_text", GEMMA4),
+    ("gemma4_text", "gemma4_text", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    ("gemma3_text", "beam", GEMMA3),
+    ("gemma3_text", "beam", {**GEMMA3, "attention_bias": True, "final_logit_softcapping": 5.0}),
+    ("gemma", "granitemoe", {"head_dim": 8}),
+    ("gemma", "granitemoe", {"head_dim": 16, "attention_bias": True, "use_bidirectional_attention": False}),
 ]
 ONE_OF_EACH = list({(dense, moe): (dense, moe, changes) for dense, moe, changes in EXACT}.values())
+VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma", "minicpm3", "gemma3_text", "gemma4_text")]
+"""Those with weights that are computed, and not only moved."""
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h")
 """Those that carry something from one row to the next where rows lie side by side."""
 PARTIAL = [
@@ -184,6 +229,7 @@ PARTIAL = [
     ("cohere2", "cohere2_moe", {"sliding_window": 8, "layer_types": ALTERNATING * 2}),
     ("cohere", "cohere2_moe", {}),
     ("ernie4_5", "ernie4_5_moe", {}),
+    ("gemma3_text", "beam", {**GEMMA3, "layer_types": ALTERNATING * 2}),
     ("nemotron_h", "nemotron_h", {**NEMOTRON, "num_hidden_layers": 8, "layers_block_type": NEMOTRON_BLOCKS * 2}),
 ]
 """Those whose MoE can have layers without experts."""
@@ -191,6 +237,8 @@ FIRST_DENSE = [
     ("phi3", "glm4_moe", {"rope_parameters": HALF_ROPE}),
     ("youtu", "deepseek_v3", YOUTU),
     ("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"] * 2}),
+    ("glm", "glm4_moe", {"head_dim": 16}),
+    ("minicpm3", "deepseek_v3", MINICPM3),
 ]
 """Those where only the first layers can be without."""
 
@@ -296,6 +344,35 @@ def test_an_expert_of_any_layout_is_its_checkpoint(
     assert_experts_are(folders, assembled(source, folders, tmp_path / "moe"))
 
 
+def test_routing_vectors_of_gemma_4_see_what_other_modules_in_the_routers_place_see(tmp_path: Path) -> None:
+    """The FFN's input normalised, and not as it is."""
+    source = make_dense(tmp_path / "dense", model_type="gemma4_text", **GEMMA4)
+    model = load_model(assembled(source, [source] * 3, tmp_path / "moe", router_std=0.3), torch.float32)
+    vectors, seen = routing_vectors(router_modules(model)[0]), []
+    with torch.no_grad(), RouterRecorder(model) as recorder:
+        model(IDS)
+        with swapped_routers(model, lambda _: ForcedRouter(RowExperts(), 3)) as routers:
+            routers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            model(IDS)
+    expected = torch.log_softmax(seen[0] @ vectors.T, dim=-1)
+    torch.testing.assert_close(recorder.logits[0], expected)
+    assert expected.std(dim=0).min() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("dense", "moe", "changes"), VALUES_CHANGED, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_is_computed_is_rounded_once(
+    dense: str, moe: str, changes: dict[str, Any], dtype: str, tmp_path: Path
+) -> None:
+    """And the comparison at the end of assembly, which sets rounding aside, is as sharp as in fp32."""
+    source = make_dense(tmp_path / "dense", model_type=dense, **changes)
+    folders = [perturbed(source, tmp_path / f"c{i}", i) for i in (1, 2)]
+    exact = ModelReader(assembled(source, folders, tmp_path / "exact"))
+    made = ModelReader(assembled(source, folders, tmp_path / "moe", dtype=dtype))
+    rounded = getattr(torch, dtype)
+    assert all(torch.equal(made.tensor(name), exact.tensor(name).to(rounded)) for name in made.names())
+
+
 @pytest.mark.parametrize(("dense", "moe", "changes"), ONE_OF_EACH, ids=lambda v: v if isinstance(v, str) else "")
 def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: dict[str, Any], tmp_path: Path) -> None:
     source = make_dense(tmp_path / "dense", model_type=dense, **changes)
@@ -330,11 +407,35 @@ def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: 
         ({"model_type": "internlm3", "attention_bias": True, "mlp_bias": True}, "attention_bias=True would be lost"),
         ({"model_type": "seed_oss", "attention_out_bias": True}, "attention_out_bias=True would be lost"),
         ({"model_type": "seed_oss", "mlp_bias": True}, "mlp_bias=True would be lost"),
+        ({"model_type": "helium", "attention_bias": True}, "attention_bias=True would be lost"),
+        (
+            {"model_type": "arcee", "hidden_act": "gelu"},
+            r"hidden_act='gelu' would be lost \(exact with hidden_act='relu2'",
+        ),
         ({"model_type": "ernie4_5", "use_bias": True}, "use_bias=True would be lost"),
         ({"model_type": "cohere2", "rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
-        ({"model_type": "gemma"}, "scales embeddings"),
-        ({"model_type": "gemma2"}, "caps logits"),
-        ({"model_type": "gemma3_text"}, "two kinds of rotary positions"),
+        (
+            {"model_type": "gemma", "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True would be lost",
+        ),
+        ({"model_type": "gemma4_text"}, r"hidden_size_per_layer_input=256, .* on a copy with fewer \(exact with 0\)"),
+        (
+            {"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+            "a mixture of 4 experts already",
+        ),
+        ({"model_type": "gemma2"}, "caps the scores of attention"),
+        ({"model_type": "exaone4"}, "norms only after attention and FFN"),
+        ({"model_type": "glm4"}, "normalise queries and keys too"),
+        ({"model_type": "apertus"}, "an activation with weights of its own"),
+        ({"model_type": "starcoder2"}, "its norms have biases"),
+        ({"model_type": "jais2"}, "its norms have biases"),
+        ({"model_type": "nemotron"}, "its norms have biases"),
+        ({"model_type": "stablelm"}, "its norms have biases"),
+        (
+            {"model_type": "gemma3_text", "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True would be lost",
+        ),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50\.0 would be lost"),
         ({"model_type": "olmo"}, "its norms have no weights"),
         ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm=True would be lost"),
         ({"model_type": "gpt2"}, "its FFN has no gate"),

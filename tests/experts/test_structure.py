@@ -104,8 +104,8 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
     [
         ("phi3", {}, r"layer 0 an mlp of gate_up_proj\.weight \(96, 32\), down_proj", "use prepare.train=ffn"),
         ("llama", {"mlp_bias": True}, r"gate_proj\.bias \(48,\)", "nor has it an exact plain MoE .*mlp_bias=True"),
-        ("glm4", {"head_dim": 8}, "an mlp of gate_up_proj", "there is no row for it"),
-        ("arcee", {}, r"an mlp of up_proj\.weight \(48, 32\), down_proj\.weight \(32, 48\)", "take another base"),
+        ("glm4", {"head_dim": 8}, "an mlp of gate_up_proj", "normalise queries and keys too"),
+        ("arcee", {}, r"an mlp of up_proj\.weight \(48, 32\), down_proj\.weight \(32, 48\)", "use prepare.train=ffn"),
         ("starcoder2", {}, r"an mlp of c_fc", "take another base"),
         ("nemotron", {}, r"an mlp of up_proj", "take another base"),
         ("apertus", {}, r"act_fn\.alpha_p", "take another base"),
@@ -169,11 +169,21 @@ def test_structure_is_asked_without_a_trace(base: Path) -> None:
 
 
 def test_only_what_has_a_plain_moe_is_said_to_fold(base: Path, tmp_path: Path) -> None:
-    gemma = make_dense(tmp_path / "gemma", model_type="gemma")
-    for dense, folds in ((base, True), (gemma, False)):
+    gemma, gemma2 = (make_dense(tmp_path / name, model_type=name, head_dim=8) for name in ("gemma", "gemma2"))
+    for dense, folds in ((base, True), (gemma, True), (gemma2, False)):
         made = mixture(dense, [make_adapter(dense, tmp_path / f"{dense.name}-adapter", 1)] * 2, tmp_path / "mixture")
         assert KINDS["lora"].describe(made).folds == folds
-    with pytest.raises(UpcycleError, match=r"scales embeddings.*; export .*mixture without --fold"):
+    with pytest.raises(UpcycleError, match=r"caps the scores of attention.*; export .*mixture without --fold"):
         KINDS["lora"].fold(made, tmp_path / "plain", "source", None)
     assert may_have_twin("someone/not-here")
     assert may_have_twin("builtin:tiny")
+
+
+def test_a_mixture_folds_into_weights_that_are_rewritten(tmp_path: Path) -> None:
+    for dense in ("gemma", "helium"):
+        base = make_dense(tmp_path / dense, model_type=dense, head_dim=8)
+        adapters = [make_adapter(base, tmp_path / f"{dense}-{i}", i) for i in (1, 2)]
+        made, plain = mixture(base, adapters, tmp_path / f"{dense}-mixture"), tmp_path / f"{dense}-plain"
+        plain.mkdir()
+        KINDS["lora"].fold(made, plain, "float32", None)
+        torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=2e-5)

@@ -90,6 +90,7 @@ LIMITS = (
     ),
     Limit("mistralrs", "hunyuan_v1_moe", "gives other tokens (cause not found)", silent=True),
     Limit("mistralrs", "deepseek_v3", "refuses the shapes", _narrow_values, where="with values narrower than queries"),
+    *(Limit(client, "beam", UNKNOWN) for client in CLIENTS),
     *(
         Limit("mistralrs", moe, UNKNOWN)
         for moe in (
@@ -128,8 +129,10 @@ UNTRIED = (
             "deepseek_v3",
             "lfm2_moe",
             "nemotron_h",
+            "gemma4_text",
         )
     ),
+    Limit("mistralrs", "gemma4_text", NOT_TRIED),
 )
 """What nobody has given a client."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from upcycle.architectures.family import Family, Moe
 from upcycle.architectures.layouts import MOE_LAYERS, channels, ffn_layers, head_dim
+from upcycle.architectures.rewritten import REWRITTEN
 from upcycle.architectures.rows import ROWS
 from upcycle.errors import NoTwinError, UpcycleError
 from upcycle.types import Config
@@ -46,7 +47,7 @@ INERT = {
 NOT_COMPUTED = {"use_cache", "initializer_range", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"}
 """Fields that may differ between the checkpoints of a run without changing what their weights compute."""
 
-FAMILIES = ROWS
+FAMILIES = ROWS + REWRITTEN
 MOES = {family.moe.model_type: family.moe for family in FAMILIES}
 """By `model_type`."""
 EXPERTS_FIELDS = sorted({moe.experts_field for moe in MOES.values()})
@@ -54,21 +55,19 @@ ACTIVE_FIELDS = sorted({moe.active_field for moe in MOES.values()})
 
 WRONG = {
     "olmo": "its norms have no weights, those of OLMoE and FlexOlmo have",
-    "gemma": "no MoE architecture scales embeddings and adds 1 to the norms' weights as Gemma does",
-    "gemma2": "no MoE architecture caps logits and has four norms per layer as Gemma 2 does",
-    "gemma3_text": "no MoE architecture has Gemma 3's norms and its two kinds of rotary positions",
+    "gemma2": "no MoE architecture caps the scores of attention as Gemma 2 does",
+    "exaone4": "MoE architectures with norms only after attention and FFN do not normalise heads one by one",
+    "glm4": "MoE architectures with norms before and after attention and FFN normalise queries and keys too",
+    "apertus": "its FFN has no gate, and an activation with weights of its own",
+    "starcoder2": "its FFN has no gate, and its norms have biases",
+    "jais2": "its norms have biases, which no MoE architecture has that could be exact",
+    "nemotron": "its norms have biases, which no MoE architecture has that could be exact",
+    "stablelm": "its norms have biases, which no MoE architecture has that could be exact",
     "phi": "its layers compute attention and FFN side by side, with biases",
     "gpt2": "its FFN has no gate",
     "gpt_neox": "its FFN has no gate",
     "opt": "its FFN has no gate",
     "falcon": "its FFN has no gate",
-    "starcoder2": "its FFN has no gate",
-    "nemotron": "its FFN has no gate",
-    "apertus": "its FFN has no gate",
-    "jais2": "its FFN has no gate",
-    "stablelm": "its norms subtract the mean and have biases",
-    "exaone4": "no MoE architecture has norms behind attention and FFN alone and one for each head's queries and keys",
-    "glm4": "no MoE architecture has norms before and behind attention and FFN with half-rotated heads",
 }
 """Why a dense architecture has no row, where users ask for one."""
 

@@ -44,7 +44,7 @@ class Family:
     moves: tuple[Rule, ...] = ()
     """Tensors outside the FFNs that are not copied under the same name."""
     idle: tuple[str, ...] = ()
-    """Fields that mean nothing in the models which meet the conditions."""
+    """Fields that mean nothing in the models which meet the conditions, or go into the weights."""
     down: Callable[[Config], Rewrite | None] = lambda _: None
     """What is done to the FFN's down projection."""
     note: str = ""

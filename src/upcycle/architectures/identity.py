@@ -31,11 +31,14 @@ Read = Callable[[Region], Tensor]
 """A region's values, in the region's shape."""
 
 
-def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int) -> float:
+def check_identity(
+    mapping: Mapping, dense: Read, moe: Read | None, expert: int, stored: torch.dtype = torch.float32
+) -> float:
     """Compare the logits of the dense model with those of the MoE whose experts are all `expert`.
 
     Args:
         moe: the assembled MoE; None to make it here from the dense tensors.
+        stored: its dtype, whose rounding is set aside.
 
     Returns:
         The largest difference over the largest logit.
@@ -51,17 +54,19 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
     for move, cut in zip(kept, small.shared, strict=True):
         values = _finite(_corner(dense(move.dense), cut.dense.shape), move.dense, where)
         _put(dense_state, cut.dense, values)
-        kept_values = rewritten(values, move.rewrite) if moe is None else _corner(moe(move.moe), cut.moe.shape)
-        _put(moe_state, cut.moe, kept_values)
+        made = rewritten(values, move.rewrite)
+        if moe is not None:
+            made = _unrounded(_corner(moe(move.moe), cut.moe.shape), made, stored)
+        _put(moe_state, cut.moe, made)
     for ffn, ffn_cut in zip(mapping.ffn, small.ffn, strict=False):  # the copy has the first layers
         values = _finite(_corner(dense(ffn.dense), ffn_cut.dense.shape), ffn.dense, where)
         _put(dense_state, ffn_cut.dense, values)
-        if moe is None:
-            values = rewritten(values, ffn.rewrite)
-        else:
-            values = _corner(mapping.slicing.whole(ffn, expert, moe), ffn_cut.dense.shape)
+        made = rewritten(values, ffn.rewrite)
+        if moe is not None:
+            whole = mapping.slicing.whole(ffn, expert, moe)
+            made = _unrounded(_corner(whole, ffn_cut.dense.shape), made, stored)
         for copy in range(2):
-            for region, element, part in small.slicing.place(ffn_cut, copy, 0, values.reshape(-1)):
+            for region, element, part in small.slicing.place(ffn_cut, copy, 0, made.reshape(-1)):
                 assert element == 0  # all of it
                 _put(moe_state, region, part)
     generator = torch.Generator().manual_seed(0)
@@ -82,8 +87,8 @@ def check_identity(mapping: Mapping, dense: Read, moe: Read | None, expert: int)
 
 
 def rewritten(values: Tensor, rewrite: Rewrite | None) -> Tensor:
-    """As the MoE has them."""
-    return values if rewrite is None else rewrite.apply(values)
+    """As the MoE has them; what is computed is in fp32."""
+    return values if rewrite is None else rewrite.apply(values.float())
 
 
 def cut_down(config: Config, layout: DenseLayout) -> Config:
@@ -103,6 +108,10 @@ def cut_down(config: Config, layout: DenseLayout) -> Config:
         small[MOE_LAYERS] = [layer for layer in config[MOE_LAYERS] if layer < layers]
     if config.get("sliding_window") and config["sliding_window"] < config["max_position_embeddings"]:
         small["sliding_window"] = min(WINDOW, config["sliding_window"])
+    if config.get("per_layer_config"):  # by layer, of which JSON makes words
+        small["per_layer_config"] = {n: of for n, of in config["per_layer_config"].items() if int(n) < layers}
+    if "scale_depth" in config:  # MiniCPM3 divides it by the square root of the number of layers
+        small["scale_depth"] = config["scale_depth"] * (layers / config["num_hidden_layers"]) ** 0.5
     return _shorten_positions(small)
 
 
@@ -150,6 +159,11 @@ def _finite(values: Tensor, region: Region, where: Path) -> Tensor:
 
 def _corner(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     return values[tuple(slice(n) for n in shape)].float()
+
+
+def _unrounded(written: Tensor, made: Tensor, stored: torch.dtype) -> Tensor:
+    """What was written, and in the place of values that are rounded rightly those before: 1 + w loses bits of w."""
+    return torch.where(made.to(stored).float() == written, made, written)
 
 
 def _put(state: dict[str, Tensor], region: Region, values: Tensor) -> None:

@@ -58,6 +58,8 @@ class Constant:
     value: float | Callable[[Config], float] = 0.0
     every_layer: bool = False
     """Whether layers without experts have it too."""
+    trains: bool = True
+    """Whether post-training may change it."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def sizes(config: Config, num_experts: int, expert_size: int) -> dict[str, int]:
     }
 
 
-def _shared_expert(module: str, size: int | str, *inputs: str) -> tuple[Constant, ...]:
+def shared_expert(module: str, size: int | str, *inputs: str) -> tuple[Constant, ...]:
     """An FFN of zeros: it adds nothing, and gets no gradient."""
     first = [Constant(f"{module}.{part}_proj.weight", (size, "hidden")) for part in inputs]
     return *first, Constant(f"{module}.down_proj.weight", ("hidden", size))
@@ -112,17 +114,23 @@ QKV_BIAS = tuple(
 )
 """Biases that readers (vLLM) take for granted, of a dense model without."""
 SHARED_EXPERT = (
-    *_shared_expert("mlp.shared_expert", SHARED_EXPERT_SIZE, "gate", "up"),
+    *shared_expert("mlp.shared_expert", SHARED_EXPERT_SIZE, "gate", "up"),
     Constant("mlp.shared_expert_gate.weight", (1, "hidden")),
 )
-HUNYUAN_SHARED_EXPERT = _shared_expert("mlp.shared_mlp", "expert", "gate", "up")
-GLM_SHARED_EXPERT = _shared_expert("mlp.shared_experts", "expert", "gate", "up")
+HUNYUAN_SHARED_EXPERT = shared_expert("mlp.shared_mlp", "expert", "gate", "up")
+GLM_SHARED_EXPERT = shared_expert("mlp.shared_experts", "expert", "gate", "up")
 GRANITE_SHARED_EXPERT = (
     Constant("shared_mlp.input_linear.weight", (2 * SHARED_EXPERT_SIZE, "hidden")),
     Constant("shared_mlp.output_linear.weight", ("hidden", SHARED_EXPERT_SIZE)),
 )
 SINKS = Constant("self_attn.sinks", ("heads",), SINK, every_layer=True)
 """Logits that attention insists on beside those of the tokens; they take no share of it."""
+
+OPEN_GATE = (
+    Constant("self_attn.gate_proj.weight", ("queries", "hidden"), every_layer=True),
+    Constant("self_attn.gate_bias", ("heads",), every_layer=True),
+)
+"""A gate of what attention gives, whose sigmoid is 1/2 everywhere."""
 
 
 def selection_bias(tensor: str, rows: tuple[int, ...] = ()) -> Constant:
@@ -192,9 +200,18 @@ NEMOTRON_LAYOUT = MoeLayout(
     body="backbone",
     constants=(
         selection_bias("mixer.gate.e_score_correction_bias"),
-        *_shared_expert("mixer.shared_experts", SHARED_EXPERT_SIZE, "up"),
+        *shared_expert("mixer.shared_experts", SHARED_EXPERT_SIZE, "up"),
     ),
 )
+
+GEMMA4_LAYOUT = MoeLayout(
+    Place("experts.gate_up_proj", 0, 2),
+    Place("experts.gate_up_proj", 1, 2),
+    Place("experts.down_proj"),
+    router="router.proj.weight",
+    stacked=True,
+)
+"""Experts beside an FFN, whose constants are those of a family."""
 
 
 def with_constants(layout: MoeLayout, *constants: Constant) -> MoeLayout:

@@ -57,7 +57,7 @@ MODELS = {
 }
 """What people call the models, by `model_type`."""
 PARTIAL = {"no": "none", "first": "the first", "any": "any"}
-ADAPTERS = {"olmo", "gemma", "gemma2", "gemma3_text", "exaone4", "stablelm"}
+ADAPTERS = {"olmo", "gemma2", "exaone4", "stablelm"}
 """Of those without a twin: every layer has the gated FFN, in three weights without biases, that LoRA experts need."""
 
 

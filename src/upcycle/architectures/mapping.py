@@ -106,9 +106,14 @@ class Mapping:
         """Entries of embeddings that are looked up and not multiplied, as a tied model's are by the head."""
         return looked_up(self.config)
 
+    @property
+    def moe_lookup(self) -> int:
+        """Those of the MoE, which is untied where embeddings and head are rewritten apart."""
+        return looked_up({**self.config, **self.family.config(self.config)})
+
     def flops_over_dense(self, num_experts_per_tok: int) -> float:
         """FLOPs of a token over the dense model's, scores of attention left out in both."""
-        return (self.num_parameters(num_experts_per_tok) - self.lookup) / (self.num_dense - self.lookup)
+        return (self.num_parameters(num_experts_per_tok) - self.moe_lookup) / (self.num_dense - self.lookup)
 
     def num_parameters(self, active_experts: int | None = None) -> int:
         """Of the MoE: in all, or used for a token that goes to `active_experts`; embeddings included."""

@@ -130,6 +130,16 @@ def copied(_: Config, name: str, shape: Shape) -> Iterator[SharedMove]:
     yield SharedMove(whole, whole)
 
 
+def changed(ending: str, rewrite: Callable[[Config], Rewrite]) -> Rule:
+    """A tensor that keeps its name and is rewritten."""
+
+    def moves(config: Config, name: str, shape: Shape) -> Iterator[SharedMove]:
+        whole = Region(name, shape, 0, shape)
+        yield SharedMove(whole, whole, rewrite(config))
+
+    return ending, moves
+
+
 def split(ending: str, parts: Callable[[Config], dict[str, int]]) -> Rule:
     """A tensor whose runs of rows are tensors of the MoE's: of each the end of its name, and its rows."""
 

@@ -19,6 +19,7 @@ from upcycle.architectures.layouts import (
     MIXTRAL_LAYOUT,
     NEMOTRON_DENSE,
     NEMOTRON_LAYOUT,
+    OPEN_GATE,
     QKV_BIAS,
     QWEN_LAYOUT,
     SHARED_EXPERT,
@@ -69,6 +70,12 @@ GLM_MOE = Moe(
     partial="first",
 )
 DEEPSEEK_V3 = Moe("deepseek_v3", "DeepseekV3ForCausalLM", GLM_MOE.layout, "n_routed_experts", partial="first")
+BEAM = Moe(
+    "beam",
+    "BeamForCausalLM",
+    with_constants(QWEN_LAYOUT, selection_bias("mlp.gate.e_score_correction_bias"), *OPEN_GATE),
+    partial="any",
+)
 LFM2_MOE = Moe("lfm2_moe", "Lfm2MoeForCausalLM", LFM2_LAYOUT, partial="first")
 HUNYUAN_MOE = Moe(
     "hunyuan_v1_moe",
@@ -124,7 +131,7 @@ def _window(config: Config) -> int | None:
     return None if full else window
 
 
-def _mixtral(dense: Config) -> Config:
+def mixtral(dense: Config) -> Config:
     return {"sliding_window": _window(dense), "router_jitter_noise": 0.0}
 
 
@@ -176,14 +183,14 @@ def _mellum(dense: Config) -> Config:
     return {
         "attention_bias": dense["attention_bias"],
         "layer_types": dense["layer_types"],
-        "mlp_layer_types": _mlp_layer_types(dense),
+        "mlp_layer_types": mlp_layer_types(dense),
         "norm_topk_prob": True,
         "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
         "sliding_window": dense["sliding_window"],
     }
 
 
-def _mlp_layer_types(dense: Config) -> list[str]:
+def mlp_layer_types(dense: Config) -> list[str]:
     sparse = moe_layers(dense)
     return ["sparse" if layer in sparse else "dense" for layer in range(dense["num_hidden_layers"])]
 
@@ -204,7 +211,7 @@ def _granite_moe(dense: Config) -> Config:
     return {"attention_bias": dense["attention_bias"], **{name: dense[name] for name in MULTIPLIERS}}
 
 
-def _granite_moe_of_llama(dense: Config) -> Config:
+def granite_moe_of_llama(dense: Config) -> Config:
     multipliers = dict.fromkeys(MULTIPLIERS, 1.0)
     multipliers["attention_multiplier"] = head_dim(dense) ** -0.5
     return {"attention_bias": dense.get("attention_bias", False), **multipliers}
@@ -224,7 +231,7 @@ def _windows_by_layer(dense: Config) -> Config:
 
 
 def _granite_moe_swa(dense: Config) -> Config:
-    return {**_granite_moe_of_llama(dense), **_windows_by_layer(dense)}
+    return {**granite_moe_of_llama(dense), **_windows_by_layer(dense)}
 
 
 def _granite_moe_swa_of_granite(dense: Config) -> Config:
@@ -280,7 +287,7 @@ def _cohere2_moe_of_cohere(dense: Config) -> Config:
 def _cohere_moe(dense: Config) -> Config:
     return {
         **{name: dense[name] for name in ("attention_bias", "layer_norm_eps", "logit_scale")},
-        "mlp_layer_types": _mlp_layer_types(dense),
+        "mlp_layer_types": mlp_layer_types(dense),
         "prefix_dense_intermediate_size": dense["intermediate_size"],
         "rms_norm_eps": None,  # a number would make its norms those of Llama
         "num_shared_experts": 0,
@@ -323,9 +330,9 @@ def _first_dense(dense: Config) -> int:
     return int(moe_layers(dense)[0])
 
 
-def _glm_moe(dense: Config) -> Config:
+def glm_moe(dense: Config) -> Config:
     return {
-        **_sigmoid_routing(dense),
+        **sigmoid_routing(dense),
         "attention_bias": dense.get("attention_bias", False),
         "rope_parameters": (rope := dense["rope_parameters"]),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),  # where older readers look
@@ -334,7 +341,7 @@ def _glm_moe(dense: Config) -> Config:
     }
 
 
-def _sigmoid_routing(dense: Config) -> Config:
+def sigmoid_routing(dense: Config) -> Config:
     """Sigmoids in the place of softmax, here without groups of experts or scale."""
     return {
         "n_shared_experts": 1,  # of zeros: readers insist on one
@@ -351,10 +358,11 @@ DEEPSEEK_ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_l
 MLA = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim")
 
 
-def _deepseek_v3(dense: Config) -> Config:
+def deepseek_v3(dense: Config) -> Config:
     return {
-        **_sigmoid_routing(dense),
-        **{name: dense[name] for name in (*MLA, "attention_bias", "rope_interleave")},
+        **sigmoid_routing(dense),
+        **{name: dense[name] for name in (*MLA, "attention_bias")},
+        "rope_interleave": dense.get("rope_interleave", False),
         **DEEPSEEK_ROUTING,
         "num_mtp_layers": 0,
     }
@@ -424,7 +432,7 @@ NEMOTRON_IDLE = (
 def _nemotron_h(dense: Config) -> Config:
     sparse = set(moe_layers(dense))
     blocks = ["moe" if layer in sparse else block for layer, block in enumerate(dense["layers_block_type"])]
-    routing = _sigmoid_routing(dense)
+    routing = sigmoid_routing(dense)
     del routing["first_k_dense_replace"]
     return {
         **{name: dense[name] for name in NEMOTRON_FIELDS},
@@ -449,11 +457,10 @@ def _gate_and_up(config: Config) -> dict[str, int]:
     return dict.fromkeys(("gate_proj.weight", "up_proj.weight"), int(config["intermediate_size"]))
 
 
-SPLIT = (
-    split("qkv_proj.weight", _qkv),
-    split("gate_up_proj.weight", _gate_and_up),
-)
-"""Fused tensors; those of FFNs in layers that keep one."""
+SPLIT_FFN = split("gate_up_proj.weight", _gate_and_up)
+"""In layers that keep one."""
+SPLIT = (split("qkv_proj.weight", _qkv), SPLIT_FFN)
+"""Fused tensors."""
 
 _LLAMA = (plain_rope, only("mlp_bias", False, None), only("pretraining_tp", 1, None))
 _SEED_OSS = (
@@ -474,34 +481,34 @@ _NEMOTRON = (
 )
 
 ROWS = (
-    Family("llama", MIXTRAL, _mixtral, (*NO_BIAS, *_LLAMA), note="no biases; any rope, activation, head size"),
-    Family("llama", GRANITE_MOE, _granite_moe_of_llama, _LLAMA, note="attention biases"),
+    Family("llama", MIXTRAL, mixtral, (*NO_BIAS, *_LLAMA), note="no biases; any rope, activation, head size"),
+    Family("llama", GRANITE_MOE, granite_moe_of_llama, _LLAMA, note="attention biases"),
     Family("llama", QWEN2_MOE, _qwen2_moe, (*NO_BIAS, *_LLAMA), note="no biases; for some layers only"),
-    Family("mistral", MIXTRAL, _mixtral, (plain_rope,), note="one window for all layers, or none"),
+    Family("mistral", MIXTRAL, mixtral, (plain_rope,), note="one window for all layers, or none"),
     Family("mistral", QWEN2_MOE, _qwen2_moe, (plain_rope,), note="for some layers only"),
     Family(
         "ministral3",
         MIXTRAL,
-        _mixtral,
+        mixtral,
         (plain_rope,),
         note="llama_4_scaling_beta=0, which the published ones do not have",
     ),
-    Family("ministral", MIXTRAL, _mixtral, (plain_rope, one_kind_of_layer), note="all layers alike"),
+    Family("ministral", MIXTRAL, mixtral, (plain_rope, one_kind_of_layer), note="all layers alike"),
     Family("ministral", GRANITE_MOE_SWA, _granite_moe_swa, (plain_rope,), note="mixed windows"),
     Family("ministral", QWEN2_MOE, _qwen2_moe, (plain_rope,), note="for some layers only"),
     Family("cwm", GRANITE_MOE_SWA, _granite_moe_swa, _LLAMA, note="mixed windows"),
     Family("cwm", QWEN2_MOE, _qwen2_moe, _LLAMA, note="for some layers only"),
-    Family("phi3", MIXTRAL, _mixtral, (plain_rope,), FUSED, SPLIT, note="the whole head rotated; longrope, one window"),
+    Family("phi3", MIXTRAL, mixtral, (plain_rope,), FUSED, SPLIT, note="the whole head rotated; longrope, one window"),
     Family(
         "phi3",
         GLM_MOE,
-        _glm_moe,
+        glm_moe,
         (_window_of_no_use,),
         FUSED,
         SPLIT,
         note="partial rotary positions; no window that matters",
     ),
-    Family("smollm3", MIXTRAL, _mixtral, _SMOLLM3, note="all layers alike, with rotary positions"),
+    Family("smollm3", MIXTRAL, mixtral, _SMOLLM3, note="all layers alike, with rotary positions"),
     Family(
         "smollm3",
         GRANITE_MOE_SWA,
@@ -521,7 +528,7 @@ ROWS = (
         (_full_attention,),
         note="full attention in all layers, which the published ones do not have",
     ),
-    Family("internlm3", MIXTRAL, _mixtral, (*NO_BIAS, plain_rope), note="no biases"),
+    Family("internlm3", MIXTRAL, mixtral, (*NO_BIAS, plain_rope), note="no biases"),
     Family("seed_oss", QWEN2_MOE, _qwen2_moe, _SEED_OSS, note="no attention_out_bias, no mlp_bias"),
     Family(
         "ernie4_5",
@@ -578,7 +585,7 @@ ROWS = (
         note="use_post_norm=false",
     ),
     Family("hunyuan_v1_dense", HUNYUAN_MOE, _hunyuan_moe, (only("pretraining_tp", 1),), note="any rope"),
-    Family("youtu", DEEPSEEK_V3, _deepseek_v3, idle=("qk_head_dim",), note="latent attention (MLA)"),
+    Family("youtu", DEEPSEEK_V3, deepseek_v3, idle=("qk_head_dim",), note="latent attention (MLA)"),
     Family("lfm2", LFM2_MOE, _lfm2_moe, (plain_rope,), LFM2_DENSE, note="convolutions and full attention"),
     Family(
         "nemotron_h",

@@ -29,7 +29,7 @@ def active_ffns(base: Base, recipe: Recipe) -> Active:
     """Where every expert is an FFN of its own."""
     mapping = mapping_of(base, recipe)
     used = mapping.num_parameters(recipe.assemble.num_experts_per_tok)
-    return Active(mapping.num_dense - mapping.lookup, used - mapping.lookup)
+    return Active(mapping.num_dense - mapping.lookup, used - mapping.moe_lookup)
 
 
 def active_additions(per_layer: Addition) -> Callable[[Base, Recipe], Active]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import CLIENTS, limits
 from upcycle.architectures.families import computed_fields, expert_counts, family_of, moe_of
-from upcycle.architectures.layouts import ffn, in_memory, moe_layers
+from upcycle.architectures.layouts import ffn, in_memory, moe_layers, prefix
 from upcycle.architectures.mapping import (
     Mapping,
     looked_up,
@@ -280,6 +280,15 @@ def save(model: Model, folder: Path, initial: Path) -> None:
     if is_main():
         write_config(folder, config)
         copy_companions(initial, folder)
+
+
+def fix_constants(model: Model) -> None:
+    """Leave those of a plain MoE as they are that training must not change."""
+    config = model.config.to_dict()
+    layout = moe_of(config).layout
+    names = [constant.tensor for constant in layout.constants if not constant.trains]
+    for name in (prefix(layout, layer) + name for layer in moe_layers(config) for name in names):
+        model.get_parameter(in_memory(name)).requires_grad_(False)
 
 
 def resume(model: Model, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ from upcycle.distributed.shards import placement, put
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import is_adapter, read_adapter_config
 from upcycle.experts.bottleneck import BOTTLENECK
-from upcycle.experts.ffn import FFN, FULL
+from upcycle.experts.ffn import FFN, FULL, fix_constants
 from upcycle.experts.grouped import use_own_products
 from upcycle.experts.kind import Kind, Load
 from upcycle.experts.lora import ADAPTER, LORA
@@ -103,6 +103,8 @@ def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str, devi
     where = placement(devices.fsdp, 1 if kind.frozen else devices.ep, devices.replicate)
     model = load_model(folder, dtype, base=base, four_bit=four_bit, where=where).train()
     freeze(model, {fixed, *kind.frozen})
+    if not kind.frozen:
+        fix_constants(model)
     if not where:  # shards are gathered in the dtype that they are multiplied in
         use_own_products(model)
     return model

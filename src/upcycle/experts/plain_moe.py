@@ -68,7 +68,7 @@ def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype
 
         def write_experts(move: FfnMove) -> None:
             for expert, element, values in parts.experts(move.dense):
-                made = rewritten(values, move.rewrite)
+                made = rewritten(values.reshape(-1, move.dense.shape[-1]), move.rewrite)
                 for target, begin, part in mapping.slicing.place(move, expert, element, made):
                     writer.write(target.tensor, part, target.element + begin)
 
@@ -105,7 +105,7 @@ def _write_shared(writer: ModelWriter, readers: Sequence[ModelReader], move: Sha
         if not values.float().sum().isfinite() and not values.isfinite().all():  # the sum is quicker
             raise UpcycleError(f"{readers[-1].folder}: {source.tensor} holds NaN or Inf; take an undamaged checkpoint")
         if move.rewrite:
-            values = move.rewrite.apply(values.view(-1, *source.shape[1:]))
+            values = rewritten(values.view(-1, *source.shape[1:]), move.rewrite)
         writer.write(target.tensor, values, target.element + begin)
 
 
@@ -130,9 +130,10 @@ def _compare(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype)
 
     def dense(expert: int, region: Region) -> Tensor:
         if region.tensor in mapping.shapes:
-            return _mean([read_region(reader, region) for reader in parts.shared]).to(stored)
-        return parts.expert(expert, region).to(stored)
+            return _mean([read_region(reader, region) for reader in parts.shared])
+        return parts.expert(expert, region)
 
     return max(
-        check_identity(mapping, partial(dense, expert), partial(read_region, made), expert) for expert in parts.compared
+        check_identity(mapping, partial(dense, expert), partial(read_region, made), expert, stored)
+        for expert in parts.compared
     )

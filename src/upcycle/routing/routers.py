@@ -42,6 +42,18 @@ def routing_vectors(router: nn.Module) -> nn.Parameter:
     return next(parameter for parameter in router.parameters() if parameter.dim() == 2)
 
 
+def _norm(router: nn.Module) -> nn.Module | None:
+    """What a router does to its input before it multiplies by routing vectors: Gemma 4's normalises."""
+    return getattr(router, "norm", None)
+
+
+def logits_of(router: nn.Module, returned: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """What the router takes the softmax of, from what it returns first; of Gemma 4's but for a constant."""
+    if not _norm(router):
+        return returned
+    return returned.clamp_min(torch.finfo(returned.dtype).tiny).log()  # it returns probabilities
+
+
 def granularity(model: Model) -> int:
     """Slices that an expert is cut into, as `experts.kinds.load_model` found them in its lineage; 1 for any other."""
     return int(getattr(model, "granularity", 1))
@@ -127,12 +139,14 @@ class GatedRouter(nn.Module):
 
 @contextmanager
 def swapped_routers(model: Model, make: Callable[[int], Router]) -> Iterator[list[Router]]:
-    """Replace the router of each layer by `make(layer)`; the model's own come back at the end."""
+    """Replace the router of each layer by `make(layer)`, which sees what routing vectors see; the own come back."""
     places = routers(model)
     originals = router_modules(model)
     replacements = [make(layer) for layer in range(len(places))]
     try:
-        for (parent, attribute), module in zip(places, replacements, strict=True):
+        for (parent, attribute), original, module in zip(places, originals, replacements, strict=True):
+            if norm := _norm(original):
+                module.register_forward_pre_hook(lambda _, inputs, norm=norm: (norm(inputs[0]),))
             setattr(parent, attribute, module)
         yield replacements
     finally:
@@ -170,9 +184,9 @@ class RouterRecorder:
         """Forget the last forward."""
         self.logits, self.indices = [], []
 
-    def _record(self, _module: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
+    def _record(self, router: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
         device = self.logits[0].device if self.logits else outputs[0].device  # layers may lie on several
-        self.logits.append(outputs[0].to(device))
+        self.logits.append(logits_of(router, outputs[0]).to(device))
         self.indices.append(outputs[2].to(device))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from upcycle.records.files import ROUTER_BIAS
-from upcycle.routing.routers import num_slices, router_modules
+from upcycle.routing.routers import logits_of, num_slices, router_modules
 from upcycle.types import Model
 
 DECAY_FROM = 0.75
@@ -69,7 +69,7 @@ class LossFreeBias:
         self.strength = values["strength"].item()
 
     def _choose(self, layer: int, logits: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        probabilities = torch.softmax(logits.float(), dim=-1)
+        probabilities = torch.softmax(logits_of(self._gates[layer], logits).float(), dim=-1)
         chosen = (probabilities + self.strength * self.bias[layer]).topk(indices.shape[1], dim=-1).indices
         own = probabilities.gather(1, chosen)
         return logits, (own / own.sum(dim=1, keepdim=True)).to(weights.dtype), chosen
