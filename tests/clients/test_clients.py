@@ -38,6 +38,15 @@ MLA = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
 }
+GEMMA4 = {
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "sliding_window": 16,
+    "layer_types": MIXED,
+    "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 2e4} for kind in MIXED},
+}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "logits_scaling": 2.0,
@@ -127,6 +136,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GRANITE_4, **LONG, "layer_types": ["linear_attention", "full_attention"]},
     ),
     "hyperclovax -> granitemoe": ("hyperclovax", {**GRANITE, "use_post_norm": False}),
+    "llama with GELU -> mixtral": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "arcee -> mixtral": ("arcee", {}),
+    "helium -> mixtral": ("helium", {"head_dim": 32}),
+    "glm -> glm4_moe": ("glm", {"head_dim": 32, **PARTIAL_ROTARY}),
+    "gemma -> granitemoe": ("gemma", {"head_dim": 32}),
+    "gemma4 -> gemma4_text": ("gemma4_text", GEMMA4),
     "hunyuan -> hunyuan_v1_moe": ("hunyuan_v1_dense", {"head_dim": 32}),
     "youtu -> deepseek_v3": ("youtu", {**MLA, "tie_word_embeddings": False}),
     "youtu, tied -> deepseek_v3": ("youtu", MLA),

@@ -59,21 +59,39 @@ def _own_head_dim(config: Config) -> bool:
     return bool(head_dim(config) * config["num_attention_heads"] != config["hidden_size"])
 
 
-def _tied(config: Config) -> bool:
-    return bool(config["tie_word_embeddings"])
-
-
 def _narrow_values(config: Config) -> bool:
     return bool(config["v_head_dim"] != config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
 
 
+def _other_activation(config: Config) -> bool:
+    return bool((config.get("hidden_act") or "silu") != "silu")
+
+
+ACTIVATION = "with another activation than SiLU"
 LIMITS = (
+    *(
+        Limit("vllm", moe, "computes SiLU all the same", _other_activation, True, ACTIVATION)
+        for moe in (
+            "mixtral",
+            "qwen3_moe",
+            "flex_olmo",
+            "granitemoe",
+            "granitemoe_swa",
+            "ernie4_5_moe",
+            "cohere2_moe",
+            "mellum",
+            "hunyuan_v1_moe",
+        )
+    ),
+    *(
+        Limit("vllm", moe, "refuses it", _other_activation, where=ACTIVATION)
+        for moe in ("qwen2_moe", "glm4_moe", "granitemoehybrid")
+    ),
+    Limit("mistralrs", "granitemoehybrid", "computes SiLU all the same", _other_activation, True, ACTIVATION),
     Limit("vllm", "granitemoe", "drops the attention biases", _biases, True, "with attention biases"),
     Limit("vllm", "qwen2_moe", "ignores the sliding windows", _windows, True, "with windows"),
     Limit("vllm", "cohere2_moe", "has windows one token longer", _windows, True, "with windows"),
     Limit("vllm", "mixtral", "takes the long factors for short texts too", _longrope, True, "with longrope"),
-    Limit("vllm", "glm4_moe", "does not tie the head to them", _tied, True, "with tied embeddings"),
-    Limit("vllm", "deepseek_v3", "does not tie the head to them", _tied, True, "with tied embeddings"),
     Limit(
         "vllm", "lfm2_moe", "on a CPU rotates queries wrongly (right with custom_ops -rotary_embedding)", silent=True
     ),
@@ -103,6 +121,7 @@ LIMITS = (
             "mellum",
             "qwen3_5_moe_text",
             "nemotron_h",
+            "gemma4_text",
         )
     ),
 )
@@ -115,6 +134,10 @@ UNTRIED = (
     ),
     Limit("vllm", "nemotron_h", f"{NOT_TRIED} (its experts without a gate need a GPU)"),
     Limit("llamacpp", "mixtral", NOT_TRIED, _longrope, where="with longrope"),
+    *(
+        Limit("llamacpp", moe, NOT_TRIED, _other_activation, where=ACTIVATION)
+        for moe in ("mixtral", "qwen3_moe", "granitemoe")
+    ),
     *(
         Limit("llamacpp", moe, NOT_TRIED)
         for moe in (
@@ -132,7 +155,6 @@ UNTRIED = (
             "gemma4_text",
         )
     ),
-    Limit("mistralrs", "gemma4_text", NOT_TRIED),
 )
 """What nobody has given a client."""
 

@@ -26,6 +26,7 @@ from upcycle.architectures.rows import (
     GLM_MOE,
     GRANITE_MOE,
     MIXTRAL,
+    OWN_HEAD,
     SPLIT_FFN,
     deepseek_v3,
     glm_moe,
@@ -98,10 +99,6 @@ MINICPM3_MOVES = (
     ),
     *(changed(ending, _residual) for ending in ("o_proj.weight", "o_proj.bias", "down_proj.weight")),
 )
-
-
-def _deepseek_v3_of_minicpm3(dense: Config) -> Config:
-    return {**deepseek_v3(dense), "tie_word_embeddings": False}
 
 
 DEPTH_SCALE = 4.0
@@ -222,7 +219,7 @@ _CAUSAL = only("use_bidirectional_attention", None, False)
 _ARCEE = (*NO_BIAS, plain_rope, only("hidden_act", "relu2"))
 
 REWRITTEN = (
-    Family("glm", GLM_MOE, glm_moe, layout=FUSED, moves=(*HALVES, SPLIT_FFN), note=REORDERED),
+    Family("glm", GLM_MOE, glm_moe, layout=FUSED, moves=(*HALVES, SPLIT_FFN, OWN_HEAD), note=REORDERED),
     Family("helium", MIXTRAL, mixtral, (*NO_BIAS, plain_rope), moves=HALVES, note=REORDERED),
     Family("arcee", MIXTRAL, _mixtral_of_arcee, _ARCEE, UNGATED, note="the up projection is the gate too"),
     Family(
@@ -236,7 +233,7 @@ REWRITTEN = (
     Family(
         "minicpm3",
         DEEPSEEK_V3,
-        _deepseek_v3_of_minicpm3,
+        deepseek_v3,
         (only("mlp_bias", False), only("pretraining_tp", 1, None)),
         moves=MINICPM3_MOVES,
         idle=("qk_head_dim", "scale_emb", "scale_depth", "dim_model_base"),

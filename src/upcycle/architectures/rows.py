@@ -3,6 +3,7 @@
 `tests/architectures/test_families.py` compares the logits of every row.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from upcycle.architectures.family import NO_BIAS, Family, Moe, one_kind_of_layer, only, plain_rope
@@ -24,14 +25,16 @@ from upcycle.architectures.layouts import (
     QWEN_LAYOUT,
     SHARED_EXPERT,
     SHARED_EXPERT_SIZE,
+    Shape,
     channels,
     head_dim,
     moe_layers,
     selection_bias,
     with_constants,
 )
-from upcycle.architectures.moves import split
+from upcycle.architectures.moves import Region, Rule, SharedMove, copied, split
 from upcycle.types import Config
+from upcycle.weights.names import EMBEDDINGS, HEAD
 
 GRANITE_FIELDS = "num_local_experts", "intermediate_size"
 MIXTRAL = Moe("mixtral", "MixtralForCausalLM", MIXTRAL_LAYOUT, "num_local_experts", "intermediate_size")
@@ -338,6 +341,7 @@ def glm_moe(dense: Config) -> Config:
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),  # where older readers look
         "use_qk_norm": False,
         "num_mtp_layers": 0,
+        "tie_word_embeddings": False,
     }
 
 
@@ -363,6 +367,7 @@ def deepseek_v3(dense: Config) -> Config:
         **sigmoid_routing(dense),
         **{name: dense[name] for name in (*MLA, "attention_bias")},
         "rope_interleave": dense.get("rope_interleave", False),
+        "tie_word_embeddings": False,
         **DEEPSEEK_ROUTING,
         "num_mtp_layers": 0,
     }
@@ -457,6 +462,14 @@ def _gate_and_up(config: Config) -> dict[str, int]:
     return dict.fromkeys(("gate_proj.weight", "up_proj.weight"), int(config["intermediate_size"]))
 
 
+def _own_head(config: Config, name: str, shape: Shape) -> Iterator[SharedMove]:
+    """Embeddings, and a head of its own for a tied model: vLLM does not tie it in these architectures."""
+    yield from copied(config, name, shape)
+    if config["tie_word_embeddings"]:
+        yield SharedMove(Region(name, shape, 0, shape), Region(HEAD, shape, 0, shape))
+
+
+OWN_HEAD: Rule = (EMBEDDINGS, _own_head)
 SPLIT_FFN = split("gate_up_proj.weight", _gate_and_up)
 """In layers that keep one."""
 SPLIT = (split("qkv_proj.weight", _qkv), SPLIT_FFN)
@@ -505,7 +518,7 @@ ROWS = (
         glm_moe,
         (_window_of_no_use,),
         FUSED,
-        SPLIT,
+        (*SPLIT, OWN_HEAD),
         note="partial rotary positions; no window that matters",
     ),
     Family("smollm3", MIXTRAL, mixtral, _SMOLLM3, note="all layers alike, with rotary positions"),
@@ -585,7 +598,7 @@ ROWS = (
         note="use_post_norm=false",
     ),
     Family("hunyuan_v1_dense", HUNYUAN_MOE, _hunyuan_moe, (only("pretraining_tp", 1),), note="any rope"),
-    Family("youtu", DEEPSEEK_V3, deepseek_v3, idle=("qk_head_dim",), note="latent attention (MLA)"),
+    Family("youtu", DEEPSEEK_V3, deepseek_v3, moves=(OWN_HEAD,), idle=("qk_head_dim",), note="latent attention (MLA)"),
     Family("lfm2", LFM2_MOE, _lfm2_moe, (plain_rope,), LFM2_DENSE, note="convolutions and full attention"),
     Family(
         "nemotron_h",
