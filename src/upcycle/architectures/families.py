@@ -238,8 +238,8 @@ def _no_row(config: Config, where: str) -> NoTwinError:
     reason = WRONG.get(str(model_type), "there is no row for it")
     if "text_config" in config:
         reason = "it is a model of more than text"
-    supported = ", ".join(map(str, FAMILIES))
-    message = f"{where}: '{model_type}' has no exact mixture-of-experts twin here: {reason}; supported: {supported}"
+    listed = "`upcycle families` lists what has one"
+    message = f"{where}: '{model_type}' has no exact mixture-of-experts twin here: {reason}; {listed}"
     return NoTwinError(message, reason, config)
 
 
