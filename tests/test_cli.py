@@ -262,7 +262,8 @@ def test_families_are_listed_for_people_and_programs(monkeypatch: pytest.MonkeyP
     assert any(row.items() <= entry.items() for entry in listed["families"])
     row = {"dense": "exaone4", "instead": "prepare.train=lora"}
     assert any(row.items() <= entry.items() for entry in listed["without_moe"])
-    for words in ("smollm3", "granitemoe_swa", "SmolLM3", "prepare.train=lora", "does not know the architecture"):
+    assert {"moe": "beam", "vllm": "no: does not know the architecture"}.items() <= listed["programs"][-1].items()
+    for words in ("smollm3", "granitemoe_swa", "SmolLM3", "prepare.train=lora"):
         assert words in printed
 
 

@@ -111,7 +111,6 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
         ("apertus", {}, r"act_fn\.alpha_p", "take another base"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "no mlp but conv, feed_forward", "use prepare.train=ffn"),
         ("gpt2", {}, "keeps its layers elsewhere than in model.layers", "its FFN has no gate"),
-        ("mixtral", {}, "is a mixture of experts already", "take another base"),
         ("qwen2_vl", {"text_config": {}}, "is one of more than text", "a model of more than text"),
         ("no_such", {}, "is no causal language model that transformers knows", "take another base"),
         (
