@@ -213,6 +213,7 @@ EXACT = [
 ONE_OF_EACH = list({(dense, moe): (dense, moe, changes) for dense, moe, changes in EXACT}.values())
 VALUES_CHANGED = [case for case in ONE_OF_EACH if case[0] in ("gemma", "minicpm3", "gemma3_text", "gemma4_text")]
 """Those with weights that are computed, and not only moved."""
+ONE_OF_EACH_MOE = list({moe: (dense, moe, changes) for dense, moe, changes in EXACT}.values())
 RECURRENT = ("qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h")
 """Those that carry something from one row to the next where rows lie side by side."""
 PARTIAL = [
@@ -243,8 +244,11 @@ FIRST_DENSE = [
 """Those where only the first layers can be without."""
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("dense", "moe", "changes"), EXACT, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("dense", "moe", "changes", "tied"),
+    [*((*case, True) for case in EXACT), *((*case, False) for case in ONE_OF_EACH)],
+    ids=lambda v: v if isinstance(v, str) else ("tied" if v else "untied") if isinstance(v, bool) else "",
+)
 def test_equal_experts_give_the_dense_logits(
     dense: str, moe: str, changes: dict[str, Any], tied: bool, tmp_path: Path
 ) -> None:
@@ -374,7 +378,7 @@ def test_what_is_computed_is_rounded_once(
     assert all(torch.equal(made.tensor(name), exact.tensor(name).to(rounded)) for name in made.names())
 
 
-@pytest.mark.parametrize(("dense", "moe", "changes"), ONE_OF_EACH, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("dense", "moe", "changes"), ONE_OF_EACH_MOE, ids=lambda v: v if isinstance(v, str) else "")
 def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: dict[str, Any], tmp_path: Path) -> None:
     source = make_dense(tmp_path / "dense", model_type=dense, **changes)
     made = assembled(source, [source] * 2, tmp_path / "moe")

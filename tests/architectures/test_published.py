@@ -178,6 +178,7 @@ PUBLISHED: list[tuple[str, str, dict[str, Any], str]] = [
 """(name, `model_type`, flags, the mixture's `model_type`; `lora`: adapters alone can be experts; or `refused`)."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model_type", "flags", "expected"), [row[1:] for row in PUBLISHED], ids=[row[0] for row in PUBLISHED]
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import ONE_OF_EACH
+from test_families import ONE_OF_EACH_MOE
 
 from conftest import make_dense, perturbed
 from upcycle.architectures.families import expert_counts
@@ -30,7 +30,7 @@ def tuned(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [perturbed(wide, tmp_path_factory.mktemp("tuned") / f"checkpoint-{i}", i) for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("dense", "moe", "changes"), ONE_OF_EACH, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("dense", "moe", "changes"), ONE_OF_EACH_MOE, ids=lambda v: v if isinstance(v, str) else "")
 def test_the_first_moe_is_that_of_whole_ffns(dense: str, moe: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """Different experts, top-2 of 3, and top-1, as transformers computes them."""
     source = make_dense(tmp_path / "dense", model_type=dense, intermediate_size=64, **changes)
