@@ -74,12 +74,13 @@ def check_source(mapping: Mapping, reader: ModelReader) -> float:
     return check_identity(mapping, partial(read_region, reader), None, 0)
 
 
-def say_text_part(reader: ModelReader) -> None:
-    """What of a wrapper of more than text is taken, and what is left out."""
+def say_text_part(reader: ModelReader, keeps: bool = False) -> None:
+    """What of a wrapper of more than text is taken, and what is left out or, if the MoE keeps it, stays as it is."""
     if wrapper := wrapper_in(reader.folder):
         say(
             f"text part of a {wrapper.model_type} model: {reader.num_parameters / 1e6:,.1f} M parameters are taken, "
-            f"{reader.left_out / 1e6:,.1f} M of vision and the like are left out; the MoE reads text alone"
+            f"{reader.left_out / 1e6:,.1f} M of vision and the like are "
+            + ("kept as they are" if keeps else "left out; the MoE reads text alone")
         )
 
 

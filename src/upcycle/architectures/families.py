@@ -217,6 +217,8 @@ def _no_row(config: Config, where: str) -> NoTwinError:
     reason = WRONG.get(str(model_type), "there is no row for it")
     if "text_config" in config:
         reason = "it is a model of more than text"
+    elif experts := expert_counts(config)[0]:
+        reason = f"it is a mixture of {experts} experts already"
     supported = ", ".join(map(str, FAMILIES))
     message = f"{where}: '{model_type}' has no exact mixture-of-experts twin here: {reason}; supported: {supported}"
     return NoTwinError(message, reason, config)
