@@ -1,6 +1,7 @@
 """A MoE among the other parts of its base: what it computes on text and on an image, and what its folder holds."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,8 @@ def test_a_run_ends_in_the_whole(
     assert "pipeline_tag: image-text-to-text" in card
     with pytest.raises(UpcycleError, match=f"'{MIXED[shape]}' has no exact .*: it is a mixture of 4 experts already"):
         check(str(made), 4, 2, "source")
+    said = " ".join(capfd.readouterr().out.split())
+    assert re.search(rf"text part of a {whole} model: 0.. M parameters, beside 0.0 M of vision and the like", said)
 
     run_stages(Run(parse_recipe(values, "test"), run.folder), update=True)  # of text alone after all
     assert ModelReader(RESULT.of(run.folder)).left_out == 0
