@@ -67,7 +67,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 IMAGE_TOKEN = 5
 
 
-def make_wrapper(folder: Path, shape: str = "mistral3", tied: bool = False, **text: Any) -> Path:
+def make_wrapper(folder: Path, shape: str = "mistral3", tied: bool = False, seed: int = 0, **text: Any) -> Path:
     """A random wrapper in fp32; like `make_dense`, with norms and biases that are not at their start."""
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
@@ -80,7 +80,7 @@ def make_wrapper(folder: Path, shape: str = "mistral3", tied: bool = False, **te
         **({"audio_config": None} if model_type == "gemma4" else {}),
         **({"mm_tokens_per_image": 4} if model_type == "gemma3" else {}),
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "norm" in name:

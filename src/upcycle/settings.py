@@ -363,8 +363,8 @@ class AssembleSettings(Settings):
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Storage dtype of the assembled MoE; `source` keeps the checkpoints'."""
     keep_vision: bool = False
-    """Write the finished MoE into the base's folder of more than text, with its vision part as it is there (Mistral3);
-    otherwise the MoE reads text alone. Whole FFNs only."""
+    """Write the finished MoE into the base's folder of more than text, with its vision part as it is there (Mistral3,
+    Qwen3-VL, Qwen3.5); otherwise the MoE reads text alone. Whole FFNs only."""
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -8,13 +8,14 @@ from itertools import product
 
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.clients import served_by
+from upcycle.architectures.families import expert_counts
 from upcycle.architectures.identity import check_identity
 from upcycle.architectures.layouts import channels, ffn_layers
 from upcycle.architectures.mapping import SLICE_MULTIPLE, Mapping, map_model, read_region
 from upcycle.architectures.slices import Slicing
 from upcycle.console import say, table
 from upcycle.errors import UpcycleError
-from upcycle.weights.folders import find_model
+from upcycle.weights.folders import find_model, read_config
 from upcycle.weights.safetensors_io import DTYPE_NAMES, ModelReader
 from upcycle.weights.wrappers import wrapper_in
 
@@ -74,13 +75,19 @@ def check_source(mapping: Mapping, reader: ModelReader) -> float:
     return check_identity(mapping, partial(read_region, reader), None, 0)
 
 
-def say_text_part(reader: ModelReader) -> None:
-    """What of a wrapper of more than text is taken, and what is left out."""
-    if wrapper := wrapper_in(reader.folder):
-        say(
-            f"text part of a {wrapper.model_type} model: {reader.num_parameters / 1e6:,.1f} M parameters are taken, "
-            f"{reader.left_out / 1e6:,.1f} M of vision and the like are left out; the MoE reads text alone"
-        )
+def say_text_part(reader: ModelReader, keeps: bool = False) -> None:
+    """What of a wrapper of more than text is taken, and what is left out or, if the MoE keeps it, stays as it is."""
+    wrapper = wrapper_in(reader.folder)
+    if wrapper is None:
+        return
+    taken, others = (f"{count / 1e6:,.1f} M" for count in (reader.num_parameters, reader.left_out))
+    what = f"text part of a {wrapper.model_type} model"
+    if expert_counts(read_config(reader.folder))[0]:
+        say(f"{what}: {taken} parameters, beside {others} of vision and the like")
+        return
+    able = "assemble.keep_vision=true keeps them" if wrapper.keeps else "the MoE reads text alone"
+    fate = "kept as they are" if keeps else f"left out; {able}"
+    say(f"{what}: {taken} parameters are taken, {others} of vision and the like are {fate}")
 
 
 def _rows(mapping: Mapping, active: int, itemsize: int) -> Iterator[tuple[str, str]]:

@@ -53,6 +53,7 @@ from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, load_dense, read_config, write_config
 from upcycle.weights.safetensors_io import ModelReader, pieces
 from upcycle.weights.streaming import PIECE
+from upcycle.weights.wrappers import wrapper_in
 
 
 def check_base(base: Base) -> None:
@@ -316,14 +317,22 @@ def describe(folder: Path) -> Description:
     config = read_config(folder)
     experts, k = expert_counts(config)
     if not experts:
-        return Description(f"A dense {config['model_type']} model", plain=True)
+        return Description(f"A dense {config['model_type']} model{_beside(folder)}", plain=True)
     warnings = (f"{CLIENTS[limit.client]} and this {limit.moe}: {limit.what}." for limit in limits(config))
     lineage = LINEAGE.known(folder)
     slices = lineage.granularity if lineage else 1
     cut = f" of {slices} slices each, top-{k // slices} ({experts} experts, top-{k}, on disk)" if slices > 1 else ""
     what = f"A {config['model_type']} mixture of {experts // slices} experts{cut or f', top-{k}'}"
     sizes = f": {_sizes(folder, config, experts, k, slices)}" if lineage else ""  # what is made elsewhere may have more
-    return Description(what + sizes, plain=True, warnings=tuple(warnings))
+    return Description(what + _beside(folder) + sizes, plain=True, warnings=tuple(warnings))
+
+
+def _beside(folder: Path) -> str:
+    """What a folder of more than text has around the text model."""
+    wrapper = wrapper_in(folder)
+    if wrapper is None:
+        return ""
+    return f", the text part of a {wrapper.model_type} model ({ModelReader(folder).left_out / 1e6:,.1f}M beside it)"
 
 
 def _sizes(folder: Path, config: Config, experts: int, active_experts: int, slices: int) -> str:

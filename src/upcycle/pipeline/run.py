@@ -76,6 +76,7 @@ class Run:
     def base(self) -> "upcycle.weights.base.Base":
         """The base, refused here and now if nothing can be made of it."""
         from upcycle.architectures.families import family_of
+        from upcycle.architectures.layouts import channels
         from upcycle.architectures.mapping import with_layers
         from upcycle.weights.safetensors_io import ModelReader
         from upcycle.weights.whole import check_keeps
@@ -86,7 +87,9 @@ class Run:
         self.kind.check_base(base)
         if self.recipe.assemble.keep_vision:
             config = with_layers(base.config, base.layers)
-            check_keeps(base.folder, family_of(config, str(base.folder)).moe.model_type)
+            family = family_of(config, str(base.folder))
+            size = channels(family.layout, config) // self.recipe.assemble.granularity
+            check_keeps(base.folder, family.moe.model_type, size)
         return base
 
     @cached_property

@@ -45,7 +45,7 @@ def _prepare(run: Run, out: Path) -> None:
     base, recipe = run.base, run.recipe
     check(PREPARE, recipe.prepare)
     check(POSTTRAIN, recipe.posttrain)
-    say_text_part(ModelReader(base.folder))
+    say_text_part(ModelReader(base.folder), run.recipe.assemble.keep_vision)
     say_fit(run, run.kind.read_base(base, recipe))
     if not recipe.prepares:
         say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")

@@ -56,7 +56,7 @@ def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: str |
         base_model=recipe.base if recipe.base.count("/") == 1 and not Path(recipe.base).exists() else None,
         license=licence,
         library_name="transformers" if made.plain else None,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if recipe.assemble.keep_vision else "text-generation",
         tags=["moe", "mixture-of-experts", "upcycling", "upit"],
     )
     plan = LINEAGE.read(folder)

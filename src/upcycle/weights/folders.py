@@ -201,12 +201,21 @@ def _from_text_part(folder: Path, **how: Any) -> Loaded:
     """A wrapper's text model, from its tensors: with a mapping of names it would be saved under the wrapper's."""
     from transformers import GenerationConfig
 
-    reader = ModelReader(folder)
-    model, info = _from_tensors(read_config(folder), {name: reader.tensor(name) for name in reader.names()}, **how)
+    reader, config, wrapper = ModelReader(folder), read_config(folder), wrapper_in(folder)
+    tensors = {name: reader.tensor(name) for name in reader.names()}
+    if wrapper and wrapper.stacks:
+        tensors = {name: _as_in_memory(name, tensor, config["hidden_size"]) for name, tensor in tensors.items()}
+    model, info = _from_tensors(config, tensors, **how)
     model.name_or_path = ""  # else PEFT would look there for the text model's configuration
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, info
+
+
+def _as_in_memory(name: str, tensor: torch.Tensor, hidden: int) -> torch.Tensor:
+    """Stacked experts, which lie one way or the other on disk, as (E, 2 I, H) and (E, H, I); any other as it is."""
+    axis = {"gate_up_proj": -1, "down_proj": -2}.get(name.rpartition(".experts.")[2])
+    return tensor if axis is None or tensor.shape[axis] == hidden else tensor.mT.contiguous()
 
 
 def _from_tensors(config: Config, tensors: dict[str, torch.Tensor], **how: Any) -> Loaded:

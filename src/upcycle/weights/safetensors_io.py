@@ -87,9 +87,8 @@ class ModelReader:
                     self.left_out += prod(mapped.spec.shape)
                 else:
                     self._where[plain] = mapped
-        if (
-            not self._where.keys() & set(EMBEDDING_NAMES) and HEAD in self._where
-        ):  # tied, and kept under the other of its two names
+        if not (whole or self._where.keys() & set(EMBEDDING_NAMES)) and HEAD in self._where:
+            # tied, and kept under the other of its two names
             self._where[EMBEDDINGS] = self._where[HEAD]
 
     def names(self) -> list[str]:

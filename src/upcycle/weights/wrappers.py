@@ -7,7 +7,7 @@ under the names that they have in a folder of the text model alone.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
@@ -30,8 +30,10 @@ class Wrapper:
     """What stands for `lm_head.`."""
     text: str | None = None
     """Type of the text model, where its own type has no model with a head: one that is the same on text."""
-    keeps: tuple[str, ...] = ()
-    """Types of MoEs of text that transformers takes in the text model's place."""
+    keeps: Mapping[str, str] = field(default_factory=dict)
+    """Types of MoEs of text that can take the text model's place, and the type of the whole with each."""
+    stacks: bool = False
+    """Whether a layer's experts are one tensor, transposed: gate and up (E, H, 2 I), down (E, I, H)."""
 
     def text_name(self, name: str) -> str | None:
         """A tensor's name in the text model; None for a tensor that is no part of it."""
@@ -62,12 +64,14 @@ _INNER = (r"model\.language_model\.",)
 WRAPPERS: Mapping[str, Wrapper] = {
     wrapper.model_type: wrapper
     for wrapper in (
-        Wrapper("mistral3", _LLAVA, _LLAVA_HEADS, keeps=("mixtral", "qwen2_moe")),
+        Wrapper("mistral3", _LLAVA, _LLAVA_HEADS, keeps={"mixtral": "mistral3", "qwen2_moe": "mistral3"}),
         Wrapper("gemma3", _LLAVA, _LLAVA_HEADS),
         Wrapper("gemma4", _INNER),
         Wrapper("qwen2_5_vl", (*_INNER, r"model\.(?!visual\.)"), text="qwen2"),
-        Wrapper("qwen3_vl", _INNER, text="qwen3"),
-        Wrapper("qwen3_5", _INNER),
+        Wrapper("qwen3_vl", _INNER, text="qwen3", keeps={"qwen3_moe": "qwen3_vl_moe"}),
+        Wrapper("qwen3_vl_moe", _INNER, text="qwen3_moe", stacks=True),
+        Wrapper("qwen3_5", _INNER, keeps={"qwen3_5_moe_text": "qwen3_5_moe"}),
+        Wrapper("qwen3_5_moe", _INNER),
     )
 }
 

@@ -18,7 +18,7 @@ from upcycle.training.training import Training
 from upcycle.types import Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import require_space
-from upcycle.weights.whole import write_whole
+from upcycle.weights.whole import more_bytes, write_whole
 
 TRAINER = "trainer"
 """Folder of the Trainer's own checkpoints while the stage runs."""
@@ -49,7 +49,8 @@ def posttrain(
         settings = recipe.posttrain
         model = load_for_training(initial, base.folder, recipe.lora.four_bit, settings.freeze, recipe.devices)
         load_routers(model, router)
-        _require_space(model, out_dir)
+        keeps = recipe.assemble.keep_vision
+        _require_space(model, out_dir, more_bytes(initial, base.folder) if keeps else 0)
         title = "posttrain: mixture of experts"
         begin = recipe.dense_share if recipe.dense_share < 1 else 0.0
         if recipe.prepare.checkpoints:
@@ -60,10 +61,10 @@ def posttrain(
         begun = partial(moments, model, trainer / "moments") if moments else None
         training = Training(settings, recipe.seed, title, trainer, True, settings, span=(begin, 1.0), moments=begun)
         record = fine_tune(model, base.tokenizer, train, training, validation)
-        text = trainer / "text" if recipe.assemble.keep_vision else out_dir
+        text = trainer / "text" if keeps else out_dir
         save_model(model, text, initial)
         if is_main():
-            if recipe.assemble.keep_vision:
+            if keeps:
                 write_whole(text, base.folder, out_dir)
             LOG.write(out_dir, record)
             note_sizes(out_dir)
@@ -78,7 +79,7 @@ def _of_the_trainer(name: str) -> bool:
     return name.startswith(f"{TRAINER}/")
 
 
-def _require_space(model: Model, out_dir: Path) -> None:
+def _require_space(model: Model, out_dir: Path, more: int) -> None:
     # two checkpoints at once with Adam's two moments, and the result, in fp32
-    needed = 4 * trained_parameters(model) * (2 * 3 + 1)
+    needed = 4 * trained_parameters(model) * (2 * 3 + 1) + more
     require_space(out_dir, needed, "post-training", "lower expand.num_experts")
