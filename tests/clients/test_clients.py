@@ -38,6 +38,8 @@ MLA = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
 }
+PADDED = {"vocab_size": 296}
+"""As llama.cpp's converter pads the tokens of some."""
 GEMMA4 = {
     "head_dim": 32,
     "global_head_dim": 64,
@@ -45,7 +47,10 @@ GEMMA4 = {
     "num_kv_shared_layers": 0,
     "sliding_window": 16,
     "layer_types": MIXED,
-    "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 2e4} for kind in MIXED},
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
 }
 GRANITE = {
     "embedding_multiplier": 3.0,
@@ -55,6 +60,7 @@ GRANITE = {
 }
 GRANITE_4 = {
     **GRANITE,
+    **PADDED,
     "num_local_experts": 0,
     "shared_intermediate_size": 128,
     "position_embedding_type": "rope",
@@ -115,6 +121,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2, mixed windows -> cohere2_moe": ("cohere2", {"sliding_window": 16, "layer_types": MIXED}),
     "cohere2, windows longer than the text -> cohere2_moe": ("cohere2", {"sliding_window": 128}),
     "cohere -> cohere2_moe": ("cohere", {}),
+    "qwen3, mixed windows, untied -> mellum": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": MIXED,
+            "head_dim": 32,
+            "tie_word_embeddings": False,
+        },
+    ),
     "qwen3, mixed windows -> mellum": (
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 16, "layer_types": MIXED, "head_dim": 32},
@@ -156,6 +172,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h -> nemotron_h": (
         "nemotron_h",
         {
+            **PADDED,
             "num_hidden_layers": 4,
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
             "head_dim": 32,
@@ -250,6 +267,8 @@ def ask(client: str, world: dict[str, Any], folder: Path) -> dict[str, Any]:
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1500
     )
     answers = [line.removeprefix("ANSWER") for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    if not answers and len(world) == 1:  # it stopped, as llama.cpp does
+        return {name: {"error": (done.stderr.strip().splitlines() or ["nothing said"])[-1]} for name in world}
     assert answers, done.stdout[-2000:] + done.stderr[-2000:]
     found: dict[str, Any] = json.loads(answers[-1])
     return found
@@ -267,7 +286,8 @@ def to_gguf(world: dict[str, Any]) -> None:
 def test_a_client_says_what_transformers_says(client: str, world: dict[str, Any], tmp_path: Path) -> None:
     if client == "llamacpp" and (ROOT / client / ".ready").exists():
         to_gguf(world)
-    found, problems = ask(client, world, tmp_path), {}
+    alone = [{name: model} for name, model in world.items()] if client == "llamacpp" else [world]
+    found, problems = {name: answer for part in alone for name, answer in ask(client, part, tmp_path).items()}, {}
     for name, answer in found.items():
         verdict = compare(answer, world[name], TOLERANCE[client])
         print(f"{client:10} {name:34} {verdict}")

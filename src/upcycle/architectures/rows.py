@@ -225,10 +225,13 @@ def _granite_moe_of_hyperclovax(dense: Config) -> Config:
 
 
 def _windows_by_layer(dense: Config) -> Config:
+    window, kinds = dense["sliding_window"], dense["layer_types"]
+    if "sliding_attention" not in kinds:  # llama.cpp insists on a window
+        window, kinds = max(WIDE, dense["max_position_embeddings"]), ["sliding_attention"] * len(kinds)
     return {
         "layer_rope_theta": [dense["rope_parameters"]["rope_theta"]] * dense["num_hidden_layers"],
-        "layer_types": dense["layer_types"],
-        "sliding_window": dense["sliding_window"] or dense["max_position_embeddings"],  # it insists on a number
+        "layer_types": kinds,
+        "sliding_window": window,
         "shared_intermediate_size": 0,
     }
 
