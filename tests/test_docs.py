@@ -30,7 +30,7 @@ SPANS = re.compile(r"`([^`\n]+)`")
 COMMANDS = sorted(
     {
         line.split("#")[0].strip()
-        for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+        for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "usage.md")
         for block in re.findall(r"(?:^    .*\n)+|```sh\n.*?```", path.read_text(), re.M | re.S)
         for line in block.splitlines()
         if line.strip().startswith("upcycle ")
@@ -80,8 +80,15 @@ def test_every_file_that_a_document_names_exists(path: Path) -> None:
     assert [name for name in named if not any(place.endswith(f"/{name}") for place in there)] == []
 
 
-def test_the_readme_s_tree_is_the_package() -> None:
-    tree = (ROOT / "README.md").read_text().split("src/upcycle/")[1].split("```")[0].split("## ")[0]
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+def test_every_link_to_a_file_leads_to_one(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    local = [link.split("#")[0] for link in links if "://" not in link and not link.startswith("#")]
+    assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+def test_the_tree_is_the_package() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("    src/upcycle/\n")[1].split("```")[0].split("## ")[0]
     listed = set(re.findall(r"\b(\w+)/", tree))
     packages = {path.parent.name for path in PACKAGE.rglob("__init__.py")} - {"upcycle"}
     assert packages <= listed
