@@ -31,7 +31,7 @@ from wrapped import IMAGE_TOKEN, edit_config, make_wrapper, rewrite
 TEXT_PREFIXES = ("language_model.", "model.language_model.", "lm_head.")
 PATCHES, TOKENS = 4, 4
 """An image of 4 x 4 patches of 14 pixels, merged 2 x 2."""
-MIXED = {"mistral3": "mixtral", "qwen3_5": "qwen3_5_moe_text", "qwen3_vl": "qwen3_moe"}
+MIXED = {"mistral3": "mixtral", "qwen3_5": "qwen3_5_moe_text", "qwen3_vl": "qwen3_moe", "gemma4": "gemma4_text"}
 """Wrappers that keep their other parts, and the MoE that their text model becomes."""
 SLICED = {"granularity": 2}
 CASES = [
@@ -53,6 +53,11 @@ def image_logits(folder: Path, seed: int = 0) -> Tensor:
     if model.config.model_type == "mistral3":
         side = PATCHES * 14
         image = {"pixel_values": torch.randn(1, 3, side, side, generator=draw), "image_sizes": torch.full((1, 2), side)}
+    elif model.config.model_type == "gemma4":
+        eye = model.config.vision_config
+        places = torch.cartesian_prod(*[torch.arange(2 * eye.pooling_kernel_size)] * 2)
+        pixels = torch.rand(1, len(places), 3 * eye.patch_size**2, generator=draw)
+        image = {"pixel_values": pixels, "image_position_ids": places[None]}
     else:
         image = {
             "pixel_values": torch.randn(PATCHES**2, 3 * 2 * 14**2, generator=draw),
@@ -169,7 +174,9 @@ def test_other_parts_keep_their_dtype_and_the_whole_its_fields(tmp_path: Path) -
     assert {name for name in before if before[name] != after[name]} == {"text_config", "dtype"}
 
 
-@pytest.mark.parametrize("shape", MIXED)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(shape, marks=() if shape == "qwen3_5" else pytest.mark.long) for shape in MIXED]
+)
 def test_a_run_ends_in_the_whole(
     shape: str,
     tmp_path: Path,
@@ -185,7 +192,9 @@ def test_a_run_ends_in_the_whole(
     run = Run(parse_recipe({**values, "assemble": {"keep_vision": True}}, "test"), tmp_path / "kept")
     run_stages(run)
     said = " ".join(capfd.readouterr().out.split())
-    assert f"text part of a {shape} model: 0.0 M parameters are taken, 0.0 M of vision and the like are kept" in said
+    assert re.search(
+        rf"text part of a {shape} model: 0.0 M parameters are taken, 0.. M of vision and the like are kept", said
+    )
     run_stages(Run(parse_recipe(values, "test"), tmp_path / "text"))
     assert needed[0] - needed[1] == more_bytes(run.assembled_moe, base) > 0
     made, text = RESULT.of(run.folder), RESULT.of(tmp_path / "text")
@@ -197,13 +206,13 @@ def test_a_run_ends_in_the_whole(
     export(made, tmp_path / "exported", False, "source")
     torch.testing.assert_close(image_logits(tmp_path / "exported"), image_logits(made), rtol=0, atol=0)
 
-    assert f"mixture of 4 experts, top-2, the text part of a {whole} model (0.0M beside it)" in describe(made).what
+    assert f"mixture of 4 experts, top-2, the text part of a {whole} model (0." in describe(made).what
     card = card_text(made, "moe", run.folder, run.recipe, None, describe(made))
     assert "pipeline_tag: image-text-to-text" in card
     with pytest.raises(UpcycleError, match=f"{MIXED[shape]} is a mixture of 4 experts already"):
         check(str(made), 4, 2, "source")
     said = " ".join(capfd.readouterr().out.split())
-    assert re.search(rf"text part of a {whole} model: 0.. M parameters, beside 0.0 M of vision and the like", said)
+    assert re.search(rf"text part of a {whole} model: 0.. M parameters, beside 0.. M of vision and the like", said)
 
     run_stages(Run(parse_recipe(values, "test"), run.folder), update=True)  # of text alone after all
     assert ModelReader(RESULT.of(run.folder)).left_out == 0

@@ -161,7 +161,8 @@ def _config(model_type: str, wrapper: Wrapper, whole: Config, text: Config) -> C
         rope = CONFIG_MAPPING[wrapper.model_type].from_dict(whole).text_config.rope_parameters
         text = {**text, "rope_parameters": rope}
     kinds = CONFIG_MAPPING[model_type].sub_configs
-    parts = {name: _of_kind(kinds[name], part) for name, part in {**whole, TEXT_CONFIG: text}.items() if name in kinds}
+    given = {name: part for name, part in {**whole, TEXT_CONFIG: text}.items() if name in kinds and part is not None}
+    parts = {name: _of_kind(kinds[name], part) for name, part in given.items()}
     named = {"model_type": model_type, "architectures": [CLASSES[model_type]]}
     return {**whole, **own, **tied, **named, "dtype": text["dtype"], **parts}
 

@@ -66,7 +66,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     for wrapper in (
         Wrapper("mistral3", _LLAVA, _LLAVA_HEADS, keeps={"mixtral": "mistral3", "qwen2_moe": "mistral3"}),
         Wrapper("gemma3", _LLAVA, _LLAVA_HEADS),
-        Wrapper("gemma4", _INNER),
+        Wrapper("gemma4", _INNER, keeps={"gemma4_text": "gemma4"}),
         Wrapper("qwen2_5_vl", (*_INNER, r"model\.(?!visual\.)"), text="qwen2"),
         Wrapper("qwen3_vl", _INNER, text="qwen3", keeps={"qwen3_moe": "qwen3_vl_moe"}),
         Wrapper("qwen3_vl_moe", _INNER, text="qwen3_moe", stacks=True),
