@@ -7,6 +7,15 @@ from collections.abc import Callable, Iterator
 from math import sqrt
 
 from upcycle.architectures.family import NO_BIAS, Family, Moe, only, plain_rope
+from upcycle.architectures.fields import (
+    OWN_HEAD,
+    SPLIT_FFN,
+    deepseek_v3,
+    glm_moe,
+    granite_moe_of_llama,
+    mixtral,
+    mlp_layer_types,
+)
 from upcycle.architectures.layouts import (
     FUSED,
     GEMMA4_LAYOUT,
@@ -19,21 +28,8 @@ from upcycle.architectures.layouts import (
     shared_expert,
     with_constants,
 )
+from upcycle.architectures.moes import BEAM, DEEPSEEK_V3, GLM_MOE, GRANITE_MOE, MIXTRAL
 from upcycle.architectures.moves import Region, Rewrite, Rule, SharedMove, changed
-from upcycle.architectures.rows import (
-    BEAM,
-    DEEPSEEK_V3,
-    GLM_MOE,
-    GRANITE_MOE,
-    MIXTRAL,
-    OWN_HEAD,
-    SPLIT_FFN,
-    deepseek_v3,
-    glm_moe,
-    granite_moe_of_llama,
-    mixtral,
-    mlp_layer_types,
-)
 from upcycle.types import Config
 from upcycle.weights.names import EMBEDDINGS, HEAD
 
