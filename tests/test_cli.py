@@ -15,6 +15,7 @@ import yaml
 
 from upcycle import cli
 from upcycle.disk import write_text
+from upcycle.hashes import VERIFY
 from upcycle.pipeline.stages import stage_names
 from upcycle.recipe import shipped_recipes
 from upcycle.records.route import Ranking
@@ -49,6 +50,20 @@ def test_dry_run_prints_the_recipe_and_does_nothing(
     assert "num_experts: 5" in printed
     assert [line.split()[0] for line in printed.splitlines()[-6:]] == list(stage_names())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stops_where_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, base: Path, checkpoints: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    run, given = tmp_path / "run", f"prepare.checkpoints=[{','.join(map(str, checkpoints))}]"
+    words = ("upit", "--run", run, f"base={base}", "data.train=builtin:train", given, "expand.num_experts=4")
+    assert call(monkeypatch, "run", *words, "--until", "prepared") == 2
+    assert "--until is 'prepared', expected one of prepare, expand, assemble" in capsys.readouterr().err
+    assert call(monkeypatch, "run", *words, "--until", "expand") == 0
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["expand", "prepare"]
+    monkeypatch.setenv(VERIFY, "0")
+    assert call(monkeypatch, "expand", *words, "--verify") == 0
+    assert os.environ[VERIFY] == "1"
 
 
 def test_a_users_mistake_is_one_line_without_traceback(

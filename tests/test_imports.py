@@ -1,17 +1,22 @@
 """Who may import whom: the rooms of the house, read from the source."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from upcycle.pipeline.resume import run_stages
+from upcycle.pipeline.run import Run
+from upcycle.recipe import load_recipe
+
 SOURCE = Path(__file__).parents[1] / "src" / "upcycle"
 STAGES = {f"stages.{name}" for name in ("expert_preparation", "expert_expansion", "router_initialization")} | {
     "stages.model_upcycling"
 }
-LEAVES = {"errors", "console", "disk", "reading", "settings", "recipe", "types", "records", "stopping"}
+LEAVES = {"errors", "console", "disk", "hashes", "reading", "settings", "recipe", "types", "records", "stopping"}
 """They need nothing of the rooms below."""
 STANDARD = {"hashlib", "functools", "collections", "dataclasses", "math"}
 MAY_IMPORT = {
@@ -21,9 +26,10 @@ MAY_IMPORT = {
     "types": set(),
     "settings": {"errors"},
     "disk": {"errors"},
+    "hashes": {"disk", "errors"},
     "reading": {"errors"},
     "recipe": {"errors", "reading", "settings"},
-    "records": {"records", "disk", "reading", "errors"},
+    "records": {"records", "disk", "hashes", "reading", "errors"},
     "merging": {"merging"},
     "distributed": {"distributed", "errors"},
     "weights": {"weights", *LEAVES},
@@ -169,3 +175,39 @@ def test_reports_records_and_the_pipeline_are_read_without_torch() -> None:
     names = ", ".join(WITHOUT_TORCH)
     script = f"import sys\nsys.modules['torch'] = None\nimport {names}"  # importing torch would raise
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+HEAVY = ("torch", "transformers", "transformers.modeling_utils", "scipy", "peft", "datasets", "trl", "lm_eval")
+PLAIN = ["torch", "transformers"]
+MODELS = [*PLAIN, "transformers.modeling_utils", "scipy"]
+"""What comparing with transformers' models takes."""
+VERBS = (
+    ("recipes", []),
+    ("run RECIPE --run new --dry-run", []),
+    ("expand RECIPE --run planning", PLAIN),
+    ("export assembled/assemble --to exported", PLAIN),
+    ("assemble RECIPE --run planning", MODELS),
+    ("prepare RECIPE --run new", MODELS),
+    ("check BASE", MODELS),
+)
+"""One after the other in one process; which of the heavy modules each leaves there."""
+RUN_VERBS = """
+import json, sys
+from upcycle.cli import app
+for words, may in json.loads(sys.argv[2]):
+    app(words.split(), standalone_mode=False)
+    there = [name for name in json.loads(sys.argv[1]) if name in sys.modules]
+    assert there == may, (words, there)
+"""
+
+
+def test_a_verb_imports_no_more_than_it_needs(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    """One that plans or copies waits neither for transformers' models nor for PEFT, TRL and datasets."""
+    given = f"prepare.checkpoints=[{','.join(map(str, checkpoints))}]"
+    overrides = [f"base={base}", "data.train=builtin:train", given, "expand.num_experts=4"]
+    for folder, stages in (("planning", ("prepare",)), ("assembled", ("prepare", "expand", "assemble"))):
+        run_stages(Run(load_recipe("upit", overrides), tmp_path / folder), stages)
+    recipe = " ".join(["upit", *overrides])
+    verbs = [(verb.replace("RECIPE", recipe).replace("BASE", str(base)), may) for verb, may in VERBS]
+    command = [sys.executable, "-c", RUN_VERBS, json.dumps(HEAVY), json.dumps(verbs)]
+    subprocess.run(command, check=True, cwd=tmp_path)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,12 @@ from upcycle.console import say
 from upcycle.disk import check_new, check_writable
 from upcycle.distributed import world
 from upcycle.errors import RelayedError, UpcycleError
+from upcycle.hashes import verify_in_full
 from upcycle.pipeline.benchmarks import own_folder
 from upcycle.pipeline.manifest import verified
 from upcycle.pipeline.resume import run_stages, status
 from upcycle.pipeline.run import Run, is_run, open_run
+from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import STAGES, stage_names
 from upcycle.reading import brief
 from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
@@ -42,6 +45,14 @@ from upcycle.records.record import first_problem
 from upcycle.settings import MOST_EXPERTS
 
 ALMOST_FULL_BYTES = 32 << 20
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""What libraries are to be, unless the user has said otherwise."""
 PICTURES = (".png", ".pdf", ".svg")
 SHARED = ("run", *stage_names(), "compare", "sweep", "benchmark")
 """Verbs that several processes work on; of all others the first process is enough."""
@@ -76,26 +87,47 @@ UpdateOption = Annotated[
         help="Accept a changed recipe: build again, in place, what has other inputs or is damaged.",
     ),
 ]
+VerifyOption = Annotated[
+    bool,
+    typer.Option("--verify", help="Read every file again, also one that has not changed since it was last read."),
+]
 KeepModelsOption = Annotated[
     bool, typer.Option(help="Without it the weights of a seed's runs are deleted once all of them are measured.")
 ]
 
 
-def _add_command(name: str, stages: tuple[str, ...], text: str) -> None:
-    @app.command(name, help=text)
+def _add_stage(stage: Stage) -> None:
+    @app.command(stage.name, help=f"{stage.help} One stage of `run`; earlier ones must be complete.")
     def command(
         recipe: RecipeArgument,
         run: RunOption,
         overrides: OverridesArgument = None,
         dry_run: DryRunOption = False,
         update: UpdateOption = False,
+        verify: VerifyOption = False,
     ) -> None:
-        _execute(stages, recipe, run, overrides, dry_run, update)
+        _execute((stage.name,), recipe, run, overrides, dry_run, update, verify)
 
 
-_add_command("run", stage_names(), "All stages of RECIPE in order. Run it again to resume: what is complete is kept.")
+# seven parameters: the options of the verb
+@app.command("run")
+def run_all(
+    recipe: RecipeArgument,
+    run: RunOption,
+    overrides: OverridesArgument = None,
+    dry_run: DryRunOption = False,
+    update: UpdateOption = False,
+    verify: VerifyOption = False,
+    until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to run.")] = stage_names()[-1],
+) -> None:
+    """All stages of RECIPE in order. Run it again to resume: what is complete is kept."""
+    if until not in (names := stage_names()):
+        raise UpcycleError(f"--until is {brief(until)}, expected one of {', '.join(names)}")
+    _execute(names[: names.index(until) + 1], recipe, run, overrides, dry_run, update, verify)
+
+
 for _stage in STAGES:
-    _add_command(_stage.name, (_stage.name,), f"{_stage.help} One stage of `run`; earlier ones must be complete.")
+    _add_stage(_stage)
 
 
 @app.command()
@@ -356,6 +388,7 @@ def export(
     from upcycle.reporting.card import write_card
     from upcycle.stages.model_upcycling.export import export
 
+    verify_in_full()  # what leaves has to be what was made
     run = open_run(source) if is_run(source) else None
     verified(source / EVALUATE if run else source)
 
@@ -378,6 +411,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+# seven parameters: what the verbs take
 def _execute(
     stages: tuple[str, ...],
     recipe: str,
@@ -385,7 +419,10 @@ def _execute(
     overrides: list[str] | None,
     dry_run: bool,
     update: bool,
+    verify: bool,
 ) -> None:
+    if verify:
+        verify_in_full()
     world.start()
     run = Run(world.on_main(lambda: load_recipe(recipe, overrides or [])), folder)
     if dry_run:
@@ -445,17 +482,11 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _quiet_libraries() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import warnings
-
-    from datasets import disable_progress_bars
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses an older name
+    """By their variables: a library that a verb does not need is not imported to be told."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    # PEFT uses an older name
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _stop(code: int, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Files on disk: hashes of content, atomic writing, paths that stay in their folder."""
+"""Files on disk: atomic writing, paths that stay in their folder."""
 
 import glob
 import hashlib
@@ -6,20 +6,13 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from upcycle.errors import UpcycleError
 
-SHA256, XXH3 = "sha256", "xxh3_128"
-BLOCK = 1 << 20
-"""Bytes that are read and hashed at once: they stay in a core's cache."""
-HASHED_AT_ONCE = 4
-"""Files; more would not be quicker than the memory."""
+CACHE = "UPCYCLE_CACHE"
+"""Names another folder for what is kept."""
 SCRATCH = ".tmp"
 """Ending of a hidden file that is being written, and that a kill may leave."""
 
@@ -29,36 +22,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(path: Path, algorithm: str = SHA256) -> str:
-    """The hash of a file's bytes, in hexadecimal.
-
-    Args:
-        algorithm: SHA256, or XXH3: 128 bits against damage, several times as fast.
-
-    Raises:
-        UpcycleError: there is no regular file; a pipe or a device would never end.
-    """
-    if not path.is_file():
-        raise UpcycleError(f"{path} is not a file that can be read")
-    content = hashlib.sha256() if algorithm == SHA256 else xxhash.xxh3_128()
-    buffer = bytearray(BLOCK)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            content.update(memoryview(buffer)[:count])
-    return content.hexdigest()
-
-
-def hash_files(paths: Sequence[Path], algorithm: str = SHA256) -> Iterator[str]:
-    """The hash of each of the files, in order; several are read at once, which is quicker.
-
-    Raises:
-        UpcycleError: see `hash_file`.
-    """
-    pool = ThreadPoolExecutor(HASHED_AT_ONCE)
-    try:
-        yield from pool.map(lambda path: hash_file(path, algorithm), paths)
-    finally:
-        pool.shutdown(cancel_futures=True)
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$UPCYCLE_CACHE`, or `upcycle` in the user's folder of caches."""
+    given = os.environ.get(CACHE)
+    return (
+        Path(given).expanduser()
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "upcycle"
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

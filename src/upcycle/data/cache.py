@@ -9,20 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from upcycle.console import warn
-from upcycle.disk import scratch_folder
-
-VARIABLE = "UPCYCLE_CACHE"
-"""Names another folder."""
-
-
-def cache_folder() -> Path:
-    """`$UPCYCLE_CACHE`, or `upcycle` in the user's folder of caches."""
-    given = os.environ.get(VARIABLE)
-    return (
-        Path(given).expanduser()
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "upcycle"
-    )
+from upcycle.disk import CACHE, cache_folder, scratch_folder
 
 
 def cached(key: str, make: Callable[[Path], None]) -> Path:
@@ -39,7 +26,7 @@ def cached(key: str, make: Callable[[Path], None]) -> Path:
         scratch = scratch_folder(folder)
     except OSError as error:
         why = f"cannot be written ({error.strerror}), so data are encoded again"
-        warn(f"{cache_folder()} {why}; ${VARIABLE} names another folder")
+        warn(f"{cache_folder()} {why}; ${CACHE} names another folder")
         scratch = Path(tempfile.mkdtemp(prefix="upcycle-"))
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         make(scratch)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed, to_row
-from upcycle.disk import digest, hash_file, inside
+from upcycle.disk import digest, inside
 from upcycle.errors import UpcycleError
+from upcycle.hashes import hash_file
 from upcycle.reading import parse_json
 from upcycle.settings import Source
 

@@ -52,7 +52,7 @@ from upcycle.types import Config, Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, load_dense, read_config, write_config
 from upcycle.weights.safetensors_io import ModelReader, pieces
-from upcycle.weights.streaming import PIECE
+from upcycle.weights.streaming import BLOCK, PIECE
 from upcycle.weights.wrappers import wrapper_in
 
 
@@ -192,16 +192,17 @@ def assemble(
     mapping = replace(mapping, config={**mapping.config, **base.special_ids})
     _check_tensors(sources, mapping)
     layout_down = mapping.family.layout.down.tensor
+    dtype = storage_dtype(settings.dtype, sources.experts[0], mapping)
+    computed_on = plan.spread != 1 or any(move.rewrite for move in mapping.ffn)
     parts = Parts(
         shared=sources.shared(settings.shared),
-        experts=partial(_pieces, sources, plan, layout_down),
+        experts=partial(_pieces, sources, plan, layout_down, torch.float32 if computed_on else dtype),
         expert=partial(_expert, sources, plan, layout_down),
         routers=routers,
         compared=[len(sources.experts) - 1],  # the last that exists as a dense model
         moments=moments,
         num_experts_per_tok=settings.num_experts_per_tok,
     )
-    dtype = storage_dtype(settings.dtype, sources.experts[0], mapping)
     hint = "lower expand.num_experts or set assemble.dtype=bfloat16"
     config = write_moe(out_dir, mapping, parts, dtype, "assemble", hint)
     base.write_companions(out_dir)
@@ -229,22 +230,40 @@ def _check_tensors(sources: _Sources, mapping: Mapping) -> None:
                 raise UpcycleError(f"{reader.folder}: {name} has shape {found}, the base has {expected}")
 
 
-def _pieces(sources: _Sources, plan: ExpansionPlan, down: str, region: Region) -> Iterator[Piece]:
-    """A weight of every expert: the checkpoints' and, made along the lineage, the children's; or perturbed copies."""
+def _pieces(sources: _Sources, plan: ExpansionPlan, down: str, made_in: torch.dtype, region: Region) -> Iterator[Piece]:
+    """A weight of every expert: the checkpoints' and, made along the lineage, the children's; or perturbed copies.
+
+    Args:
+        made_in: the dtype that children are rounded to.
+    """
     if plan.perturb != "none":
         for number in range(len(plan.experts)):
             yield number, 0, _expert(sources, plan, down, number, region)
         return
-    children = [Child(e.parents, e.weights) for e in plan.children]
     width = region.shape[-1]
     rows = max(1, PIECE // width) * width
     for begin, count in pieces(region.count, region.count if KERNELS[plan.merge].whole_tensor else rows):
         start = region.element + begin
         theta, *experts = (r.elements(region.tensor, start, count) for r in (sources.base, *sources.experts))
-        made = materialise(theta, experts, children, plan.merge, plan.drop_rate, plan.seed, region.tensor, start)
+        made = _children(plan, theta, experts, region.tensor, start, made_in)
         last = sources.checkpoints[-1].elements(region.tensor, start, count) if plan.spread != 1 else None
         for number, values in enumerate(chain(experts, made)):
             yield number, begin, values if last is None else spread(last, values, plan.spread)
+
+
+def _children(
+    plan: ExpansionPlan, theta: Tensor, experts: Sequence[Tensor], tensor: str, start: int, dtype: torch.dtype
+) -> Tensor:
+    """(children, elements): a piece that begins at `start`, block by block."""
+    children = [Child(e.parents, e.weights) for e in plan.children]
+    made = torch.empty(len(children), len(theta), dtype=dtype)
+    rest = children, plan.merge, plan.drop_rate, plan.seed, tensor
+    for begin, count in pieces(len(theta), len(theta) if KERNELS[plan.merge].whole_tensor else BLOCK):
+        block = slice(begin, begin + count)
+        values = materialise(theta[block], [expert[block] for expert in experts], *rest, start + begin)
+        for row, child in zip(made, values, strict=True):
+            row[block] = child
+    return made
 
 
 def _expert(sources: _Sources, plan: ExpansionPlan, down: str, number: int, region: Region) -> Tensor:

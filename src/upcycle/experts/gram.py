@@ -30,6 +30,10 @@ BLOCK = 4096
 """Entries that are summed in fp32, to a relative 1e-7; over 8e7 of them a cosine with itself would come out as 0.98."""
 
 
+RUN = 8 * BLOCK
+"""Entries of each model at once: they stay in a core's cache."""
+
+
 def task_vector_gram(
     base: Base,
     sources: Sequence[Path],
@@ -83,12 +87,18 @@ def adapter_gram(adapters: Sequence[Adapter], known: Gram | None = None) -> Gram
 
 def piece_gram(base: Float[Tensor, " N"], experts: Sequence[Float[Tensor, " N"]]) -> Float[Tensor, "m m"]:
     """Inner products of the differences to `base` in one piece: in fp32 within a block, from there on in fp64."""
+    runs = [slice(begin, begin + count) for begin, count in pieces(len(base), RUN)]
+    return torch.cat([_blocks(base[run], [e[run] for e in experts]) for run in runs]).double().sum(dim=0)
+
+
+def _blocks(base: Float[Tensor, " n"], experts: Sequence[Float[Tensor, " n"]]) -> Float[Tensor, "blocks m m"]:
+    """Those of each block, the last filled up with zeros."""
     blocks = -(-len(base) // BLOCK)
     values = torch.zeros(1 + len(experts), blocks * BLOCK)
     for row, source in zip(values, (base, *experts), strict=True):
         row[: len(base)].copy_(source)
     task_vectors = values[1:].sub_(values[0]).view(len(experts), blocks, BLOCK).transpose(0, 1)
-    return (task_vectors @ task_vectors.mT).double().sum(dim=0)
+    return task_vectors @ task_vectors.mT
 
 
 def check_shapes(reader: ModelReader, regions: Sequence[Region]) -> None:

@@ -1,6 +1,5 @@
 """DARE: drop and rescale (Yu et al. 2024, arXiv 2311.03099)."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,8 +25,7 @@ def drop_mask(
     """0 with probability p, otherwise 1, for each entry; None if nothing is dropped."""
     if dropped_levels(drop_rate) == 0:
         return None
-    kept = keep_mask(key, start, task_vector.numel(), drop_rate).view(torch.uint8)  # widened faster than bool
-    return kept.to(task_vector.device, task_vector.dtype)
+    return keep_mask(key, start, task_vector.numel(), drop_rate).to(task_vector.device, task_vector.dtype)
 
 
 def rescale(drop_rate: float) -> float:

@@ -11,22 +11,26 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from jaxtyping import Bool
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 16
 """Bytes that a counter gives."""
 LEVELS = 1 << 16
+MOST_OPEN = 256
+_left_open: dict[tuple[tuple[int | str, ...], int], CipherContext] = {}
+"""Streams by key and the byte that they have come to: to begin one takes as long as a thousand numbers of it."""
 
 
-def keep_mask(key: tuple[int | str, ...], start: int, count: int, drop_rate: float) -> Bool[Tensor, " count"]:
-    """Which of the elements `start .. start + count` of the stream `key` are kept.
+def keep_mask(key: tuple[int | str, ...], start: int, count: int, drop_rate: float) -> Float[Tensor, " count"]:
+    """1 for the elements `start .. start + count` of the stream `key` that are kept, 0 for the others.
 
     Each is dropped with probability `dropped_levels(drop_rate) / 65536`, independently.
     """
     numbers = np.frombuffer(random_bytes(key, 2 * start, 2 * count), "<u2")
-    return torch.from_numpy(numbers >= dropped_levels(drop_rate))
+    kept = numbers >= dropped_levels(drop_rate)
+    return torch.from_numpy(kept.astype(np.float32))  # sooner than torch widens them
 
 
 def dropped_levels(drop_rate: float) -> int:
@@ -36,9 +40,15 @@ def dropped_levels(drop_rate: float) -> int:
 
 def random_bytes(key: tuple[int | str, ...], start: int, count: int) -> memoryview:
     """Bytes `start .. start + count` of the stream `key`."""
-    first, skip = divmod(start, BLOCK)
-    cipher = Cipher(algorithms.AES128(_key(key)), modes.CTR(first.to_bytes(BLOCK, "big")))
-    return memoryview(cipher.encryptor().update(_zeros(skip + count)))[skip:]
+    skip, stream = 0, _left_open.pop((key, start), None)
+    if stream is None:
+        first, skip = divmod(start, BLOCK)
+        stream = Cipher(algorithms.AES128(_key(key)), modes.CTR(first.to_bytes(BLOCK, "big"))).encryptor()
+    drawn = memoryview(stream.update(_zeros(skip + count)))[skip:]
+    if len(_left_open) >= MOST_OPEN:
+        _left_open.clear()
+    _left_open[key, start + count] = stream
+    return drawn
 
 
 @lru_cache(maxsize=4)  # pieces of a few sizes; a fresh one each time would be cleared by the kernel page by page

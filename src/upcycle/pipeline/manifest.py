@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.console import say, track
-from upcycle.disk import SCRATCH, hash_files, inside, is_scratch, sync_files, sync_folder
+from upcycle.disk import SCRATCH, inside, is_scratch, sync_files, sync_folder
 from upcycle.errors import UpcycleError
+from upcycle.hashes import hash_files
 from upcycle.records.files import INPUTS, MANIFEST, SIZES
 from upcycle.records.manifest import FORMAT, HASHED_WITH, Manifest, WrittenFile, library_versions
 

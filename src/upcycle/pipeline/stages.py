@@ -29,6 +29,7 @@ from upcycle.records.files import (
     ROUTER,
 )
 from upcycle.records.scores import BASE, MOE, MOE_INIT
+from upcycle.settings import TrainingSettings
 
 if TYPE_CHECKING:  # what imports torch
     import upcycle.experts.active
@@ -38,14 +39,11 @@ def _prepare(run: Run, out: Path) -> None:
     from upcycle.architectures.check import say_text_part
     from upcycle.architectures.layouts import ffn_layers
     from upcycle.stages.expert_preparation.checkpoints import adopt
-    from upcycle.stages.expert_preparation.prepare import tune
-    from upcycle.training.trainer_settings import check
     from upcycle.weights.safetensors_io import ModelReader
 
     base, recipe = run.base, run.recipe
-    check(PREPARE, recipe.prepare)
-    check(POSTTRAIN, recipe.posttrain)
-    say_text_part(ModelReader(base.folder), run.recipe.assemble.keep_vision)
+    _check_training(recipe)
+    say_text_part(ModelReader(base.folder), recipe.assemble.keep_vision)
     say_fit(run, run.kind.read_base(base, recipe))
     if not recipe.prepares:
         say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
@@ -58,7 +56,20 @@ def _prepare(run: Run, out: Path) -> None:
                 f"assemble.shared={recipe.assemble.shared}: an expert alone is not its checkpoint then"
             )
     else:
+        from upcycle.stages.expert_preparation.prepare import tune
+
         tune(run.kind, base, run.splits.train, recipe, out, run.splits.validation)
+
+
+def _check_training(recipe: Recipe) -> None:
+    """What TRL would refuse, before anything is made; a run that brings its checkpoints and says nothing to TRL does
+    not wait for it to be imported."""
+    for name in (PREPARE, POSTTRAIN):
+        settings: TrainingSettings = getattr(recipe, name)
+        if recipe.tunes or settings.trainer:
+            from upcycle.training.trainer_settings import check
+
+            check(name, settings)
 
 
 def _expand(run: Run, out: Path) -> None:

@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from upcycle.disk import SHA256, XXH3, digest
+from upcycle.disk import digest
+from upcycle.hashes import SHA256, XXH3
 from upcycle.records.record import Count, Record, Sha256, Xxh3, optional
 
 HASHED_WITH = {1: SHA256, 2: XXH3}

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.console import track
-from upcycle.disk import XXH3, digest, hash_files
+from upcycle.disk import digest
+from upcycle.hashes import XXH3, hash_files
 from upcycle.records.files import MANIFEST, TRAINER_STATE
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")

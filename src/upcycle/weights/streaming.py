@@ -13,7 +13,9 @@ from upcycle.console import track
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PIECE = 1 << 18
-"""Elements per piece: those of all experts stay in a core's cache, and memory is reused rather than mapped anew."""
+"""Elements that are read and written at once."""
+BLOCK = 1 << 15
+"""Elements that are computed with at once: those of all experts, with masks, stay in a core's second-level cache."""
 MAX_WORKERS = 8
 """More would only take memory: the disk, or the page cache, is the limit. Hyperthreads gain nothing either."""
 
