@@ -1,29 +1,39 @@
-"""Expansion and assembly against mergekit 0.1.5 and against the disk: the same job, both sides in one run.
+"""Expansion and assembly against mergekit 0.1.5 and against the disk: whole commands, all sides in one go.
 
-    python benchmarks/assembly_vs_mergekit.py --work /tmp/assembly
+    python benchmarks/assembly_vs_mergekit.py --work /tmp/assembly            # 25 GB of disk
+    python benchmarks/assembly_vs_mergekit.py --work /tmp/assembly --keep     # puts the table into docs/benchmarks.md
+    python benchmarks/assembly_vs_mergekit.py --work /tmp/toy --toy --skip-mergekit
 
-Job: a random Llama of 502M parameters in bf16 and four perturbed checkpoints; expand 4 to 8 experts (DARE, p 0.2),
-write an 8-expert MoE. mergekit: one `dare_linear` merge per child with the same parents and weights, then
-`mergekit-moe`, in a virtual environment of its own (made in --work if --mergekit does not name one). The floor: `cp` of
-the bytes read plus `cp` of the bytes written. CPU seconds are user plus system of all processes of a side, imports
-included; memory is the peak of the anonymous resident memory, sampled every 20 ms. Prints ratios; writes `result.json`
-beside the models.
+Job: a random Llama in bf16 and four perturbed checkpoints; expand 4 to 8 experts (DARE, p 0.2), write an 8-expert MoE.
+Ours: `upcycle run --until assemble`; the verbs `prepare`, `expand` and `assemble` one after the other; both as a user
+types them, with hashes, checks and an empty cache of their own; and the two functions alone. mergekit: one
+`dare_linear` merge per child with the same parents and weights, then `mergekit-moe`, in a virtual environment of its
+own (made in --work if --mergekit does not name one). The floor: `cp` of the bytes read plus `cp` of the bytes written.
+CPU seconds are user plus system of all processes of a side, imports included; memory is the peak of the anonymous
+resident memory, sampled every 20 ms.
 """
 
 import argparse
 import json
 import os
+import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from upcycle.console import say, table
+from upcycle.console import say
+from upcycle.disk import CACHE, write_json, write_text
 from upcycle.records.files import PLAN
 from upcycle.records.plan import ExpansionPlan
 from upcycle.weights.folders import BUILTIN_BASE, find_model, write_config
@@ -44,6 +54,23 @@ CONFIG = {
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
+TOY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+TOY |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+FUNCTIONS, RUN, VERBS, FLOOR, MERGEKIT = "two functions", "`upcycle run`", "three verbs", "`cp`", "mergekit"
+KEPT = Path(__file__).parent / "results" / "assembly.json"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+BLOCK = re.compile(r"(<!-- assembly -->\n).*?(<!-- end -->)", re.DOTALL)
+RATIOS = (
+    ("wall_s", MERGEKIT, RUN, "at least 8"),
+    ("cpu_s", MERGEKIT, RUN, "at least 8"),
+    ("wall_s", MERGEKIT, VERBS, ""),
+    ("cpu_s", MERGEKIT, VERBS, ""),
+    ("cpu_s", MERGEKIT, FUNCTIONS, "at least 10"),
+    ("wall_s", RUN, FLOOR, "at most 2"),
+    ("wall_s", VERBS, FLOOR, "at most 2.5"),
+)
+"""What is compared, of which side over which, and the aim."""
+NAMES = {"wall_s": "wall time", "cpu_s": "CPU seconds"}
 OURS = """
 import gc, sys
 gc.set_threshold(100_000, 20, 20)  # as the command `upcycle` does
@@ -76,10 +103,11 @@ class Cost:
         return Cost(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s, max(self.anonymous_mb, other.anonymous_mb))
 
 
-def measured(command: list[str], log: Path) -> Cost:
+def measured(command: list[str], log: Path, cache: Path | None = None) -> Cost:
     """Run a command to its end; CPU time of its whole tree, peak of its own anonymous memory."""
+    environment = {**os.environ, **({CACHE: str(cache)} if cache else {})}
     before, begin, peak = _children_cpu(), time.monotonic(), 0
-    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
         while process.poll() is None:
             peak = max(peak, _anonymous_kb(process.pid))
             time.sleep(0.02)
@@ -113,7 +141,7 @@ def make_models(work: Path) -> list[Path]:
             for index, (name, spec) in enumerate(specs().items()):
                 for begin, count in pieces(spec.num_bytes // 2, 1 << 22):
                     writer.write(name, values(index, begin, count, number, name), begin)
-        for name in ("tokenizer.json", "tokenizer_config.json"):  # mergekit-moe insists on one
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copyfile(find_model(BUILTIN_BASE) / name, folder / name)
         write_config(folder, CONFIG)
     return folders
@@ -149,6 +177,28 @@ def run_ours(folders: list[Path], out: Path, log: Path) -> Cost:
     out.mkdir()
     script = OURS % (NUM_EXPERTS, DROP_RATE)
     return measured([sys.executable, "-c", script, str(folders[0]), str(out), *map(str, folders[1:])], log)
+
+
+def settings(folders: list[Path]) -> list[str]:
+    """The job as words of a command."""
+    return [
+        f"base={folders[0]}",
+        "data.train=builtin:train",
+        f"prepare.checkpoints=[{','.join(map(str, folders[1:]))}]",
+        f"expand.num_experts={NUM_EXPERTS}",
+        f"expand.drop_rate={DROP_RATE}",
+    ]
+
+
+def run_verbs(folders: list[Path], out: Path, log: Path, verbs: tuple[tuple[str, ...], ...]) -> Cost:
+    """Whole commands, one after the other, of a user who has an empty cache."""
+    cache, cost = out.with_name("cache"), Cost()
+    for folder in (out, cache):
+        shutil.rmtree(folder, ignore_errors=True)
+    for verb in verbs:
+        line = [sys.executable, "-m", "upcycle", verb[0], "upit", "--run", str(out), *verb[1:], *settings(folders)]
+        cost += measured(line, log, cache)
+    return cost
 
 
 def run_mergekit(python: Path, folders: list[Path], plan: ExpansionPlan, out: Path, log: Path) -> Cost:
@@ -215,49 +265,98 @@ def mergekit_python(given: Path | None, work: Path) -> Path:
     return python
 
 
+def sides(folders: list[Path], work: Path) -> dict[str, Callable[[], Cost]]:
+    """Ours and the floor, by name, in the order in which they run; the floor copies what the functions made."""
+    ours, run, log = work / "ours", work / "run", work / "log.txt"
+    return {
+        RUN: lambda: run_verbs(folders, run, log, (("run", "--until", "assemble"),)),
+        VERBS: lambda: run_verbs(folders, run, log, (("prepare",), ("expand",), ("assemble",))),
+        FUNCTIONS: lambda: run_ours(folders, ours, log),
+        FLOOR: lambda: run_floor(folders, ours, work / "copy", log),
+    }
+
+
+def measure(folders: list[Path], work: Path, repeats: int, cold: bool) -> dict[str, Cost]:
+    """The run of median wall time of each side, all sides in turn."""
+    found: dict[str, list[Cost]] = {}
+    for cache, prepare in (("cold", drop_caches), ("warm", warm_caches)):
+        for _ in range(repeats if cold or cache == "warm" else 0):
+            for side, run in sides(folders, work).items():
+                prepare(folders + [work / "ours"] * (side == FLOOR))
+                name = side if cache == "warm" else f"{side}, cold cache"
+                found.setdefault(name, []).append(run())
+                say(f"{name}: {found[name][-1]}")
+    return {name: sorted(costs, key=lambda cost: cost.wall_s)[len(costs) // 2] for name, costs in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the models: 25 GB")
     parser.add_argument("--mergekit", type=Path, help="python of an environment with mergekit 0.1.5")
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours and of the floor; the median is taken")
+    parser.add_argument("--cold", action="store_true", help="also with what is read put out of the page cache")
     parser.add_argument("--skip-mergekit", action="store_true")
+    parser.add_argument("--keep", action="store_true", help=f"keep the figures, and put the table into {PAGE.name}")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=CONFIG[name], help="of the dense model")
+    parser.add_argument("--toy", action="store_true", help="as small as can be")
     arguments = parser.parse_args()
+    CONFIG.update({name: vars(arguments)[name] for name in CONFIG if name in vars(arguments)})
+    CONFIG.update(TOY if arguments.toy else {})
     arguments.work.mkdir(parents=True, exist_ok=True)
-    work, log = arguments.work, arguments.work / "log.txt"
-    folders, ours = make_models(work), work / "ours"
-    found: dict[str, Cost] = {}
-    for cache, prepare in (("cold", drop_caches), ("warm", warm_caches)):
-        for side in ("ours", "floor"):
-            costs = []
-            for _ in range(arguments.repeats):
-                prepare(folders + [ours] * (side == "floor"))
-                run = run_ours(folders, ours, log) if side == "ours" else run_floor(folders, ours, work / "copy", log)
-                costs.append(run)
-            found[f"{side}, {cache}"] = sorted(costs, key=lambda c: c.wall_s)[len(costs) // 2]
-            say(f"{side}, {cache}: {[round(c.wall_s, 1) for c in costs]} s")
-    if not arguments.skip_mergekit:
+    work = arguments.work.absolute()
+    folders = make_models(work)
+    costs = measure(folders, work, arguments.repeats, arguments.cold)
+    if arguments.skip_mergekit:
+        say("mergekit is left out")
+    else:
         python = mergekit_python(arguments.mergekit, work)
         warm_caches(folders)
-        plan = PLAN.read(ours)
-        found["mergekit, warm"] = run_mergekit(python, folders, plan, work / "theirs", log)
-    report(found, work)
+        costs[MERGEKIT] = run_mergekit(python, folders, PLAN.read(work / "ours"), work / "theirs", work / "log.txt")
+    found = {**circumstances(), "costs": {name: asdict(cost) for name, cost in costs.items()}}
+    write_json(work / "result.json", found)
+    say(markdown(found))
+    if arguments.keep:
+        write_json(KEPT, found)
+        write_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
 
 
-def report(found: dict[str, Cost], work: Path) -> None:
-    rows = [(name, f"{c.wall_s:.1f}", f"{c.cpu_s:.1f}", f"{c.anonymous_mb:.0f}") for name, c in found.items()]
-    table("4 to 8 experts of a 502M Llama, bf16", ("side", "wall s", "CPU s", "peak anonymous MB"), rows)
-    ours = found["ours, warm"]
-    ratios = {
-        f"wall time over cp's, {cache}": found[f"ours, {cache}"].wall_s / found[f"floor, {cache}"].wall_s
-        for cache in ("cold", "warm")
+def circumstances() -> dict[str, str]:
+    """What was measured, where and when."""
+    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    machine = f"{model[1] if model else platform.machine()}, {os.cpu_count()} virtual cores, {memory:.0f} GB"
+    said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PAGE.parent, capture_output=True, text=True)
+    size = sum(prod(spec.shape) for spec in specs().values())
+    day = date.today()
+    return {
+        "job": f"{NUM_CHECKPOINTS} to {NUM_EXPERTS} experts of a Llama of {size / 1e6:.0f}M parameters, bf16",
+        "machine": machine,
+        "commit": said.stdout.strip() or "unknown",
+        "day": f"{day.day} {day:%B %Y}",
     }
-    if theirs := found.get("mergekit, warm"):
-        ratios["mergekit's CPU seconds over ours"] = theirs.cpu_s / ours.cpu_s
-        ratios["mergekit's wall time over ours"] = theirs.wall_s / ours.wall_s
-        ratios["mergekit's peak anonymous memory over ours"] = theirs.anonymous_mb / ours.anonymous_mb
-    table("ratios", ("", ""), [(name, f"{value:.2f}") for name, value in ratios.items()])
-    costs = {name: asdict(cost) for name, cost in found.items()}
-    (work / "result.json").write_text(json.dumps({"costs": costs, "ratios": ratios}, indent=1) + "\n")
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Costs and ratios, with machine and commit."""
+    costs = {name: Cost(**cost) for name, cost in found["costs"].items()}
+    lines = [f"{found['job']}; {found['machine']}; commit {found['commit']}, {found['day']}.", ""]
+    lines += ["| side | wall s | CPU s | peak anonymous MB |", "| --- | --: | --: | --: |"]
+    for name, cost in costs.items():
+        memory = "" if name.startswith(FLOOR) else f"{cost.anonymous_mb:.0f}"
+        lines.append(f"| {name} | {cost.wall_s:.1f} | {cost.cpu_s:.1f} | {memory} |")
+    lines += ["", "| ratio | found | aim |", "| --- | --: | --: |"]
+    for field, above, below, aim in RATIOS:
+        if above in costs and below in costs:
+            ratio = getattr(costs[above], field) / getattr(costs[below], field)
+            lines.append(f"| {NAMES[field]}: {above} over {below} | {ratio:.1f} | {aim} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(text: str) -> str:
+    """The page with the table made anew from what is kept."""
+    made = markdown(json.loads(KEPT.read_text()))
+    return BLOCK.sub(lambda block: f"{block[1]}{made}{block[2]}", text)
 
 
 if __name__ == "__main__":

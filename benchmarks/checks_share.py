@@ -1,10 +1,12 @@
 """What trust costs: hashing, and comparing with transformers, as a share of `upcycle assemble` on the 502M job.
 
     python benchmarks/checks_share.py --work /tmp/assembly
+    python benchmarks/checks_share.py --work /tmp/toy --toy --repeats 1
 
 The models are those of `assembly_vs_mergekit.py`. `upcycle prepare`, `expand` and `assemble` are run as whole commands,
 in turn with and without hashing and comparisons (their functions replaced by ones that do nothing). A command also adds
-up the seconds that it spends in them. The share is that of assembly: all hashing of the command, and the comparisons
+up the seconds that it spends in them. Each round begins with an empty cache, so a hash is remembered from one command
+to the next, as a user's are. The share is that of assembly: all hashing of the command, and the comparisons
 with transformers, which run once, in the first stage. Medians; prints the share, which has to be under a tenth.
 """
 
@@ -21,6 +23,7 @@ from pathlib import Path
 import assembly_vs_mergekit as job
 
 from upcycle.console import say, table
+from upcycle.disk import CACHE
 
 COMMANDS = ("prepare", "expand", "assemble")
 MOST = 0.1
@@ -72,19 +75,13 @@ finally:
 
 def run(command: str, run_folder: Path, work: Path, skip: bool) -> dict[str, float]:
     """Seconds of a whole command, and of what it spent on hashing and on comparing."""
-    folders = [work / f"checkpoint-{i + 1}" for i in range(job.NUM_CHECKPOINTS)]
-    settings = [
-        f"base={work / 'base'}",
-        "data.train=builtin:train",
-        f"prepare.checkpoints=[{','.join(map(str, folders))}]",
-        f"expand.num_experts={job.NUM_EXPERTS}",
-        f"expand.drop_rate={job.DROP_RATE}",
-    ]
+    folders = [work / "base", *(work / f"checkpoint-{i + 1}" for i in range(job.NUM_CHECKPOINTS))]
+    environment = os.environ | {"PYTHONHASHSEED": "0", CACHE: str(work / "cache")}
     spent = work / "spent.json"
     line = [sys.executable, "-c", COMMAND, json.dumps(skip), str(spent), command, "upit", "--run", str(run_folder)]
     begin = time.monotonic()
     with (work / "log.txt").open("ab") as log:
-        done = subprocess.run([*line, *settings], stdout=log, stderr=log, env=os.environ | {"PYTHONHASHSEED": "0"})
+        done = subprocess.run([*line, *job.settings(folders)], stdout=log, stderr=log, env=environment)
     if done.returncode:
         raise SystemExit(f"upcycle {command} failed, see {work / 'log.txt'}")
     return {"wall": time.monotonic() - begin, **json.loads(spent.read_text())}
@@ -94,14 +91,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the models and the run: 17 GB")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--toy", action="store_true", help="as small as can be")
     arguments = parser.parse_args()
-    work = arguments.work
+    work = arguments.work.absolute()
+    job.CONFIG.update(job.TOY if arguments.toy else {})
+    work.mkdir(parents=True, exist_ok=True)
     job.make_models(work)
     found: dict[tuple[str, bool], list[dict[str, float]]] = {}
     for _ in range(arguments.repeats):
         for skip in (False, True):
             folder = work / "run"
-            shutil.rmtree(folder, ignore_errors=True)
+            for left in (folder, work / "cache"):
+                shutil.rmtree(left, ignore_errors=True)
             for command in COMMANDS:
                 found.setdefault((command, skip), []).append(run(command, folder, work, skip))
                 say(f"{command}{' without' if skip else ''}: {found[command, skip][-1]}")

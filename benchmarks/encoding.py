@@ -31,7 +31,7 @@ def watch():
         most[0] = max(most[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
 
 done = threading.Event()
-threading.Thread(target=watch).start()
+threading.Thread(target=watch, daemon=True).start()  # what fails ends the process
 from upcycle.data.samples import dataset
 from upcycle.data.splits import load_splits
 from upcycle.recipe import load_recipe

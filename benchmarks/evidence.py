@@ -3,6 +3,7 @@
     python benchmarks/testbeds.py capacity --data DATA_FOLDER --out runs/testbeds
     python benchmarks/evidence.py capacity core --search      # learning rates, on a seed and rows that no table uses
     python benchmarks/evidence.py capacity core when --seeds 5     # goes on where it, or another machine, stopped
+    python benchmarks/evidence.py toy core --seeds 1 --only sft upit        # as small as can be
 
 Every cell (a variant with a seed) leaves its measures in `benchmarks/results/TESTBED/`; a table takes what is there and
 runs the rest. Tables share cells: a variant has one name on a testbed. One thread is enough (OMP_NUM_THREADS=1). With
@@ -51,6 +52,7 @@ EMBEDDED_ROWS = ("data.validation=builtin:validation", "data.validation_fraction
 TEXT = f"data.max_length=256 evaluate.exact_match=false {BATCH}"
 BEDS = {
     "embedded": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 0.5),
+    "toy": Bed(f"{EMBEDDED} data.max_validation=20 evaluate.exact_match=false", *EMBEDDED_ROWS, ("1e-3",), 0.05, 1.0),
     "embedded-once": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 1.0, 2.0),
     "capacity": Bed(
         f"base=benchmarks/testbeds/capacity data.train=runs/testbeds/capacity/train.jsonl {TEXT}",

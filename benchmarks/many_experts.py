@@ -1,6 +1,7 @@
 """Does it scale? 8 to 64 experts of a small model: seconds against bytes written, planning alone; and memory.
 
     python benchmarks/many_experts.py --work /tmp/many
+    python benchmarks/many_experts.py --work /tmp/toy --toy
 
 Four perturbed checkpoints of a random 20M Llama (bf16); each row is one process-internal run, the best of three. Prints
 how the time grows against the bytes: 1.00 is linear. Then the peak anonymous memory of expansion and assembly to 16
@@ -23,14 +24,17 @@ from upcycle.stages.expert_expansion.plan import make_plan
 from upcycle.stages.model_upcycling.assemble import assemble
 from upcycle.weights.base import Base
 
+EXPERTS = (8, 16, 32, 64)
+SHAPES = ((8, 4), (32, 4), (8, 12))
+"""Layers and checkpoints."""
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
 
 
-def memory(work: Path) -> None:
+def memory(work: Path, shapes: tuple[tuple[int, int], ...]) -> None:
     """Peak anonymous memory against layers and checkpoints."""
     rows = []
     job.NUM_EXPERTS = 16
-    for layers, checkpoints in ((8, 4), (32, 4), (8, 12)):
+    for layers, checkpoints in shapes:
         job.CONFIG["num_hidden_layers"], job.NUM_CHECKPOINTS = layers, checkpoints
         folders = job.make_models(work / f"{layers}-{checkpoints}")
         cost = job.run_ours(folders, work / "moe", work / "log.txt")
@@ -42,20 +46,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the models: 5 GB")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--toy", action="store_true", help="as small as can be")
     arguments = parser.parse_args()
     job.CONFIG.update(SMALL, num_key_value_heads=6, vocab_size=8000)
-    growth(arguments.work, arguments.repeats)
-    memory(arguments.work)
+    job.CONFIG.update(job.TOY if arguments.toy else {})
+    growth(arguments.work, arguments.repeats, EXPERTS[:2] if arguments.toy else EXPERTS)
+    memory(arguments.work, ((2, 4),) if arguments.toy else SHAPES)
 
 
-def growth(work: Path, repeats: int) -> None:
-    """Seconds against bytes, from 8 to 64 experts."""
+def growth(work: Path, repeats: int, numbers: tuple[int, ...]) -> None:
+    """Seconds against bytes, from few to many experts."""
     folder, *folders = job.make_models(work / "base-8")
     checkpoints = [Checkpoint(name=f.name, path=str(f)) for f in folders]
     base = Base(folder, str(folder))
     gram = task_vector_gram(base, folders)
     rows, first = [], None
-    for num_experts in (8, 16, 32, 64):
+    for num_experts in numbers:
         out = work / "moe"
         values = {"base": base.name, "data": {"train": "none"}, "expand": {"num_experts": num_experts}}
         recipe = parse_recipe(values, "benchmark")

@@ -7,7 +7,8 @@ DATA_FOLDER has `instruct/*.jsonl.gz`, `instruct_valid.jsonl.gz` and `bench/*.js
 whole FFNs as experts, 4 of them top-2, and LoRA experts, 8 of them top-2; half of a budget of 4 epochs is dense. The
 size `cpu` takes the FFN setting and 0.12% of the rows, about two hours on one core; `cpu-lora` the LoRA setting and
 0.1% of the rows, of at most 96 tokens, about half an hour; `full` both settings at 10%, 50% and 100% of the rows, and
-scores every result on benchmarks too. Kill it and run it again: it goes on where it stopped.
+scores every result on benchmarks too; `toy` is for any model and a few rows. Kill it and run it again: it goes on where
+it stopped.
 """
 
 import argparse
@@ -55,6 +56,7 @@ CPU = (
     "route.tokens_per_batch=1024 evaluate.tokens_per_batch=1024"
 )
 SIZES = {
+    "toy": Size((1.0,), ("ffn", "lora"), f"{CPU} data.max_length=96 lora.rank=2", 8),
     "cpu": Size((0.0012,), ("ffn",), f"{CPU} data.max_length=160", 12),
     "cpu-lora": Size((0.001,), ("lora",), f"{CPU} data.max_length=96 prepare.batch_size=4 posttrain.batch_size=4", 8),
     "full": Size(

@@ -5,7 +5,8 @@
 
 DATA_FOLDER has `instruct/*.jsonl.gz` and `instruct_valid.jsonl.gz`. Four checkpoints are the four experts, top-2,
 three seeds. The size `cpu` compares two starts on 0.2% of the rows, about an hour on two cores; `full` compares six
-starts with checkpoints and with copies of the half-trained model as experts, on all rows. Resumable.
+starts with checkpoints and with copies of the half-trained model as experts, on all rows; `toy` is for any model and a
+few rows. Resumable.
 """
 
 import argparse
@@ -28,6 +29,7 @@ FULL = (
     "route.tokens_per_batch=32768 evaluate.tokens_per_batch=32768 evaluate.max_generated=500"
 )
 VARIANTS = {
+    "toy": [f"data.max_length=96 route.min_samples_per_expert=2 route.start={start}" for start in ("random", "upit")],
     "cpu": [f"{CPU} route.start={start}" for start in ("random", "upit")],
     "full": [f"{FULL} expand.copies_of={copies} route.start={start}" for copies in EXPERTS for start in STARTS],
 }

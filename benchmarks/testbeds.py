@@ -2,6 +2,7 @@
 
     python benchmarks/testbeds.py capacity --data DATA_FOLDER --out runs/testbeds     # about five minutes on one core
     python benchmarks/testbeds.py middle --data DATA_FOLDER --out runs/testbeds       # about an hour and a half
+    python benchmarks/testbeds.py toy --data DATA_FOLDER --out runs/testbeds          # as small as can be
     python benchmarks/testbeds.py smollm2 --data DATA_FOLDER --out runs/testbeds      # rows alone, for a GPU
 
 DATA_FOLDER has `instruct/*.jsonl.gz`. Short rows of one question and one answer are split by the hash of the question
@@ -19,7 +20,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ TESTBEDS = {
         learning_rate=1e-3,
     ),
 }
-
+TESTBEDS["toy"] = replace(TESTBEDS["capacity"], vocabulary=300, pretraining_tokens=32 * BLOCK)
 ROWS_ALONE = {"smollm2": 400}
 """Testbeds whose base is made elsewhere, and how long their rows may be."""
 

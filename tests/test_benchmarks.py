@@ -1,0 +1,66 @@
+"""Every benchmark runs: each as small as can be, in a copy of its folder, so that none rots unseen."""
+
+import gzip
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = "route.tokens_per_batch=256 prepare.epochs=1 posttrain.epochs=1"
+COMMANDS = {
+    "assembly_vs_mergekit": "--work WORK --toy --repeats 1 --skip-mergekit --keep",
+    "checks_share": "--work WORK --toy --repeats 1",
+    "device": "--work WORK --out WORK/device.json --toy --only agreement waits 'step 1 x 32, hidden 64'",
+    "encoding": "--tokenizer BASE --data DATA --work WORK --rows 40",
+    "evidence": "toy core --seeds 1 --only sft --work WORK",
+    "lora_mixture_step": "--base BASE --work WORK --rows 1 --length 16 --rank 2 --rounds 1",
+    "many_experts": "--work WORK --toy --repeats 1",
+    "packing": "RECIPE --rows 8 --rounds 1",
+    "results": "",
+    "routing_share": "RECIPE --out WORK",
+    "smollm2_methods": "--base BASE --data DATA --out WORK --size toy --seeds 1",
+    "smollm2_router_starts": "--base BASE --data DATA --out WORK --size toy --seeds 1",
+    "testbeds": "toy --data DATA --out WORK",
+    "training_step": "--work WORK --rows 1 --length 16 --hidden 64 --layers 1 --rounds 1",
+}
+"""mergekit is left out: it has an environment of its own, which is installed from the network."""
+
+
+@pytest.fixture
+def data(rows: Path, tmp_path: Path) -> Path:
+    """A folder of instruction rows."""
+    folder = tmp_path / "data"
+    (folder / "instruct").mkdir(parents=True)
+    content = rows.read_bytes()
+    for place in (folder / "instruct" / "rows.jsonl.gz", folder / "instruct_valid.jsonl.gz"):
+        place.write_bytes(gzip.compress(content))
+    return folder
+
+
+def test_every_benchmark_has_a_command() -> None:
+    assert set(COMMANDS) == {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_runs(
+    name: str, base: Path, rows: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("benchmarks", "docs"):  # some keep what they find there
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    recipe = f"quickstart base={base} data.train={rows} data.validation={rows} data.max_length=64 {SMALL}"
+    places = {"WORK": tmp_path / "work", "BASE": base, "DATA": data, "RECIPE": f"'{recipe}'"}
+    command = re.sub("|".join(places), lambda found: str(places[found[0]]), COMMANDS[name])
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "benchmarks")
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(command)])
+    try:
+        runpy.run_path(str(tmp_path / "benchmarks" / f"{name}.py"), run_name="__main__")
+    finally:
+        for module in COMMANDS:  # the copies are this test's alone
+            sys.modules.pop(module, None)
