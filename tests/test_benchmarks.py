@@ -18,6 +18,7 @@ COMMANDS = {
     "device": "--work WORK --out WORK/device.json --toy --only agreement waits 'step 1 x 32, hidden 64'",
     "encoding": "--tokenizer BASE --data DATA --work WORK --rows 40",
     "evidence": "toy core --seeds 1 --only sft --work WORK",
+    "families": "",
     "lora_mixture_step": "--base BASE --work WORK --rows 1 --length 16 --rank 2 --rounds 1",
     "many_experts": "--work WORK --toy --repeats 1",
     "packing": "RECIPE --rows 8 --rounds 1",
