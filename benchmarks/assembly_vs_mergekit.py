@@ -187,6 +187,7 @@ def settings(folders: list[Path]) -> list[str]:
         f"prepare.checkpoints=[{','.join(map(str, folders[1:]))}]",
         f"expand.num_experts={NUM_EXPERTS}",
         f"expand.drop_rate={DROP_RATE}",
+        "expand.spread=1",  # mergekit has nothing like it
     ]
 
 

@@ -52,7 +52,7 @@ EMBEDDED_ROWS = ("data.validation=builtin:validation", "data.validation_fraction
 TEXT = f"data.max_length=256 evaluate.exact_match=false {BATCH}"
 BEDS = {
     "embedded": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 0.5),
-    "toy": Bed(f"{EMBEDDED} data.max_validation=20 evaluate.exact_match=false", *EMBEDDED_ROWS, ("1e-3",), 0.05, 1.0),
+    "toy": Bed(f"{EMBEDDED} data.max_validation=20 evaluate.exact_match=false", *EMBEDDED_ROWS, ("1e-3",), 0.1, 1.0),
     "embedded-once": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 1.0, 2.0),
     "capacity": Bed(
         f"base=benchmarks/testbeds/capacity data.train=runs/testbeds/capacity/train.jsonl {TEXT}",

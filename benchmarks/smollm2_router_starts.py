@@ -29,7 +29,10 @@ FULL = (
     "route.tokens_per_batch=32768 evaluate.tokens_per_batch=32768 evaluate.max_generated=500"
 )
 VARIANTS = {
-    "toy": [f"data.max_length=96 route.min_samples_per_expert=2 route.start={start}" for start in ("random", "upit")],
+    "toy": [
+        f"data.fraction=1 data.max_length=96 route.min_samples_per_expert=2 route.start={start}"
+        for start in ("random", "upit")
+    ],
     "cpu": [f"{CPU} route.start={start}" for start in ("random", "upit")],
     "full": [f"{FULL} expand.copies_of={copies} route.start={start}" for copies in EXPERTS for start in STARTS],
 }

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from conftest import write_rows
+
 ROOT = Path(__file__).parents[1]
-SMALL = "route.tokens_per_batch=256 prepare.epochs=1 posttrain.epochs=1"
+SMALL = " ".join(f"{stage}.batch_size=4 {stage}.micro_batch_size=4" for stage in ("prepare", "posttrain"))
+SMALL += " route.min_samples_per_expert=2"
 COMMANDS = {
     "assembly_vs_mergekit": "--work WORK --toy --repeats 1 --skip-mergekit --keep",
     "checks_share": "--work WORK --toy --repeats 1",
     "device": "--work WORK --out WORK/device.json --toy --only agreement waits 'step 1 x 32, hidden 64'",
-    "encoding": "--tokenizer BASE --data DATA --work WORK --rows 40",
+    "encoding": "--tokenizer BASE --data DATA --work WORK --rows 500",
     "evidence": "toy core --seeds 1 --only sft --work WORK",
     "families": "",
     "lora_mixture_step": "--base BASE --work WORK --rows 1 --length 16 --rank 2 --rounds 1",
@@ -30,6 +33,8 @@ COMMANDS = {
     "training_step": "--work WORK --rows 1 --length 16 --hidden 64 --layers 1 --rounds 1",
 }
 """mergekit is left out: it has an environment of its own, which is installed from the network."""
+LONG = {"evidence", "smollm2_methods"}
+"""Several whole runs: with `make test-long`."""
 
 
 @pytest.fixture
@@ -37,9 +42,9 @@ def data(rows: Path, tmp_path: Path) -> Path:
     """A folder of instruction rows."""
     folder = tmp_path / "data"
     (folder / "instruct").mkdir(parents=True)
-    content = rows.read_bytes()
-    for place in (folder / "instruct" / "rows.jsonl.gz", folder / "instruct_valid.jsonl.gz"):
-        place.write_bytes(gzip.compress(content))
+    (folder / "instruct" / "rows.jsonl.gz").write_bytes(gzip.compress(rows.read_bytes()))
+    others = write_rows(tmp_path / "others.jsonl", 24, seed=1)
+    (folder / "instruct_valid.jsonl.gz").write_bytes(gzip.compress(others.read_bytes()))
     return folder
 
 
@@ -47,13 +52,14 @@ def test_every_benchmark_has_a_command() -> None:
     assert set(COMMANDS) == {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in COMMANDS])
 def test_a_benchmark_runs(
     name: str, base: Path, rows: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("benchmarks", "docs"):  # some keep what they find there
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    recipe = f"quickstart base={base} data.train={rows} data.validation={rows} data.max_length=64 {SMALL}"
+    sources = f"data.train={rows} data.validation={tmp_path / 'others.jsonl'} data.max_length=64"
+    recipe = f"quickstart base={base} {sources} {SMALL}"
     places = {"WORK": tmp_path / "work", "BASE": base, "DATA": data, "RECIPE": f"'{recipe}'"}
     command = re.sub("|".join(places), lambda found: str(places[found[0]]), COMMANDS[name])
     (tmp_path / "work").mkdir()
