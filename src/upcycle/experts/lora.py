@@ -22,7 +22,6 @@ from upcycle.errors import NoTwinError, UpcycleError
 from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_agreement import check_adapter_agreement, load_adapted
 from upcycle.experts.adapter_files import (
-    FFN_WEIGHTS,
     PREFIX,
     ffn_shapes,
     is_adapter,
@@ -34,6 +33,7 @@ from upcycle.experts.adapter_files import (
 )
 from upcycle.experts.gram import Measure, adapter_gram
 from upcycle.experts.kind import Kind, Load, Routers
+from upcycle.experts.linears import FFN_WEIGHTS, structure_of, weights_in
 from upcycle.experts.lora_ffn import DenseFfn, Factors, lora_ffn
 from upcycle.experts.mixture import (
     MixtureConfig,
@@ -146,9 +146,27 @@ def trainable(base: Base, lora: LoraSettings, seed: int, _devices: DevicesSettin
         lora_alpha=lora.alpha,
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
+        target_modules=target_linears(model, lora.targets),
     )
     return get_peft_model(model.train(), config)
+
+
+def target_linears(model: Model, targets: Sequence[str]) -> list[str]:
+    """The linear layers in which a dense model has the FFN weights `targets`.
+
+    Raises:
+        UpcycleError: one holds another weight too.
+    """
+    structure = structure_of(model.model.layers[0].mlp)
+    assert structure is not None  # see `check_base`
+    chosen = {name: weights for name, weights in structure.linears.items() if not set(targets).isdisjoint(weights)}
+    for name, weights in chosen.items():
+        if not set(targets).issuperset(weights):
+            raise UpcycleError(
+                f"lora.targets is {list(targets)}, but this base has {' and '.join(weights)} in one layer, {name}, "
+                "which PEFT adapts as a whole: name both or none"
+            )
+    return list(chosen)
 
 
 def compare(base: Base, folders: Sequence[Path], settings: ExpandSettings, seed: int) -> tuple[Gram, Measure]:
@@ -290,7 +308,8 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
     experts, kept = expert_updates(source, config), read_tensors(source)
 
     def expert(number: int, region: Region) -> Tensor:
-        update = experts[number].get(region.tensor.removesuffix(".weight"))
+        weights = weights_in(region.tensor.removesuffix(".weight"))
+        update = experts[number].get(weights[region.row // region.shape[0]])
         return merged_weight(read_region(reader, region), update)
 
     def all_experts(region: Region) -> Iterator[Piece]:

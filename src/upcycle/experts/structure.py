@@ -21,7 +21,7 @@ from upcycle.architectures.families import family_of
 from upcycle.architectures.mapping import Mapping, looked_up, map_model, needed_tensors, with_own_head
 from upcycle.architectures.slices import Slicing
 from upcycle.errors import NoTwinError, UpcycleError
-from upcycle.experts.adapter_files import FFN_WEIGHTS
+from upcycle.experts.linears import Structure, structure_of
 from upcycle.reading import brief
 from upcycle.recipe import Recipe
 from upcycle.routing.routers import routers
@@ -33,7 +33,8 @@ from upcycle.weights.safetensors_io import ModelReader
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
 """Fields of config.json that are read here."""
 WANTED = (
-    "adapters as experts need an mlp of gate_proj, up_proj and down_proj without biases in every layer, of one size"
+    "adapters as experts need an mlp of gate_proj, up_proj (or gate_up_proj) and down_proj without biases in every "
+    "layer, of one size"
 )
 
 
@@ -177,27 +178,28 @@ def _problem(layer: nn.Module, hidden: int, channels: int) -> str | None:
     ffn = getattr(layer, "mlp", None)
     if not isinstance(ffn, nn.Module):
         return f"no mlp but {', '.join(name for name, _ in layer.named_children())}"
-    inner, outer = (channels, hidden), (hidden, channels)
-    expected = {f"{name}.weight": shape for name, shape in zip(FFN_WEIGHTS, (inner, inner, outer), strict=True)}
+    structure = structure_of(ffn)
+    shapes = {} if structure is None else structure.shapes(hidden, channels)
     found = {name: tuple(parameter.shape) for name, parameter in ffn.named_parameters()}
-    if found != expected:
+    if structure is None or found != {f"{name}.weight": shape for name, shape in shapes.items()}:
         return f"an mlp of {', '.join(f'{name} {shape}' for name, shape in found.items())}"
-    if not callable(getattr(ffn, "act_fn", None)) or not _is_gated(ffn):
+    if not callable(getattr(ffn, structure.act, None)) or not _is_gated(ffn, structure):
         return "an mlp that computes something else than down_proj(act_fn(gate_proj(x)) * up_proj(x))"
     return None
 
 
 @torch.no_grad()
-def _is_gated(ffn: nn.Module) -> bool:
+def _is_gated(ffn: nn.Module, structure: Structure) -> bool:
     """Whether the module's own forward is that of a gated FFN: run with small weights in the place of its own."""
     small: Any = deepcopy(ffn).eval()
     draw = torch.Generator().manual_seed(0)
-    for name, (outputs, inputs) in zip(FFN_WEIGHTS, ((6, 4), (6, 4), (4, 6)), strict=True):
+    for name, (outputs, inputs) in structure.shapes(4, 6).items():
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(torch.randn(outputs, inputs, generator=draw))
         setattr(small, name, linear)
     x = torch.randn(1, 3, 4, generator=draw)
+    gate, up = structure.gate_and_up(small, x)
     try:
-        return torch.allclose(small(x), small.down_proj(small.act_fn(small.gate_proj(x)) * small.up_proj(x)))
+        return torch.allclose(small(x), small.down_proj(getattr(small, structure.act)(gate) * up))
     except (RuntimeError, TypeError):  # it takes more than x, or more tensors of its own
         return False
