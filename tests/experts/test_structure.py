@@ -17,7 +17,7 @@ from upcycle.settings import DevicesSettings, TrainingSettings
 from upcycle.training.forecast import forecast
 from upcycle.training.packing import can_pack
 from upcycle.weights.folders import read_config
-from worlds import IDS, as_base, forced_logits, logits, make_adapter, mixture
+from worlds import IDS, as_base, forced_logits, logits, make_adapter, mixture, shrunk
 
 WINDOWS: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 NARROW = {**WINDOWS, "head_dim": 8}
@@ -185,8 +185,8 @@ def test_only_what_has_a_plain_moe_is_said_to_fold(base: Path, tmp_path: Path) -
         assert KINDS["lora"].describe(made).folds == folds
     with pytest.raises(UpcycleError, match=r"caps the scores of attention.*; export .*mixture without --fold"):
         KINDS["lora"].fold(made, tmp_path / "plain", "source", None)
-    assert may_have_twin("someone/not-here")
-    assert may_have_twin("builtin:tiny")
+    assert may_have_twin("someone/not-here", 2)
+    assert may_have_twin("builtin:tiny", 2)
 
 
 def test_a_mixture_folds_into_weights_that_are_rewritten_or_split(tmp_path: Path) -> None:
@@ -197,3 +197,28 @@ def test_a_mixture_folds_into_weights_that_are_rewritten_or_split(tmp_path: Path
         plain.mkdir()
         KINDS["lora"].fold(made, plain, "float32", None)
         torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dense", "changes"), [("glm", {"head_dim": 8}), ("youtu", LATENT), ("gemma4_text", GEMMA4)])
+def test_a_moe_that_weighs_experts_otherwise_takes_one_for_a_token_or_none(
+    dense: str, changes: dict[str, Any], tmp_path: Path, tiny_recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_dense(tmp_path / dense, model_type=dense, **changes)
+    adapters = [make_adapter(base, tmp_path / str(i), i) for i in (1, 2)]
+    for active in (1, 2):
+        made = mixture(base, adapters, tmp_path / f"mixture-{active}", num_experts_per_tok=active)
+        plain = tmp_path / f"plain-{active}"
+        plain.mkdir()
+        folds = active == 1 and dense != "gemma4_text"
+        changed = {"assemble": {"num_experts_per_tok": active}, "posttrain": {"freeze": "router"}}
+        KINDS["lora"].read_base(as_base(base), shrunk("upit-lora", tiny_recipe, **changed))
+        assert ("`upcycle export --fold` will refuse it" in capsys.readouterr().out) == (not folds)
+        assert KINDS["lora"].describe(made).folds == folds
+        if folds:
+            KINDS["lora"].fold(made, plain, "float32", None)
+            torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=1e-5)
+        else:
+            with pytest.raises(
+                UpcycleError, match=r"would give other logits.*, the mixture.* softmax; export .*without"
+            ):
+                KINDS["lora"].fold(made, plain, "float32", None)

@@ -48,7 +48,7 @@ from upcycle.experts.mixture import (
     write_new,
 )
 from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
-from upcycle.experts.structure import Dense, check_base, checked_dense, checked_mapping, may_have_twin
+from upcycle.experts.structure import Dense, check_base, check_routing, checked_dense, checked_mapping, may_have_twin
 from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
 from upcycle.recipe import Recipe
@@ -109,7 +109,9 @@ def read_base(base: Base, recipe: Recipe) -> PlainMapping | Dense:
         UpcycleError: see `checked_mapping` and `checked_dense`.
     """
     try:
-        return checked_mapping(base, recipe)
+        mapping = checked_mapping(base, recipe)
+        check_routing(mapping.family, mapping.config, recipe.assemble.num_experts_per_tok)
+        return mapping
     except NoTwinError as error:
         warn(
             f"{base.config['model_type']} has no exact plain MoE ({error.reason}): this mixture of adapters will be "
@@ -303,6 +305,7 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
     reader = ModelReader(base)
     try:
         mapping = map_model(base, reader, config.num_experts)
+        check_routing(mapping.family, mapping.config, config.num_experts_per_tok)
     except NoTwinError as error:
         raise UpcycleError(f"{error}; export {source} without --fold: upcycle and its base serve it") from None
     experts, kept = expert_updates(source, config), read_tensors(source)
@@ -342,7 +345,9 @@ def describe(folder: Path) -> Description:
         return Description("A LoRA adapter (it needs its base)", plain=False)
     config = MixtureConfig.load(folder)
     what = f"A mixture of {config.num_experts} LoRA adapters in compact form (it needs its base and upcycle)"
-    return Description(what, plain=False, folds=may_have_twin(config.base_model_name_or_path))
+    return Description(
+        what, plain=False, folds=may_have_twin(config.base_model_name_or_path, config.num_experts_per_tok)
+    )
 
 
 def addition(hidden: int, inner: int, recipe: Recipe) -> int:

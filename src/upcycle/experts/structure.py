@@ -18,6 +18,7 @@ from torch import nn
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.check import check_source
 from upcycle.architectures.families import family_of
+from upcycle.architectures.family import Family
 from upcycle.architectures.mapping import Mapping, looked_up, map_model, needed_tensors, with_own_head
 from upcycle.architectures.slices import Slicing
 from upcycle.errors import NoTwinError, UpcycleError
@@ -118,13 +119,24 @@ def check_twin(folder: Path, config: Config) -> None:
         family_of(config, str(folder))
 
 
-def may_have_twin(name: str) -> bool:
-    """Whether a dense model has an exact plain MoE; one that is not on this machine may have."""
+def check_routing(family: Family, config: Config, num_experts_per_tok: int) -> None:
+    """Raises NoTwinError if the plain MoE of a dense model weighs a token's experts otherwise than a mixture does."""
+    routing = family.moe.routing
+    if routing == "softmax" or (routing == "sigmoid" and num_experts_per_tok == 1):  # the weight of one is 1
+        return
+    how = "normalises what it routes by" if routing == "normed" else "weighs experts by sigmoids"
+    reason = f"{family.moe.model_type} {how}, the mixture by a softmax"
+    raise NoTwinError(f"{family} would give other logits with several experts: {reason}", reason, config)
+
+
+def may_have_twin(name: str, num_experts_per_tok: int) -> bool:
+    """Whether a mixture on a dense model has an exact plain MoE; one that is not on this machine may have."""
     if name != BUILTIN_BASE and not Path(name).is_dir():
         return True
     folder = find_model(name)
     try:
-        family_of(read_config(folder), name)
+        config = read_config(folder)
+        check_routing(family_of(config, name), config, num_experts_per_tok)
     except UpcycleError:
         return False
     return True
