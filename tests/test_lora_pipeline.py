@@ -74,6 +74,20 @@ def test_what_is_exported_needs_nothing_of_ours(tiny_recipe: dict[str, Any], tmp
     torch.testing.assert_close(torch.load(out), logits(run.folder / "posttrain"), rtol=0, atol=1e-5)
 
 
+def test_a_base_with_gate_and_up_in_one_layer(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """From training the adapters to the folded MoE."""
+    base = make_dense(tmp_path / "phi3", model_type="phi3")
+    recipe = {**tiny_recipe, "base": str(base)}
+    with pytest.raises(UpcycleError, match=r"has gate_proj and up_proj in one layer, gate_up_proj, .*: name both or"):
+        run_stages(Run(shrunk("upit-lora", recipe, lora={"targets": ["up_proj"]}), tmp_path / "half"), ("prepare",))
+    run = Run(shrunk("upit-lora", recipe), tmp_path / "run")
+    run_stages(run)
+    scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
+    assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
+    export(run.folder / "posttrain", tmp_path / "plain", True, "source")
+    torch.testing.assert_close(logits(tmp_path / "plain"), logits(run.folder / "posttrain"), rtol=0, atol=1e-5)
+
+
 def test_the_same_seed_gives_the_same_bytes(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     stages = ("prepare", "expand", "assemble")
     contents = []

@@ -12,6 +12,8 @@ from upcycle.data.chat import Sample
 from upcycle.data.formats import Row
 from upcycle.data.rows import open_rows
 from upcycle.experts.kinds import KINDS, load_model
+from upcycle.experts.linears import FFN_WEIGHTS
+from upcycle.experts.lora import target_linears
 from upcycle.recipe import Recipe, load_recipe, parse_recipe
 from upcycle.records.plan import ExpansionPlan, Expert
 from upcycle.routing.routers import ForcedRouter, RowExperts, granularity, random_routers, swapped_routers
@@ -79,10 +81,11 @@ def make_adapter(base: Path, folder: Path, seed: int, rank: int = 4, **config: A
     """A LoRA adapter of the FFN weights, saved by PEFT, whose B is not zero."""
     from peft import LoraConfig, get_peft_model
 
-    targets = config.pop("target_modules", ["gate_proj", "up_proj", "down_proj"])
+    dense = load_model(base, torch.float32)
+    targets = config.pop("target_modules", None) or target_linears(dense, FFN_WEIGHTS)
     torch.manual_seed(seed)
     settings = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets, **config)
-    model = get_peft_model(load_model(base, torch.float32), settings)
+    model = get_peft_model(dense, settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

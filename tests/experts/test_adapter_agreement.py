@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import make_dense
 from upcycle.errors import UpcycleError
 from upcycle.experts import adapter_files
 from upcycle.experts.adapter_files import WEIGHTS, read_adapter
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.experts.lora import check_checkpoint
 from upcycle.merging.low_rank import LowRank
+from upcycle.weights.folders import read_config
 from worlds import as_base, make_adapter
 
 MLP = "model.layers.1.mlp."
@@ -39,6 +41,26 @@ def compare(base: Path, folder: Path) -> None:
 )
 def test_an_adapter_of_peft_s_is_read_as_peft_reads_it(options: dict[str, Any], base: Path, tmp_path: Path) -> None:
     compare(base, make_adapter(base, tmp_path, 1, **options))
+
+
+def test_gate_and_up_in_one_layer_have_its_a_and_halves_of_its_b(base: Path, tmp_path: Path) -> None:
+    phi3 = make_dense(tmp_path / "phi3", model_type="phi3")
+    scaled = {"alpha_pattern": {"layers.1.mlp.gate_up_proj": 3}}
+    folder = make_adapter(phi3, tmp_path / "adapter", 1, target_modules=["gate_up_proj"], **scaled)
+    compare(phi3, folder)
+    gate, up = (read_adapter(folder, read_config(phi3))[f"{MLP}{name}"] for name in ("gate_proj", "up_proj"))
+    factors = load_file(folder / WEIGHTS)
+    a, b = (f"base_model.model.{MLP}gate_up_proj.lora_{factor}.weight" for factor in "AB")
+    assert torch.equal(gate.a, factors[a])
+    assert torch.equal(up.a, factors[a])
+    assert torch.equal(torch.cat([gate.b, up.b]), factors[b])
+    assert gate.scaling == up.scaling == 0.75
+    with pytest.raises(UpcycleError, match="cannot be loaded by PEFT"):
+        compare(base, folder)  # which has gate and up apart
+    apart = {a.replace("gate_up", "up"): gate.a, b.replace("gate_up", "up"): gate.b}
+    save_file({**factors, **apart}, folder / WEIGHTS)
+    with pytest.raises(UpcycleError, match=r"layers\.1\.mlp\.up_proj is there twice, by itself and in gate_up_proj"):
+        compare(phi3, folder)
 
 
 @pytest.mark.parametrize("name", ["base_model.model._orig_mod.", "default"])

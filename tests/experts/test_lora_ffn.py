@@ -38,19 +38,30 @@ def definition(x: Tensor, dense: Any, f: Factors, weights: Tensor, chosen: Tenso
     return output
 
 
-def ours(x: Tensor, dense: Any, f: Factors, weights: Tensor, chosen: Tensor, scaling: Tensor, grouped: bool) -> Tensor:
-    projections = [partial(torch.nn.functional.linear, weight=weight) for weight in dense]
-    names = ("gate_proj", "up_proj", "down_proj")
-    ffn = SimpleNamespace(**dict(zip(names, projections, strict=True)), act_fn=silu)
+def ours(
+    x: Tensor,
+    dense: Any,
+    f: Factors,
+    weights: Tensor,
+    chosen: Tensor,
+    scaling: Tensor,
+    grouped: bool,
+    fused: bool = False,
+) -> Tensor:
+    gate, up, down = (partial(torch.nn.functional.linear, weight=weight) for weight in dense)
+    both = partial(torch.nn.functional.linear, weight=torch.cat(dense[:2]))
+    gate_and_up = (lambda x: both(x).chunk(2, dim=-1)) if fused else lambda x: (gate(x), up(x))
+    ffn = SimpleNamespace(gate_and_up=gate_and_up, down_proj=down, act_fn=silu)
     return lora_ffn(x, ffn, weights, chosen, f, scaling, grouped)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_outputs_and_gradients_are_those_of_full_experts(grouped: bool) -> None:
+def test_outputs_and_gradients_are_those_of_full_experts(grouped: bool, fused: bool) -> None:
     x, dense, factors, weights, chosen, scaling = world()
     inputs = [x, weights, *dense, *vars(factors).values()]
     expected = definition(x, dense, factors, weights, chosen, scaling)
-    found = ours(x, dense, factors, weights, chosen, scaling, grouped)
+    found = ours(x, dense, factors, weights, chosen, scaling, grouped, fused)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     pull = torch.linspace(-1, 1, H)
     gradients = [torch.autograd.grad((y * pull).sum() + y.square().sum(), inputs) for y in (found, expected)]

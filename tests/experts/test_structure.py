@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_families import assert_rows_see_themselves_alone, greedy
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from conftest import make_dense
 from upcycle.errors import NoTwinError, UpcycleError
@@ -16,7 +17,7 @@ from upcycle.settings import DevicesSettings, TrainingSettings
 from upcycle.training.forecast import forecast
 from upcycle.training.packing import can_pack
 from upcycle.weights.folders import read_config
-from worlds import IDS, as_base, forced_logits, logits, make_adapter, mixture
+from worlds import IDS, as_base, forced_logits, logits, make_adapter, mixture, shrunk
 
 WINDOWS: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 NARROW = {**WINDOWS, "head_dim": 8}
@@ -64,8 +65,12 @@ BASES: list[tuple[str, dict[str, Any]]] = [
     ("stablelm", {}),
     ("helium", {"head_dim": 8}),
     ("youtu", LATENT),
+    ("phi3", {}),
+    ("glm", {"head_dim": 8}),
+    ("glm4", {"head_dim": 8}),
 ]
-WITHOUT_TWIN = ("llama", "gemma2", "olmo", "olmo3", "exaone4", "ministral3", "cohere", "cohere2", "stablelm")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+WITHOUT_TWIN = ("llama", "gemma2", "olmo", "olmo3", "exaone4", "ministral3", "cohere", "cohere2", "stablelm", "glm4")
 
 
 @pytest.mark.parametrize(("dense", "changes"), BASES, ids=lambda v: v if isinstance(v, str) else "")
@@ -102,9 +107,7 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
 @pytest.mark.parametrize(
     ("dense", "changes", "problem", "instead"),
     [
-        ("phi3", {}, r"layer 0 an mlp of gate_up_proj\.weight \(96, 32\), down_proj", "use prepare.train=ffn"),
         ("llama", {"mlp_bias": True}, r"gate_proj\.bias \(48,\)", "nor has it an exact plain MoE .*mlp_bias=True"),
-        ("glm4", {"head_dim": 8}, "an mlp of gate_up_proj", "normalise queries and keys too"),
         ("arcee", {}, r"an mlp of up_proj\.weight \(48, 32\), down_proj\.weight \(32, 48\)", "use prepare.train=ffn"),
         ("starcoder2", {}, r"an mlp of c_fc", "take another base"),
         ("nemotron", {}, r"an mlp of up_proj", "take another base"),
@@ -125,9 +128,8 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
 def test_another_structure_is_refused_by_what_was_found(
     dense: str, changes: dict[str, Any], problem: str, instead: str, base: Path
 ) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     small = as_base(base)
-    given = {"model_type": dense, **sizes, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, **changes}
+    given = {"model_type": dense, **SIZES, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, **changes}
     vars(small)["config"] = resolved(given)
     for kind in ("lora", "bottleneck"):
         with pytest.raises(
@@ -147,11 +149,20 @@ def resolved(config: dict[str, Any]) -> dict[str, Any]:
     return CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict() if known else config
 
 
+def up_before_gate(self: Phi3MLP, x: torch.Tensor) -> torch.Tensor:
+    up, gate = self.gate_up_proj(x).chunk(2, dim=-1)
+    return self.down_proj(self.activation_fn(gate) * up)
+
+
 def test_an_ffn_that_computes_something_else_of_the_same_weights_is_found(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = read_config(base)
     assert problem_of(config) is None
+    phi3 = resolved({"model_type": "phi3", **SIZES, "pad_token_id": 0})
+    assert problem_of(phi3) is None
+    monkeypatch.setattr(Phi3MLP, "forward", up_before_gate)
+    assert problem_of(phi3).startswith("has in layer 0 an mlp that computes something else than down_proj(")
     right = LlamaMLP.forward
     for wrong in (lambda self, x: 2 * right(self, x), lambda self, x, places: right(self, x)):
         monkeypatch.setattr(LlamaMLP, "forward", wrong)
@@ -174,15 +185,40 @@ def test_only_what_has_a_plain_moe_is_said_to_fold(base: Path, tmp_path: Path) -
         assert KINDS["lora"].describe(made).folds == folds
     with pytest.raises(UpcycleError, match=r"caps the scores of attention.*; export .*mixture without --fold"):
         KINDS["lora"].fold(made, tmp_path / "plain", "source", None)
-    assert may_have_twin("someone/not-here")
-    assert may_have_twin("builtin:tiny")
+    assert may_have_twin("someone/not-here", 2)
+    assert may_have_twin("builtin:tiny", 2)
 
 
-def test_a_mixture_folds_into_weights_that_are_rewritten(tmp_path: Path) -> None:
-    for dense in ("gemma", "helium"):
+def test_a_mixture_folds_into_weights_that_are_rewritten_or_split(tmp_path: Path) -> None:
+    for dense in ("gemma", "helium", "phi3"):
         base = make_dense(tmp_path / dense, model_type=dense, head_dim=8)
         adapters = [make_adapter(base, tmp_path / f"{dense}-{i}", i) for i in (1, 2)]
         made, plain = mixture(base, adapters, tmp_path / f"{dense}-mixture"), tmp_path / f"{dense}-plain"
         plain.mkdir()
         KINDS["lora"].fold(made, plain, "float32", None)
         torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dense", "changes"), [("glm", {"head_dim": 8}), ("youtu", LATENT), ("gemma4_text", GEMMA4)])
+def test_a_moe_that_weighs_experts_otherwise_takes_one_for_a_token_or_none(
+    dense: str, changes: dict[str, Any], tmp_path: Path, tiny_recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_dense(tmp_path / dense, model_type=dense, **changes)
+    adapters = [make_adapter(base, tmp_path / str(i), i) for i in (1, 2)]
+    for active in (1, 2):
+        made = mixture(base, adapters, tmp_path / f"mixture-{active}", num_experts_per_tok=active)
+        plain = tmp_path / f"plain-{active}"
+        plain.mkdir()
+        folds = active == 1 and dense != "gemma4_text"
+        changed = {"assemble": {"num_experts_per_tok": active}, "posttrain": {"freeze": "router"}}
+        KINDS["lora"].read_base(as_base(base), shrunk("upit-lora", tiny_recipe, **changed))
+        assert ("`upcycle export --fold` will refuse it" in capsys.readouterr().out) == (not folds)
+        assert KINDS["lora"].describe(made).folds == folds
+        if folds:
+            KINDS["lora"].fold(made, plain, "float32", None)
+            torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=1e-5)
+        else:
+            with pytest.raises(
+                UpcycleError, match=r"would give other logits.*, the mixture.* softmax; export .*without"
+            ):
+                KINDS["lora"].fold(made, plain, "float32", None)

@@ -28,6 +28,9 @@ class Moe:
     """What it calls the number of experts for a token."""
     partial: Literal["no", "first", "any"] = "no"
     """Which layers can keep one FFN."""
+    routing: Literal["softmax", "sigmoid", "normed"] = "softmax"
+    """The weights of a token's experts: their logits' softmax, their sigmoids over their sum, or the softmax for a
+    hidden state that the router normalises."""
 
 
 @dataclass(frozen=True)

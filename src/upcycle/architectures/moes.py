@@ -55,15 +55,17 @@ GLM_MOE = Moe(
     with_constants(QWEN_LAYOUT, selection_bias("mlp.gate.e_score_correction_bias"), *GLM_SHARED_EXPERT),
     "n_routed_experts",
     partial="first",
+    routing="sigmoid",
 )
-DEEPSEEK_V3 = Moe("deepseek_v3", "DeepseekV3ForCausalLM", GLM_MOE.layout, "n_routed_experts", partial="first")
+DEEPSEEK_V3 = replace(GLM_MOE, model_type="deepseek_v3", architecture="DeepseekV3ForCausalLM")
 BEAM = Moe(
     "beam",
     "BeamForCausalLM",
     with_constants(QWEN_LAYOUT, selection_bias("mlp.gate.e_score_correction_bias"), *OPEN_GATE),
     partial="any",
+    routing="sigmoid",
 )
-LFM2_MOE = Moe("lfm2_moe", "Lfm2MoeForCausalLM", LFM2_LAYOUT, partial="first")
+LFM2_MOE = Moe("lfm2_moe", "Lfm2MoeForCausalLM", LFM2_LAYOUT, partial="first", routing="sigmoid")
 HUNYUAN_MOE = Moe(
     "hunyuan_v1_moe",
     "HunYuanMoEV1ForCausalLM",
@@ -71,4 +73,11 @@ HUNYUAN_MOE = Moe(
     size_field="intermediate_size",
     active_field="moe_topk",
 )
-NEMOTRON_H = Moe("nemotron_h", "NemotronHForCausalLM", NEMOTRON_LAYOUT, "n_routed_experts", partial="any")
+NEMOTRON_H = Moe(
+    "nemotron_h",
+    "NemotronHForCausalLM",
+    NEMOTRON_LAYOUT,
+    "n_routed_experts",
+    partial="any",
+    routing="sigmoid",
+)

@@ -169,6 +169,7 @@ GEMMA4 = Moe(
         Constant("router.per_expert_scale", ("experts",), 1.0),
     ),
     active_field="top_k_experts",
+    routing="normed",
 )
 GEMMA4_MOVES = (
     ("pre_feedforward_layernorm.weight", _twice),

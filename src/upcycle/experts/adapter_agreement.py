@@ -1,6 +1,7 @@
 """Do we read from an adapter's folder what PEFT reads there? The truth is PEFT's own loading, on the base as it is."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from upcycle.architectures.agreement import compare_tensors, main_dtype, otherwise
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import PREFIX, merged_weight
+from upcycle.experts.linears import weights_in
 from upcycle.merging.low_rank import LowRank
 from upcycle.types import Model
 from upcycle.weights.folders import load_dense
@@ -52,7 +54,8 @@ def check_adapter_agreement(base: Path, folder: Path, updates: dict[str, LowRank
         except Exception as error:  # wrong fields and shapes surface as several kinds
             raise UpcycleError(f"{folder} cannot be loaded by PEFT, so it is not taken: {error}") from None
     state = {name.removeprefix(PREFIX): tensor for name, tensor in model.state_dict().items()}
-    for name, update in updates.items():
+    linears = _by_linear(updates, reader)
+    for name, update in linears.items():
         for factor, ours in (("A", update.a), ("B", update.b)):
             theirs = state.pop(f"{name}.lora_{factor}.{NAME}.weight", None)
             if theirs is None:
@@ -63,9 +66,18 @@ def check_adapter_agreement(base: Path, folder: Path, updates: dict[str, LowRank
             raise _otherwise(folder, f"the scaling of {name}", f"{scaling:.6g}", f"{update.scaling:.6g}")
         weight = reader.tensor(f"{name}.weight")
         compare_tensors(folder, f"the base's {name}.weight", state.pop(f"{name}.base_layer.weight"), weight, "PEFT")
-    for name in sorted(updates)[:: max(1, len(updates) - 1)]:
-        _compare_products(folder, name, model.get_submodule(PREFIX + name).get_delta_weight(NAME), updates[name])
+    for name in sorted(linears)[:: max(1, len(linears) - 1)]:
+        _compare_products(folder, name, model.get_submodule(PREFIX + name).get_delta_weight(NAME), linears[name])
     _check_rest(folder, state)
+
+
+def _by_linear(updates: dict[str, LowRank], base: ModelReader) -> dict[str, LowRank]:
+    """The updates of the base's linear layers, from those of the weights in them."""
+    found: dict[str, LowRank] = {}
+    for linear in (name.removesuffix(".weight") for name in base.names()):
+        if parts := [updates[weight] for weight in weights_in(linear) if weight in updates]:
+            found[linear] = replace(parts[0], b=torch.cat([part.b for part in parts]))
+    return found
 
 
 def _compare_products(folder: Path, name: str, theirs: Tensor, update: LowRank) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
+from upcycle.experts.linears import FFN_WEIGHTS, LINEARS, weights_in
 from upcycle.merging.low_rank import LowRank
 from upcycle.reading import brief, read_json
 from upcycle.records.record import first_problem
@@ -22,9 +23,8 @@ from upcycle.weights.safetensors_io import plain_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-FFN_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."
-NAME = re.compile(r"base_model\.model\.(model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj)\.lora_(A|B)\.weight")
+NAME = re.compile(rf"base_model\.model\.(model\.layers\.\d+\.mlp\.(?:{'|'.join(LINEARS)}))\.lora_(A|B)\.weight")
 UNORDERED = ("target_modules", "exclude_modules")
 HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 """Fields of adapter_config.json that decide what its tensors add, as read here."""
@@ -97,7 +97,9 @@ def read_adapter_config(folder: Path) -> Config:
 
 
 def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
-    """The updates of a LoRA adapter of FFN weights, by the name of the weight's module.
+    """The updates of a LoRA adapter of FFN weights, by `model.layers.0.mlp.gate_proj`.
+
+    Weights that lie in one linear layer have its A, and their rows of its B.
 
     Args:
         base: the dense model's configuration.
@@ -116,12 +118,18 @@ def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
             raise UpcycleError(
                 f"{folder / WEIGHTS}: {name} is not a LoRA factor of gate_proj, up_proj or down_proj; an expert is an "
                 "FFN block, so an adapter that changes anything else cannot be one: train it with "
-                f"target_modules={list(FFN_WEIGHTS)}"
+                f"target_modules={list(FFN_WEIGHTS)} (gate_up_proj where that is both)"
             )
         if not tensor.isfinite().all():
             raise UpcycleError(f"{folder / WEIGHTS}: {name} holds NaN or Inf; leave this adapter out")
         pairs.setdefault(match[1], {})[match[2]] = tensor
-    return {name: _update(folder, name, pair, scale, base) for name, pair in sorted(pairs.items())}
+    updates: dict[str, LowRank] = {}
+    for name, pair in sorted(pairs.items()):
+        found = _updates(folder, name, pair, scale, base)
+        if twice := updates.keys() & found.keys():
+            raise UpcycleError(f"{folder / WEIGHTS}: {min(twice)} is there twice, by itself and in gate_up_proj")
+        updates |= found
+    return updates
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -182,17 +190,20 @@ def _scale_in(folder: Path, config: Config) -> Scale:
         raise UpcycleError(f"{folder / CONFIG}: {first_problem(error)}; restore the file as PEFT wrote it") from None
 
 
-def _update(folder: Path, name: str, pair: dict[str, Tensor], scale: Scale, base: Config) -> LowRank:
+def _updates(folder: Path, name: str, pair: dict[str, Tensor], scale: Scale, base: Config) -> dict[str, LowRank]:
+    """Of the weights in the linear layer `name`, from its factors."""
     if pair.keys() != {"A", "B"}:
         raise UpcycleError(f"{folder / WEIGHTS}: {name} has lora_{next(iter(pair))} alone, expected lora_A and lora_B")
     a, b = pair["A"], pair["B"]
-    expected = ffn_shapes(base).get(name)
+    shapes, weights = ffn_shapes(base), weights_in(name)
+    expected = (sum(shapes[w][0] for w in weights), shapes[weights[0]][1]) if weights[0] in shapes else None
     if expected is None or (b.shape[0], a.shape[1]) != expected or b.shape[1] != a.shape[0]:
         raise UpcycleError(
             f"{folder / WEIGHTS}: {name} has factors {tuple(b.shape)} and {tuple(a.shape)}, the base's weight is "
             f"{expected or 'not there'}; the adapter belongs to another model"
         )
-    return LowRank(a, b, scale.of(name) / (math.sqrt(len(a)) if scale.use_rslora else len(a)))
+    scaling = scale.of(name) / (math.sqrt(len(a)) if scale.use_rslora else len(a))
+    return {weight: LowRank(a, rows, scaling) for weight, rows in zip(weights, b.chunk(len(weights)), strict=True)}
 
 
 def merged_weight(weight: Tensor, update: LowRank | None) -> Tensor:

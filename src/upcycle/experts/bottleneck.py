@@ -57,7 +57,8 @@ class BottleneckExperts(nn.Module):
     def forward(
         self, ffn: DenseFfn, hidden: Float[Tensor, "T H"], weights: Float[Tensor, "T k"], chosen: Int[Tensor, "T k"]
     ) -> Float[Tensor, "T H"]:
-        output = ffn.down_proj(ffn.act_fn(ffn.gate_proj(hidden)) * ffn.up_proj(hidden))
+        gate, up = ffn.gate_and_up(hidden)
+        output = ffn.down_proj(ffn.act_fn(gate) * up)
         added = slot_products(output, weights, chosen, self.adapter_down, self.adapter_up, ffn.act_fn)
         total: Tensor = weights.sum(dim=1, keepdim=True) * output + added
         return total

@@ -22,7 +22,6 @@ from upcycle.errors import NoTwinError, UpcycleError
 from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_agreement import check_adapter_agreement, load_adapted
 from upcycle.experts.adapter_files import (
-    FFN_WEIGHTS,
     PREFIX,
     ffn_shapes,
     is_adapter,
@@ -34,6 +33,7 @@ from upcycle.experts.adapter_files import (
 )
 from upcycle.experts.gram import Measure, adapter_gram
 from upcycle.experts.kind import Kind, Load, Routers
+from upcycle.experts.linears import FFN_WEIGHTS, structure_of, weights_in
 from upcycle.experts.lora_ffn import DenseFfn, Factors, lora_ffn
 from upcycle.experts.mixture import (
     MixtureConfig,
@@ -48,7 +48,7 @@ from upcycle.experts.mixture import (
     write_new,
 )
 from upcycle.experts.plain_moe import Parts, Piece, storage_dtype, write_moe
-from upcycle.experts.structure import Dense, check_base, checked_dense, checked_mapping, may_have_twin
+from upcycle.experts.structure import Dense, check_base, check_routing, checked_dense, checked_mapping, may_have_twin
 from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
 from upcycle.recipe import Recipe
@@ -109,7 +109,9 @@ def read_base(base: Base, recipe: Recipe) -> PlainMapping | Dense:
         UpcycleError: see `checked_mapping` and `checked_dense`.
     """
     try:
-        return checked_mapping(base, recipe)
+        mapping = checked_mapping(base, recipe)
+        check_routing(mapping.family, mapping.config, recipe.assemble.num_experts_per_tok)
+        return mapping
     except NoTwinError as error:
         warn(
             f"{base.config['model_type']} has no exact plain MoE ({error.reason}): this mixture of adapters will be "
@@ -146,9 +148,27 @@ def trainable(base: Base, lora: LoraSettings, seed: int, _devices: DevicesSettin
         lora_alpha=lora.alpha,
         use_rslora=lora.rslora,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
+        target_modules=target_linears(model, lora.targets),
     )
     return get_peft_model(model.train(), config)
+
+
+def target_linears(model: Model, targets: Sequence[str]) -> list[str]:
+    """The linear layers in which a dense model has the FFN weights `targets`.
+
+    Raises:
+        UpcycleError: one holds another weight too.
+    """
+    structure = structure_of(model.model.layers[0].mlp)
+    assert structure is not None  # see `check_base`
+    chosen = {name: weights for name, weights in structure.linears.items() if not set(targets).isdisjoint(weights)}
+    for name, weights in chosen.items():
+        if not set(targets).issuperset(weights):
+            raise UpcycleError(
+                f"lora.targets is {list(targets)}, but this base has {' and '.join(weights)} in one layer, {name}, "
+                "which PEFT adapts as a whole: name both or none"
+            )
+    return list(chosen)
 
 
 def compare(base: Base, folders: Sequence[Path], settings: ExpandSettings, seed: int) -> tuple[Gram, Measure]:
@@ -285,12 +305,14 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
     reader = ModelReader(base)
     try:
         mapping = map_model(base, reader, config.num_experts)
+        check_routing(mapping.family, mapping.config, config.num_experts_per_tok)
     except NoTwinError as error:
         raise UpcycleError(f"{error}; export {source} without --fold: upcycle and its base serve it") from None
     experts, kept = expert_updates(source, config), read_tensors(source)
 
     def expert(number: int, region: Region) -> Tensor:
-        update = experts[number].get(region.tensor.removesuffix(".weight"))
+        weights = weights_in(region.tensor.removesuffix(".weight"))
+        update = experts[number].get(weights[region.row // region.shape[0]])
         return merged_weight(read_region(reader, region), update)
 
     def all_experts(region: Region) -> Iterator[Piece]:
@@ -323,7 +345,9 @@ def describe(folder: Path) -> Description:
         return Description("A LoRA adapter (it needs its base)", plain=False)
     config = MixtureConfig.load(folder)
     what = f"A mixture of {config.num_experts} LoRA adapters in compact form (it needs its base and upcycle)"
-    return Description(what, plain=False, folds=may_have_twin(config.base_model_name_or_path))
+    return Description(
+        what, plain=False, folds=may_have_twin(config.base_model_name_or_path, config.num_experts_per_tok)
+    )
 
 
 def addition(hidden: int, inner: int, recipe: Recipe) -> int:

@@ -31,8 +31,7 @@ BLOCK = 384
 class DenseFfn(Protocol):
     """The dense FFN block that all experts share."""
 
-    gate_proj: Callable[[Tensor], Tensor]
-    up_proj: Callable[[Tensor], Tensor]
+    gate_and_up: Callable[[Tensor], tuple[Tensor, Tensor]]
     down_proj: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
 
@@ -139,7 +138,7 @@ def lora_ffn(
     grouped = x.device.type != "cpu" if grouped is None else grouped
     order = experts[:, 0].argsort(stable=True)
     x, weights, experts = x.index_select(0, order), weights.index_select(0, order), experts.index_select(0, order)
-    gate, up = ffn.gate_proj(x), ffn.up_proj(x)
+    gate, up = ffn.gate_and_up(x)
     dtype = gate.dtype
     low_rank = [matrix.to(dtype) for matrix in vars(factors).values()]
     with torch.autocast(x.device.type, enabled=False):

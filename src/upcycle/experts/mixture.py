@@ -21,6 +21,7 @@ from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from upcycle.experts.kind import Load, Routers
+from upcycle.experts.linears import structure_of
 from upcycle.records.files import LINEAGE
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import Record, read_record, write_record
@@ -94,10 +95,18 @@ class MixtureFfn(nn.Module):
 
     def __init__(self, ffn: nn.Module, router: TopKRouter, experts: nn.Module) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = ffn.gate_proj, ffn.up_proj, ffn.down_proj
-        self.act_fn = ffn.act_fn
+        structure = structure_of(ffn)
+        assert structure is not None  # see structure.problem_of
+        self.structure = structure
+        for name in structure.linears:  # as they are: they may be quantized, sharded or hooked
+            setattr(self, name, getattr(ffn, name))
+        self.act_fn = getattr(ffn, structure.act)
         self.gate = router
         self.experts = experts
+
+    def gate_and_up(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the dense block multiplies, before its activation."""
+        return self.structure.gate_and_up(self, hidden)
 
     def forward(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])

@@ -18,10 +18,11 @@ from torch import nn
 from upcycle.architectures.agreement import check_agreement
 from upcycle.architectures.check import check_source
 from upcycle.architectures.families import family_of
+from upcycle.architectures.family import Family
 from upcycle.architectures.mapping import Mapping, looked_up, map_model, needed_tensors, with_own_head
 from upcycle.architectures.slices import Slicing
 from upcycle.errors import NoTwinError, UpcycleError
-from upcycle.experts.adapter_files import FFN_WEIGHTS
+from upcycle.experts.linears import Structure, structure_of
 from upcycle.reading import brief
 from upcycle.recipe import Recipe
 from upcycle.routing.routers import routers
@@ -33,7 +34,8 @@ from upcycle.weights.safetensors_io import ModelReader
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
 """Fields of config.json that are read here."""
 WANTED = (
-    "adapters as experts need an mlp of gate_proj, up_proj and down_proj without biases in every layer, of one size"
+    "adapters as experts need an mlp of gate_proj, up_proj (or gate_up_proj) and down_proj without biases in every "
+    "layer, of one size"
 )
 
 
@@ -117,13 +119,24 @@ def check_twin(folder: Path, config: Config) -> None:
         family_of(config, str(folder))
 
 
-def may_have_twin(name: str) -> bool:
-    """Whether a dense model has an exact plain MoE; one that is not on this machine may have."""
+def check_routing(family: Family, config: Config, num_experts_per_tok: int) -> None:
+    """Raises NoTwinError if the plain MoE of a dense model weighs a token's experts otherwise than a mixture does."""
+    routing = family.moe.routing
+    if routing == "softmax" or (routing == "sigmoid" and num_experts_per_tok == 1):  # the weight of one is 1
+        return
+    how = "normalises what it routes by" if routing == "normed" else "weighs experts by sigmoids"
+    reason = f"{family.moe.model_type} {how}, the mixture by a softmax"
+    raise NoTwinError(f"{family} would give other logits with several experts: {reason}", reason, config)
+
+
+def may_have_twin(name: str, num_experts_per_tok: int) -> bool:
+    """Whether a mixture on a dense model has an exact plain MoE; one that is not on this machine may have."""
     if name != BUILTIN_BASE and not Path(name).is_dir():
         return True
     folder = find_model(name)
     try:
-        family_of(read_config(folder), name)
+        config = read_config(folder)
+        check_routing(family_of(config, name), config, num_experts_per_tok)
     except UpcycleError:
         return False
     return True
@@ -177,27 +190,28 @@ def _problem(layer: nn.Module, hidden: int, channels: int) -> str | None:
     ffn = getattr(layer, "mlp", None)
     if not isinstance(ffn, nn.Module):
         return f"no mlp but {', '.join(name for name, _ in layer.named_children())}"
-    inner, outer = (channels, hidden), (hidden, channels)
-    expected = {f"{name}.weight": shape for name, shape in zip(FFN_WEIGHTS, (inner, inner, outer), strict=True)}
+    structure = structure_of(ffn)
+    shapes = {} if structure is None else structure.shapes(hidden, channels)
     found = {name: tuple(parameter.shape) for name, parameter in ffn.named_parameters()}
-    if found != expected:
+    if structure is None or found != {f"{name}.weight": shape for name, shape in shapes.items()}:
         return f"an mlp of {', '.join(f'{name} {shape}' for name, shape in found.items())}"
-    if not callable(getattr(ffn, "act_fn", None)) or not _is_gated(ffn):
+    if not callable(getattr(ffn, structure.act, None)) or not _is_gated(ffn, structure):
         return "an mlp that computes something else than down_proj(act_fn(gate_proj(x)) * up_proj(x))"
     return None
 
 
 @torch.no_grad()
-def _is_gated(ffn: nn.Module) -> bool:
+def _is_gated(ffn: nn.Module, structure: Structure) -> bool:
     """Whether the module's own forward is that of a gated FFN: run with small weights in the place of its own."""
     small: Any = deepcopy(ffn).eval()
     draw = torch.Generator().manual_seed(0)
-    for name, (outputs, inputs) in zip(FFN_WEIGHTS, ((6, 4), (6, 4), (4, 6)), strict=True):
+    for name, (outputs, inputs) in structure.shapes(4, 6).items():
         linear = nn.Linear(inputs, outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(torch.randn(outputs, inputs, generator=draw))
         setattr(small, name, linear)
     x = torch.randn(1, 3, 4, generator=draw)
+    gate, up = structure.gate_and_up(small, x)
     try:
-        return torch.allclose(small(x), small.down_proj(small.act_fn(small.gate_proj(x)) * small.up_proj(x)))
+        return torch.allclose(small(x), small.down_proj(getattr(small, structure.act)(gate) * up))
     except (RuntimeError, TypeError):  # it takes more than x, or more tensors of its own
         return False
