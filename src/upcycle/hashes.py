@@ -51,7 +51,7 @@ def hash_files(paths: Sequence[Path], algorithm: str = SHA256) -> Iterator[str]:
     try:
         yield from pool.map(lambda path: hash_file(path, algorithm), paths)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # one that is left early may be closed in a thread of the pool
 
 
 def hash_file(path: Path, algorithm: str = SHA256) -> str:
