@@ -165,8 +165,7 @@ def test_an_error_of_the_system_is_one_line(
     capsys: Any,
 ) -> None:
     if "--out" in words:
-        monkeypatch.setattr("upcycle.reporting.comparison.find_comparison", lambda _: None)
-        monkeypatch.setattr(cli, "open_run", lambda *_: write_text(Path("/nowhere/r.html"), ""))
+        monkeypatch.setattr("upcycle.api.report", lambda *_: write_text(Path("/nowhere/r.html"), ""))
     assert call(monkeypatch, *(word.format(run=tmp_path, recipe=recipe_file) for word in words)) == 2
     said = capsys.readouterr().err
     assert message in said
