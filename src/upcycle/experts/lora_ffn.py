@@ -5,6 +5,9 @@ Expert e is the FFN with weights W + s_e B_e A_e. For the k experts of a token x
     g_e = W_gate x + s_e B_e A_e x,   u_e = W_up x + s_e B_e A_e x,   h_e = act(g_e) * u_e    (first terms once a token)
     y = W_down sum_e w_e h_e  +  sum_e w_e s_e B_e A_e h_e                                  (one down projection)
 
+Biases are the dense model's: W x has them, and as the weights w sum to 1, the down projection's comes once.
+An FFN without a gate has h_e = act(u_e).
+
 Tokens are sorted by their first expert before anything is done to them, so that for the first choice nothing as large
 as (T, I) is gathered or scattered. g and u are kept for the backward pass: as much as a dense FFN with LoRA keeps.
 
@@ -31,8 +34,9 @@ BLOCK = 384
 class DenseFfn(Protocol):
     """The dense FFN block that all experts share."""
 
-    gate_and_up: Callable[[Tensor], tuple[Tensor, Tensor]]
-    down_proj: Callable[[Tensor], Tensor]
+    inner: Callable[[Tensor], tuple[Tensor, ...]]
+    """(gate, up), or (up,)."""
+    down: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
 
 
@@ -52,6 +56,16 @@ class Factors:
     """A of gate and, below it, of up."""
     b_gate: Float[Tensor, "E r I"]
     """B of gate, transposed, like all B here: products and gradients then run along rows."""
+    b_up: Float[Tensor, "E r I"]
+    a_down: Float[Tensor, "E r I"]
+    b_down: Float[Tensor, "E r H"]
+
+
+@dataclass(frozen=True)
+class UngatedFactors:
+    """The same where there is no gate."""
+
+    a_up: Float[Tensor, "E r H"]
     b_up: Float[Tensor, "E r I"]
     a_down: Float[Tensor, "E r I"]
     b_down: Float[Tensor, "E r H"]
@@ -126,26 +140,55 @@ def lora_ffn(
     ffn: DenseFfn,
     weights: Float[Tensor, "T k"],
     experts: Int[Tensor, "T k"],
-    factors: Factors,
+    factors: Factors | UngatedFactors,
     scaling: Float[Tensor, " E"],
     grouped: bool | None = None,
 ) -> Float[Tensor, "T H"]:
     """The block's output.
 
     Args:
-        grouped: one grouped product over all experts (default on an accelerator), or blocks that suit a CPU's caches.
+        grouped: one grouped product over all experts (default on an accelerator), or blocks that suit a CPU's caches;
+            without a gate always the first.
     """
+    if isinstance(factors, UngatedFactors):
+        return _ungated_ffn(x, ffn, weights, experts, factors, scaling)
     grouped = x.device.type != "cpu" if grouped is None else grouped
     order = experts[:, 0].argsort(stable=True)
     x, weights, experts = x.index_select(0, order), weights.index_select(0, order), experts.index_select(0, order)
-    gate, up = ffn.gate_and_up(x)
+    gate, up = ffn.inner(x)
     dtype = gate.dtype
     low_rank = [matrix.to(dtype) for matrix in vars(factors).values()]
     with torch.autocast(x.device.type, enabled=False):
         apply: Any = _Mix.apply
         mixed, low = apply(x.to(dtype), gate, up, weights.to(dtype), experts, scaling, ffn.act_fn, grouped, *low_rank)
-    output = ffn.down_proj(mixed) + low
+    output = ffn.down(mixed) + low
     return torch.empty_like(output).index_copy(0, order, output)
+
+
+def _ungated_ffn(
+    x: Float[Tensor, "T H"],
+    ffn: DenseFfn,
+    weights: Float[Tensor, "T k"],
+    experts: Int[Tensor, "T k"],
+    factors: UngatedFactors,
+    scaling: Float[Tensor, " E"],
+) -> Float[Tensor, "T H"]:
+    """`lora_ffn` without a gate, whose gradients are left to torch."""
+    (inner,) = ffn.inner(x)
+    dtype = inner.dtype
+    x, weights, scaling = x.to(dtype), weights.to(dtype), scaling.to(dtype)
+    f = UngatedFactors(*(matrix.to(dtype) for matrix in vars(factors).values()))
+    mixed, low = torch.zeros_like(inner), torch.zeros_like(x)
+    with torch.autocast(x.device.type, enabled=False):
+        for number, choice in enumerate(experts.unbind(1)):
+            slots = Slots.of(choice, len(scaling))
+            w, s = weights[slots.tokens, number, None], scaling[choice[slots.tokens], None]
+            z_up = slots.product(x[slots.tokens], f.a_up.mT) * s
+            hidden = ffn.act_fn(inner[slots.tokens] + slots.product(z_up, f.b_up)).to(dtype)
+            z_down = slots.product(hidden, f.a_down.mT) * (w * s)
+            mixed = mixed.index_add(0, slots.tokens, hidden * w)
+            low = low.index_add(0, slots.tokens, slots.product(z_down, f.b_down))
+    return ffn.down(mixed) + low
 
 
 class _Mix(torch.autograd.Function):
