@@ -14,11 +14,13 @@ from conftest import make_dense
 from upcycle.errors import NoTwinError, UpcycleError
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.experts.structure import checked_dense, may_have_twin, problem_of
+from upcycle.records.plan import ExpansionPlan, Expert
+from upcycle.routing.routers import freeze
 from upcycle.settings import DevicesSettings, TrainingSettings
 from upcycle.training.forecast import forecast
 from upcycle.training.packing import can_pack
 from upcycle.weights.folders import read_config
-from worlds import IDS, as_base, forced_logits, logits, make_adapter, mixture, shrunk
+from worlds import IDS, as_base, assemble, forced_logits, logits, make_adapter, mixture, plan_of, shrunk
 
 WINDOWS: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 NARROW = {**WINDOWS, "head_dim": 8}
@@ -108,12 +110,35 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
         assert (expected - plain).abs().max() > 0.02 * largest
         difference = (forced_logits(model, [expert] * 2, 2) - expected).abs().max()
         assert difference <= (2e-5 if "hidden_size_per_layer_input" in changes else 1e-5) * largest
+    fresh = assemble("bottleneck", base, [], copies_of_the_base(2), tmp_path / "bottleneck", router_std=0.5)
+    assert (logits(fresh) - plain).abs().max() <= 1e-5 * plain.abs().max()
     assert len(greedy(made)) == len(IDS)
     if can_pack(model):
         assert_rows_see_themselves_alone(load_model(made, torch.float32).train())
     assert can_pack(model) == (dense != "qwen3_5_text")  # a recurrent layer carries one row into the next
     needs = forecast(found.config, TrainingSettings(), 32, DevicesSettings(), 1, lambda _: False, added=1000)
     assert needs.weights == 4 * (sum(p.numel() for p in load_model(base.folder, torch.float32).parameters()) + 1000)
+
+
+def copies_of_the_base(count: int) -> ExpansionPlan:
+    copies = tuple(Expert(name=f"copy-{i}", kind="base") for i in range(count))
+    return plan_of(count, adapters="average", experts=copies)
+
+
+@pytest.mark.parametrize("dense", ["apertus", "starcoder2"])
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_without_a_gate_it_trains_in_bf16_beside_fp32_parameters(kind: str, dense: str, tmp_path: Path) -> None:
+    """As on a GPU; those of an activation widen what they multiply."""
+    base = make_dense(tmp_path / "dense", model_type=dense)
+    made = assemble(kind, base, [], copies_of_the_base(2), tmp_path / "mixture", router_std=0.5)
+    model, expected = load_model(made, torch.float32).train(), logits(made)
+    freeze(model, KINDS[kind].frozen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(IDS, labels=IDS)
+    output.loss.backward()
+    assert (output.logits.float() - expected).norm() < 0.05 * expected.norm()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {n for n, _ in model.named_parameters() if ".mlp.experts." in n or ".mlp.gate." in n}
 
 
 @pytest.mark.parametrize(

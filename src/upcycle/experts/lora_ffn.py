@@ -318,7 +318,7 @@ def slot_products(
     total = torch.zeros_like(x)
     for number, choice in enumerate(experts.unbind(1)):
         slots = Slots.of(choice, len(down))
-        inner = act(slots.product(x[slots.tokens], down.to(x.dtype).mT))
+        inner = act(slots.product(x[slots.tokens], down.to(x.dtype).mT)).to(x.dtype)  # its parameters may be fp32
         added = slots.product(inner, up.to(x.dtype).mT) * weights[slots.tokens, number, None].to(x.dtype)
         total = total.index_add(0, slots.tokens, added)
     return total
