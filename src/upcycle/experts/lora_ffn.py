@@ -150,45 +150,45 @@ def lora_ffn(
         grouped: one grouped product over all experts (default on an accelerator), or blocks that suit a CPU's caches;
             without a gate always the first.
     """
-    if isinstance(factors, UngatedFactors):
-        return _ungated_ffn(x, ffn, weights, experts, factors, scaling)
     grouped = x.device.type != "cpu" if grouped is None else grouped
     order = experts[:, 0].argsort(stable=True)
     x, weights, experts = x.index_select(0, order), weights.index_select(0, order), experts.index_select(0, order)
-    gate, up = ffn.inner(x)
-    dtype = gate.dtype
+    inner = ffn.inner(x)
+    dtype = inner[0].dtype
+    x, weights = x.to(dtype), weights.to(dtype)
     low_rank = [matrix.to(dtype) for matrix in vars(factors).values()]
     with torch.autocast(x.device.type, enabled=False):
-        apply: Any = _Mix.apply
-        mixed, low = apply(x.to(dtype), gate, up, weights.to(dtype), experts, scaling, ffn.act_fn, grouped, *low_rank)
+        if isinstance(factors, UngatedFactors):
+            (up,), f = inner, UngatedFactors(*low_rank)
+            mixed, low = _mix_ungated(x, up, weights, experts, scaling.to(dtype), ffn.act_fn, f)
+        else:
+            apply: Any = _Mix.apply
+            mixed, low = apply(x, *inner, weights, experts, scaling, ffn.act_fn, grouped, *low_rank)
     output = ffn.down(mixed) + low
     return torch.empty_like(output).index_copy(0, order, output)
 
 
-def _ungated_ffn(
+def _mix_ungated(
     x: Float[Tensor, "T H"],
-    ffn: DenseFfn,
+    inner: Float[Tensor, "T I"],
     weights: Float[Tensor, "T k"],
     experts: Int[Tensor, "T k"],
-    factors: UngatedFactors,
     scaling: Float[Tensor, " E"],
-) -> Float[Tensor, "T H"]:
-    """`lora_ffn` without a gate, whose gradients are left to torch."""
-    (inner,) = ffn.inner(x)
-    dtype = inner.dtype
-    x, weights, scaling = x.to(dtype), weights.to(dtype), scaling.to(dtype)
-    f = UngatedFactors(*(matrix.to(dtype) for matrix in vars(factors).values()))
-    mixed, low = torch.zeros_like(inner), torch.zeros_like(x)
-    with torch.autocast(x.device.type, enabled=False):
-        for number, choice in enumerate(experts.unbind(1)):
-            slots = Slots.of(choice, len(scaling))
-            w, s = weights[slots.tokens, number, None], scaling[choice[slots.tokens], None]
-            z_up = slots.product(x[slots.tokens], f.a_up.mT) * s
-            hidden = ffn.act_fn(inner[slots.tokens] + slots.product(z_up, f.b_up)).to(dtype)
-            z_down = slots.product(hidden, f.a_down.mT) * (w * s)
-            mixed = mixed.index_add(0, slots.tokens, hidden * w)
-            low = low.index_add(0, slots.tokens, slots.product(z_down, f.b_down))
-    return ffn.down(mixed) + low
+    act: Callable[[Tensor], Tensor],
+    f: UngatedFactors,
+) -> tuple[Float[Tensor, "T I"], Float[Tensor, "T H"]]:
+    """What `_Mix` gives, without a gate; its gradients are left to torch."""
+    mixed, low = inner, x  # set by the first choice
+    for number, choice in enumerate(experts.unbind(1)):
+        slots, first = Slots.of(choice, len(scaling)), number == 0
+        given = (x, inner, weights[:, number, None], scaling[choice, None])
+        x_in, u, w, s = given if first else (values.index_select(0, slots.tokens) for values in given)
+        z_up = slots.product(x_in, f.a_up.mT) * s
+        hidden = act(u + slots.product(z_up, f.b_up)).to(x.dtype)  # its parameters may be fp32
+        added = slots.product(slots.product(hidden, f.a_down.mT) * (w * s), f.b_down)
+        mixed = hidden * w if first else mixed.index_add(0, slots.tokens, hidden * w)
+        low = added if first else low.index_add(0, slots.tokens, added)
+    return mixed, low
 
 
 class _Mix(torch.autograd.Function):
