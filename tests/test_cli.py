@@ -100,7 +100,8 @@ def test_a_base_that_is_not_supported_says_what_is(
     [
         ("gemma2", "caps the scores of attention .*; LoRA experts work on it: prepare.train=lora"),
         ("glm4", "normalise queries and keys too.*; LoRA experts work on it: prepare.train=lora"),
-        ("nemotron", "nor do LoRA experts work on it, .* an mlp of up_proj"),
+        ("nemotron", "its norms have biases.*; LoRA experts work on it: prepare.train=lora"),
+        ("persimmon", "nor do LoRA experts work on it, .* an mlp of dense_h_to_4h"),
     ],
 )
 def test_a_model_without_a_plain_moe_is_checked_for_what_else_works(
