@@ -84,8 +84,8 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from the code. `upcycle settings` prints the same for your version. A setting goes into a recipe, or on the",
-        "command line as `section.field=value`.",
+        "Made from the code. `upcycle settings` prints the same for your version.",
+        "A setting goes into a recipe, or on the command line as `section.field=value`.",
         "",
         *section_table("Top level", "", Recipe),
     ]
