@@ -65,7 +65,7 @@ release-check:  ## wheel and sdist, and a run of the wheel in a fresh environmen
 	.release/venv/bin/pip check
 	@echo "== running it away from the checkout"
 	cd .release && venv/bin/upcycle --help >help.txt && venv/bin/upcycle --version
-	cd .release && venv/bin/upcycle run quickstart --run runs/small data.fraction=0.1
+	cd .release && venv/bin/upcycle run quickstart --run runs/small data.fraction=0.1 evaluate.models=ends evaluate.max_generated=20
 	cd .release && venv/bin/upcycle export runs/small --to moe && venv/bin/upcycle report runs/small
 	cd .release && venv/bin/python -c "from transformers import AutoModelForCausalLM as M; print(type(M.from_pretrained('moe')).__name__)"
 	@echo "== ready: $$(ls dist)"

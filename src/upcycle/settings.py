@@ -51,7 +51,7 @@ Sources = str | Source | list[str | Source]
 
 
 def known_columns(values: dict[str, str]) -> dict[str, str]:
-    """Raises ValueError for a name that is not one of ours."""
+    """The values; raises ValueError for a name that is not in COLUMNS."""
     for name in values:
         if name not in COLUMNS:
             raise ValueError(f"{name} is no column, expected some of {', '.join(COLUMNS)}{nearest(name, COLUMNS)}")
@@ -168,7 +168,7 @@ _INSTEAD = {
     "restore_callback_states_from_checkpoint accelerator_config disable_tqdm logging_nan_inf_filter",
 }
 OWNED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
-"""Fields of SFTConfig that settings of ours, or what a run promises, decide; and what to do instead."""
+"""Fields of SFTConfig that Upcycle's own settings or guarantees decide; and what to do instead."""
 
 
 class TrainingSettings(Settings):
