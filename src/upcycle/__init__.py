@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from upcycle.pipeline.run import Run
     from upcycle.recipe import Recipe, load_recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Recipe", "Run", "UpcycleError", "__version__", "load_recipe", "run_stages"]
 
 _HOMES = {

@@ -55,11 +55,12 @@ QUIET = {
 """What libraries are to be, unless the user has said otherwise."""
 PICTURES = (".png", ".pdf", ".svg")
 SHARED = ("run", *stage_names(), "compare", "sweep", "benchmark")
-"""Verbs that several processes work on; of all others the first process is enough."""
+"""Verbs that several processes share; all other verbs run in the first process only."""
+RUN, ONE_STAGE, LOOK, COMPARE, SHARE = "Run", "Single stages", "Look", "Compare", "Share"
+"""Panels of `upcycle --help`."""
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn a dense LLM and the checkpoints of one fine-tuning run into a mixture-of-experts model (UpIT).",
@@ -67,24 +68,26 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe (see `upcycle recipes`)."),
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe in the package (`upcycle recipes`)."),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace the recipe's."),
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that override the recipe's."),
 ]
 RunOption = Annotated[
     Path,
-    typer.Option("--run", "--out", help="The run folder: made if missing, resumed if there. torchrun needs --out."),
+    typer.Option(
+        "--run", "--out", help="The run folder: created if missing, resumed if it exists. Use --out with torchrun."
+    ),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; do nothing.")
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and the stages that would run, then stop.")
 ]
 UpdateOption = Annotated[
     bool,
     typer.Option(
         "--update",
-        help="Accept a changed recipe: build again, in place, what has other inputs or is damaged.",
+        help="Accept a changed recipe: rebuild stages whose inputs changed or whose files are damaged.",
     ),
 ]
 VerifyOption = Annotated[
@@ -92,12 +95,12 @@ VerifyOption = Annotated[
     typer.Option("--verify", help="Read every file again, also one that has not changed since it was last read."),
 ]
 KeepModelsOption = Annotated[
-    bool, typer.Option(help="Without it the weights of a seed's runs are deleted once all of them are measured.")
+    bool, typer.Option(help="Keep every run's weights; --no-keep-models deletes them after scoring.")
 ]
 
 
 def _add_stage(stage: Stage) -> None:
-    @app.command(stage.name, help=f"{stage.help} One stage of `run`; earlier ones must be complete.")
+    @app.command(stage.name, help=f"{stage.help}\n\nEarlier stages must be complete.", rich_help_panel=ONE_STAGE)
     def command(
         recipe: RecipeArgument,
         run: RunOption,
@@ -110,7 +113,7 @@ def _add_stage(stage: Stage) -> None:
 
 
 # seven parameters: the options of the verb
-@app.command("run")
+@app.command("run", rich_help_panel=RUN)
 def run_all(
     recipe: RecipeArgument,
     run: RunOption,
@@ -120,7 +123,7 @@ def run_all(
     verify: VerifyOption = False,
     until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to run.")] = stage_names()[-1],
 ) -> None:
-    """All stages of RECIPE in order. Run it again to resume: what is complete is kept."""
+    """Run all stages of RECIPE. Run it again to resume; complete stages are kept."""
     if until not in (names := stage_names()):
         raise UpcycleError(f"--until is {brief(until)}, expected one of {', '.join(names)}")
     _execute(names[: names.index(until) + 1], recipe, run, overrides, dry_run, update, verify)
@@ -130,9 +133,9 @@ for _stage in STAGES:
     _add_stage(_stage)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML.")] = None) -> None:
-    """List the shipped recipes, or print one."""
+    """List the recipes in the package, or print one."""
     shipped = shipped_recipes()
     if name is None:
         for key, text in sorted(shipped.items()):
@@ -143,13 +146,13 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's
         raise UpcycleError(f"no shipped recipe '{name}'; there are {', '.join(sorted(shipped))}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def settings() -> None:
     """List every setting of a recipe with its default and meaning."""
     print(describe_settings(), end="")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def families(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
@@ -164,15 +167,18 @@ def families(
         table(part.title, part.columns, part.rows, words=True)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def data(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, patterns, hub datasets; data.FIELD=VALUE.")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="Files, folders, patterns or hub datasets; settings as data.FIELD=VALUE."
+        ),
     ],
-    base: Annotated[str, typer.Option(help="The model whose tokenizer and chat template are used.")],
-    html: Annotated[Path | None, typer.Option(help="Write what is printed as a page too.")] = None,
+    base: Annotated[str, typer.Option(help="The model whose tokenizer and chat template to use.")],
+    html: Annotated[Path | None, typer.Option(help="Also write the output to this HTML file.")] = None,
 ) -> None:
-    """Say what data hold: format, rows and tokens by domain, what is left out and why, samples with what is learned."""
+    """Show what data contain: format, rows and tokens by domain, what is left out and why, and what will be learned."""
     if html is not None:
         check_writable(html)
     _quiet_libraries()
@@ -192,18 +198,18 @@ def data(
         say(f"written: {html}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.")],
     num_experts: Annotated[int, typer.Option(min=2, max=MOST_EXPERTS, help="Experts per layer.")] = 8,
-    num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts active for a token.")] = 2,
-    granularity: Annotated[int, typer.Option(help="Slices that every expert is cut into: 1, 2, 4 or 8.")] = 1,
-    dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
+    num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts that each token uses.")] = 2,
+    granularity: Annotated[int, typer.Option(help="Cut every expert into 1, 2, 4 or 8 slices.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Storage dtype: source, float32, bfloat16 or float16.")] = "source",
     devices: Annotated[
-        str | None, typer.Option(help="Say what fits on them, and what would make it fit: 8xH100, or 8x80GB.")
+        str | None, typer.Option(help="Also say what fits on these devices, such as 8xH100 or 8x80GB.")
     ] = None,
 ) -> None:
-    """Say what a dense model would become, and what other choices cost: parameters, FLOPs, memory; or why it cannot."""
+    """Say which MoE a dense model would become and what it costs (parameters, FLOPs, memory), or why it cannot."""
     _check_dtype(dtype)
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
@@ -221,30 +227,32 @@ def check(
         show_fit(model, mapping, num_experts_per_tok, cards)
 
 
-@app.command()
+@app.command(rich_help_panel=COMPARE)
 def compare(
     variants: Annotated[
         list[str],
         typer.Argument(
             metavar="RECIPE...",
-            help='Two or more, each with overrides, and a name if wanted: "ridge: quickstart route.start=ridge".',
+            help='Two or more recipes with overrides and an optional name: "ridge: quickstart route.start=ridge".',
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and comparison.json; resumed if there.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and comparison.json; resumed if it exists.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds 0, 1, ...")] = 3,
-    force: Annotated[bool, typer.Option(help="Compare runs of other data or training tokens, and mark it.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Compare even if data or training tokens differ, and mark the result.")
+    ] = False,
     keep_models: KeepModelsOption = True,
     against: Annotated[
-        str | None, typer.Option(help="Name of the variant that the others are compared with; else the first.")
+        str | None, typer.Option(help="Name of the variant to compare the others with. Default: the first.")
     ] = None,
     match: Annotated[
-        str, typer.Option(help="tokens, or flops: scale the others' epochs to the training FLOPs of the first.")
+        str, typer.Option(help="tokens, or flops: scale epochs to the first variant's training FLOPs.")
     ] = "tokens",
     results: Annotated[
-        Path | None, typer.Option(help="Keep the measures of every run here too, and take those that are here already.")
+        Path | None, typer.Option(help="Also store each run's measurements in this folder, and reuse those in it.")
     ] = None,
 ) -> None:
-    """Run recipes with several seeds; mean, spread and paired tests against one of them."""
+    """Compare recipes over several seeds: mean, spread, and paired tests against one of them."""
     if len(set(variants)) < 2:
         raise UpcycleError('compare needs two variants or more, such as "upit" "upit route.start=random"')
     _quiet_libraries()
@@ -260,18 +268,18 @@ def compare(
     say(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
 
 
-@app.command()
+@app.command(rich_help_panel=COMPARE)
 def sweep(
     recipe: RecipeArgument,
     axes: Annotated[
         list[str],
-        typer.Argument(metavar="SECTION.FIELD=VALUE,VALUE...", help="Settings with the values to go through."),
+        typer.Argument(metavar="SECTION.FIELD=VALUE,VALUE...", help="Settings, each with the values to try."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and sweep.json; resumed if there.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and sweep.json; resumed if it exists.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds 0, 1, ...")] = 3,
     keep_models: KeepModelsOption = True,
 ) -> None:
-    """Run every combination of settings with several seeds: score against data size, experts, anything."""
+    """Run every combination of settings over several seeds, and plot the scores."""
     _quiet_libraries()
     from upcycle.reporting.figures import sweep_figure
     from upcycle.studies.sweep import sweep
@@ -283,12 +291,14 @@ def sweep(
     say(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run, one of its stage folders, a MoE made here, or a plan.json.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run, one of its stage folders, a MoE made by Upcycle, or a plan.json.")
+    ],
     figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),
 ) -> None:
-    """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
+    """Show and plot the experts' lineage and similarities; for a run, also the routing by domain and the load."""
     check_writable(figure)
     if figure.suffix.lower() not in PICTURES:
         raise UpcycleError(f"--figure is {figure}, expected a name that ends in {', '.join(PICTURES)}")
@@ -304,23 +314,29 @@ def inspect(
 
 
 # eight parameters: the options of the verb
-@app.command()
+@app.command(rich_help_panel=COMPARE)
 def benchmark(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Runs, model folders or hub names.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for scores and pictures, resumed if there. Of a single run: RUN/benchmark."),
+        typer.Option(
+            "--out", help="Folder for scores and pictures; resumed if it exists. Default for one run: RUN/benchmark."
+        ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Names, separated by commas: of lm-eval's tasks, or of files.")] = "",
-    task_folder: Annotated[Path | None, typer.Option(help="A folder of *.jsonl or *.jsonl.gz, a task each.")] = None,
-    experts: Annotated[bool, typer.Option("--experts", help="Also every expert of a run alone.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows of each task.")] = None,
-    chat_template: Annotated[bool, typer.Option(help="Ask as a chat, or as plain text.")] = True,
+    tasks: Annotated[
+        str, typer.Option(help="Names of lm-eval tasks, or of files in --task-folder, separated by commas.")
+    ] = "",
+    task_folder: Annotated[
+        Path | None, typer.Option(help="A folder of *.jsonl or *.jsonl.gz files, one task each.")
+    ] = None,
+    experts: Annotated[bool, typer.Option("--experts", help="Also score every expert of a run alone.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows of each task.")] = None,
+    chat_template: Annotated[bool, typer.Option(help="Apply the chat template.")] = True,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run programs that the model writes (rows with `test_list`).")
+        bool, typer.Option("--allow-code", help="Run the programs that the model writes (rows with `test_list`).")
     ] = False,
 ) -> None:
-    """Score models on benchmarks through lm-evaluation-harness: base, checkpoints, experts and MoE of a run."""
+    """Score base, checkpoints, experts and MoE of a run on benchmarks, through lm-evaluation-harness."""
     out = out or own_folder(models)
     _quiet_libraries()
     from upcycle.reporting.figures import draw_benchmarks
@@ -335,14 +351,14 @@ def benchmark(
     say(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN_OR_COMPARISON", help="A finished run, comparison or sweep.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The HTML file; default: report.html in the folder.")
+        Path | None, typer.Option("--out", help="The HTML file. Default: report.html in the folder.")
     ] = None,
 ) -> None:
-    """Write one HTML file that stands alone: what was made, whether it helped, who reads what, cost, how to repeat it.
+    """Write a standalone HTML report of a run, comparison or sweep: lineage, scores, routing, cost, recipe.
 
     The report of a run that is part of a comparison shows the comparison too.
     """
@@ -369,16 +385,18 @@ def report(
         write_report(folder, run.recipe, kind_in(result).describe(result), texts, out)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a model folder of one.")],
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or one of its model folders.")],
     to: Annotated[Path, typer.Option("--to", help="The new folder.")],
     fold: Annotated[bool, typer.Option("--fold", help="Write a mixture of LoRA experts as a plain MoE.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of a folded MoE: source, float32, bfloat16 or float16.")] = "source",
-    base: Annotated[str | None, typer.Option(help="The dense model of a mixture, if it has moved.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Storage dtype of a folded MoE: source, float32, bfloat16 or float16.")
+    ] = "source",
+    base: Annotated[str | None, typer.Option(help="The dense base of a mixture, if its folder has moved.")] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub, after asking.")] = None,
 ) -> None:
-    """Write the finished model as a folder that stands alone, with its model card; upload it if wanted."""
+    """Write the finished model to a standalone folder with a model card; upload it if you ask for it."""
     _check_dtype(dtype)
     check_new(to, "--to")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
@@ -467,7 +485,7 @@ def _push(folder: Path, name: str) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """What runs inside writes there; an error of a full disk says so, whatever kind a library makes of it."""
+    """For code that writes to `folder`: a full disk is reported as such, whatever exception a library raises."""
     try:
         yield
     except Exception as error:
@@ -496,7 +514,7 @@ def _stop(code: int, message: str) -> None:
 
 
 def main() -> None:
-    """Run the command that was typed; what a user can mend, or did, ends in one line without a traceback."""
+    """Run the command that was typed; user-facing errors and interrupts end in one line without a traceback."""
     if not world.is_main() and not set(sys.argv[1:2]) & set(SHARED):
         return
     gc.set_threshold(100_000, 20, 20)  # importing torch and transformers makes millions of objects: 15% quicker

@@ -34,7 +34,7 @@ MOST_BYTES = 1 << 20
 
 
 class Recipe(Settings):
-    """Everything that decides what a run makes."""
+    """Everything that determines the result of a run."""
 
     base: str = Field(min_length=1)
     """The dense pre-trained model: a hub name, a folder, or `builtin:tiny`."""
@@ -48,7 +48,7 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     devices: DevicesSettings = DevicesSettings()
     seed: int = Field(0, ge=0, lt=2**32)
-    """Every random draw of the run follows from it."""
+    """Seed of every random draw of the run."""
 
     @property
     def prepares(self) -> bool:
