@@ -87,31 +87,33 @@ def settings_page() -> str:
         "Made from the code. `upcycle settings` prints the same for your version.",
         "A setting goes into a recipe, or on the command line as `section.field=value`.",
         "",
-        *section_table("Top level", "", Recipe),
+        *section_list("Top level", "", Recipe),
     ]
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            lines += section_table(f"`{name}`", f"{name}.", field.annotation)
-    lines += section_table("A source of `data.train`", "", Source)
+            lines += section_list(f"`{name}`", f"{name}.", field.annotation)
+    lines += section_list("A source of `data.train`", "", Source)
     return "\n".join(lines) + "\n"
 
 
-def section_table(title: str, prefix: str, section: type[BaseModel]) -> Iterator[str]:
+def section_list(title: str, prefix: str, section: type[BaseModel]) -> Iterator[str]:
     yield from (f"## {title}", "", inspect.cleandoc(section.__doc__ or ""), "")
-    yield from ("| setting | type | default | meaning |", "| --- | --- | --- | --- |")
     for name, field in section.model_fields.items():
         if field.description:
-            default = "required" if field.is_required() else f"`{yaml_value(field.default)}`"
-            kind, meaning = cell(type_name(field.annotation)), cell(field.description)
-            yield f"| `{prefix}{name}` | {kind} | {default} | {meaning} |"
-    yield ""
+            default = "required" if field.is_required() else f"default `{yaml_value(field.default)}`"
+            yield from entry(f"{prefix}{name}", f"{type_name(field.annotation)}; {default}", field.description)
+
+
+def entry(name: str, kind: str, meaning: str) -> Iterator[str]:
+    """One term of a definition list, which reads well at any width."""
+    yield from (f"`{name}` <small>{kind}</small>" if kind else f"`{name}`", f":   {one_line(meaning)}", "")
 
 
 def type_name(annotation: Any) -> str:
     """`a, b or c` for choices, `list of ...`, and the plain names of the rest."""
     arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
     if str(get_origin(annotation)) == "typing.Literal":
-        return " \\| ".join(f"`{argument}`" for argument in arguments)
+        return " | ".join(f"`{argument}`" for argument in arguments)
     if get_origin(annotation) is list:
         return f"list of {type_name(arguments[0])}"
     if get_origin(annotation) is dict:
@@ -119,7 +121,7 @@ def type_name(annotation: Any) -> str:
     if arguments:
         optional = len(arguments) < len(get_args(annotation))
         return " or ".join([*map(type_name, arguments), *(["null"] if optional else [])])
-    names = {"str": "text", "int": "integer", "float": "number", "bool": "true \\| false"}
+    names = {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}
     return names.get(annotation.__name__, "object")
 
 
@@ -129,31 +131,45 @@ def yaml_value(value: Any) -> str:
     return str(value).replace("'", "")
 
 
-def cell(text: str) -> str:
-    """On one line; a bar is escaped, and a brace in text is no Markdown."""
-    return re.sub(r"\s*\n\s*", " ", text).replace(" | ", " \\| ")
+def one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text)
 
 
 def cli_page() -> str:
-    """Every verb with its arguments and options, in the order of `upcycle --help`."""
-    root = typer.main.get_command(app)
+    """Every verb with its arguments and options, by the panels of `upcycle --help`."""
+    commands = typer.main.get_command(app).commands
     lines = ["# Command line", "", "Made from the code. `upcycle VERB --help` prints the same for your version.", ""]
-    panel, of_run = "", list[str]()
-    for name, command in root.commands.items():
-        group = getattr(command, "rich_help_panel", None) or "Commands"
-        if str(group) != panel:
-            panel = str(group)
-            lines += [f"## {panel}", ""]
-        lines += [f"### `upcycle {name}`", "", inspect.cleandoc(command.help or ""), ""]
-        words = " ".join(usage_of(parameter) for parameter in command.params if is_argument(parameter))
-        lines += ["```text", " ".join(f"upcycle {name} {words} [OPTIONS]".split()), "```", ""]
-        rows = [row for parameter in command.params if (row := parameter_row(parameter))]
-        if rows == of_run and name != "run":
-            lines += ["Arguments and options are those of `upcycle run`.", ""]
-            continue
-        of_run = of_run or rows
-        lines += ["| | default | meaning |", "| --- | --- | --- |", *rows, ""] if rows else []
+    panels = dict.fromkeys(panel_of(command) for command in commands.values())
+    of_run = options_of(commands["run"])
+    for panel in panels:
+        lines += [f"## {panel}", ""]
+        for name, command in commands.items():
+            if panel_of(command) == panel:
+                lines += verb_lines(name, command, of_run)
     return "\n".join(lines) + "\n"
+
+
+def panel_of(command: click.Command) -> str:
+    return str(getattr(command, "rich_help_panel", None) or "Commands")
+
+
+def verb_lines(name: str, command: click.Command, of_run: dict[str, list[str]]) -> Iterator[str]:
+    words = " ".join(usage_of(parameter) for parameter in command.params if is_argument(parameter))
+    yield from (f"### `upcycle {name}`", "", inspect.cleandoc(command.help or ""), "")
+    yield from ("```text", " ".join(f"upcycle {name} {words} [OPTIONS]".split()), "```", "")
+    mine = options_of(command)
+    if name != "run" and mine and mine.items() <= of_run.items():
+        without = [f"`{option}`" for option in of_run if option not in mine]
+        yield from (f"Arguments and options are those of `upcycle run`, without {', '.join(without)}.", "")
+        return
+    for rows in mine.values():
+        yield from rows
+
+
+def options_of(command: click.Command) -> dict[str, list[str]]:
+    """The entries of a verb's arguments and options by their names."""
+    shown = (p for p in command.params if p.name != "help" and not getattr(p, "hidden", False))
+    return {names_of(parameter): list(parameter_entry(parameter)) for parameter in shown}
 
 
 def is_argument(parameter: click.Parameter) -> bool:
@@ -165,17 +181,18 @@ def usage_of(parameter: click.Parameter) -> str:
     return shown if parameter.required or shown.startswith("[") else f"[{shown}]"
 
 
-def parameter_row(parameter: click.Parameter) -> str:
-    if parameter.name == "help" or getattr(parameter, "hidden", False):
-        return ""
-    names = usage_of(parameter) if is_argument(parameter) else ", ".join([*parameter.opts, *parameter.secondary_opts])
+def names_of(parameter: click.Parameter) -> str:
+    return usage_of(parameter) if is_argument(parameter) else ", ".join([*parameter.opts, *parameter.secondary_opts])
+
+
+def parameter_entry(parameter: click.Parameter) -> Iterator[str]:
     default = "required" if parameter.required else shown_default(parameter.default)
-    return f"| `{names}` | {default} | {cell(getattr(parameter, 'help', None) or '')} |"
+    return entry(names_of(parameter), default, getattr(parameter, "help", None) or "")
 
 
 def shown_default(value: Any) -> str:
     empty = value in (None, "", [], ()) or callable(value) or "UNSET" in repr(value)
-    return "" if empty else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return "" if empty else f"default `{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def recipes_page() -> str:
@@ -224,7 +241,7 @@ def described(name: str, found: Any) -> Iterator[str]:
             is_property = isinstance(value, property) or type(value).__name__ == "cached_property"
             if attribute.startswith("_") or not text or not (inspect.isfunction(value) or is_property):
                 continue
-            yield f"- `{attribute}{'' if is_property else signature(value)}`: {cell(text)}"
+            yield f"- `{attribute}{'' if is_property else signature(value)}`: {one_line(text)}"
 
 
 def signature(found: Any) -> str:
