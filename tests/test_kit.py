@@ -20,11 +20,11 @@ WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(
 
 
 def mkdocs_python() -> str | None:
-    """The Python of `make docs`, or this one if it has MkDocs."""
+    """This Python, which has MkDocs after `make setup`, or that of `make docs`."""
     own = ROOT / ".venv-docs" / "bin" / "python"
-    if own.exists():
-        return str(own)
-    return sys.executable if find_spec("mkdocs") and find_spec("material") else None
+    if find_spec("mkdocs") and find_spec("material"):
+        return sys.executable
+    return str(own) if own.exists() else None
 
 
 def test_the_version_is_the_same_everywhere() -> None:
@@ -72,7 +72,7 @@ def test_issue_templates_are_forms() -> None:
         assert {"name", "description", "body"} <= yaml.safe_load(form.read_text()).keys(), form
 
 
-@pytest.mark.skipif(mkdocs_python() is None, reason="MkDocs is not installed (make docs)")
+@pytest.mark.skipif(mkdocs_python() is None, reason="MkDocs is not installed (make setup, or make docs)")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     words = [str(mkdocs_python()), "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

@@ -54,7 +54,7 @@ def known_columns(values: dict[str, str]) -> dict[str, str]:
     """The values; raises ValueError for a name that is not in COLUMNS."""
     for name in values:
         if name not in COLUMNS:
-            raise ValueError(f"{name} is no column, expected some of {', '.join(COLUMNS)}{nearest(name, COLUMNS)}")
+            raise ValueError(f"{name} is not a column, expected some of {', '.join(COLUMNS)}{nearest(name, COLUMNS)}")
     return values
 
 
@@ -69,7 +69,7 @@ def _source(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("expected a file, folder, pattern or hub dataset, {path: ..., ...}, or a list of these")
     if unknown := next((name for name in value if name not in Source.model_fields), None):
-        raise ValueError(f"{unknown} is no setting of a source{nearest(str(unknown), Source.model_fields)}")
+        raise ValueError(f"{unknown} is not a setting of a source{nearest(str(unknown), Source.model_fields)}")
     try:
         return Source.model_validate(value)
     except ValidationError as error:

@@ -59,7 +59,7 @@ def test_gate_and_up_in_one_layer_have_its_a_and_halves_of_its_b(base: Path, tmp
         compare(base, folder)  # which has gate and up apart
     apart = {a.replace("gate_up", "up"): gate.a, b.replace("gate_up", "up"): gate.b}
     save_file({**factors, **apart}, folder / WEIGHTS)
-    with pytest.raises(UpcycleError, match=r"layers\.1\.mlp\.up_proj is there twice, by itself and in gate_up_proj"):
+    with pytest.raises(UpcycleError, match=r"layers\.1\.mlp\.up_proj occurs twice, by itself and in gate_up_proj"):
         compare(phi3, folder)
 
 
@@ -154,5 +154,5 @@ def test_an_adapter_that_peft_cannot_load_is_not_taken(base: Path, tmp_path: Pat
     folder = make_adapter(base, tmp_path, 1)
     text = (folder / adapter_files.CONFIG).read_text()
     (folder / adapter_files.CONFIG).write_text(text.replace('"r": 4', '"r": 8'))
-    with pytest.raises(UpcycleError, match="cannot be loaded by PEFT, so it is not taken"):
+    with pytest.raises(UpcycleError, match="cannot be loaded by PEFT, so it is refused"):
         compare(base, folder)

@@ -109,18 +109,18 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
     [
         ("llama", {"mlp_bias": True}, r"gate_proj\.bias \(48,\)", "nor has it an exact plain MoE .*mlp_bias=True"),
         ("arcee", {}, r"an mlp of up_proj\.weight \(48, 32\), down_proj\.weight \(32, 48\)", "use prepare.train=ffn"),
-        ("starcoder2", {}, r"an mlp of c_fc", "take another base"),
-        ("nemotron", {}, r"an mlp of up_proj", "take another base"),
-        ("apertus", {}, r"act_fn\.alpha_p", "take another base"),
+        ("starcoder2", {}, r"an mlp of c_fc", "use a different base"),
+        ("nemotron", {}, r"an mlp of up_proj", "use a different base"),
+        ("apertus", {}, r"act_fn\.alpha_p", "use a different base"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "no mlp but conv, feed_forward", "use prepare.train=ffn"),
         ("gpt2", {}, "keeps its layers elsewhere than in model.layers", "its FFN has no gate"),
-        ("qwen2_vl", {"text_config": {}}, "is one of more than text", "a model of more than text"),
-        ("no_such", {}, "is no causal language model that transformers knows", "take another base"),
+        ("qwen2_vl", {"text_config": {}}, "is multimodal", "a multimodal model"),
+        ("no_such", {}, "is not a causal language model that transformers knows", "use a different base"),
         (
             "gemma4_text",
             {**GEMMA4, **SHARED, "use_double_wide_mlp": True},
             r"layer 2 an mlp of gate_proj\.weight \(96, 32\)",
-            "take another base",
+            "use a different base",
         ),
     ],
     ids=lambda v: v if isinstance(v, str) and len(v) < 12 else "",
@@ -219,6 +219,6 @@ def test_a_moe_that_weighs_experts_otherwise_takes_one_for_a_token_or_none(
             torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=1e-5)
         else:
             with pytest.raises(
-                UpcycleError, match=r"would give other logits.*, the mixture.* softmax; export .*without"
+                UpcycleError, match=r"would give different logits.*, the mixture.* softmax; export .*without"
             ):
                 KINDS["lora"].fold(made, plain, "float32", None)

@@ -57,8 +57,8 @@ MODELS = {
 }
 """What people call the models, by `model_type`."""
 PARTIAL = {"no": "none", "first": "the first", "any": "any"}
-ADAPTERS = {"olmo", "gemma2", "exaone4", "stablelm"}
-"""Of those without a twin: every layer has the gated FFN, in three weights without biases, that LoRA experts need."""
+ADAPTERS = {"olmo", "gemma2", "exaone4", "glm4", "stablelm"}
+"""Without a twin, but every layer has the gated FFN, in two or three weights without biases, that LoRA experts need."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def tables() -> dict[str, Table]:
             "dense models and the mixture of experts that each becomes, by the model_type of config.json",
             ("dense", "models", "mixture", "exact for", "layers without experts"),
         ),
-        "programs": ("who serves the mixture, as `make clients` found", ("mixture", *CLIENTS.values())),
+        "programs": ("programs that serve the mixture, as `make clients` found", ("mixture", *CLIENTS.values())),
         "without_moe": (
             "dense models without an exact mixture (prepare.train=lora: a mixture of LoRA experts on the dense model)",
             ("dense", "models", "reason", "what works"),

@@ -46,14 +46,14 @@ def _prepare(run: Run, out: Path) -> None:
     say_text_part(ModelReader(base.folder), recipe.assemble.keep_vision)
     say_fit(run, run.kind.read_base(base, recipe))
     if not recipe.prepares:
-        say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
+        say("prepare: no expert comes from a checkpoint, so there is nothing to train (expand.copies_of=base)")
         on_main(lambda: CHECKPOINTS.write(out, []))
     elif recipe.prepare.checkpoints:
         on_main(lambda: adopt(run.kind, base, run.given_checkpoints, out) and None)
         if base.layers is not None:
             warn(
                 f"prepare: {len(ffn_layers(base.config)) - len(base.layers)} layers keep one FFN, that of "
-                f"assemble.shared={recipe.assemble.shared}: an expert alone is not its checkpoint then"
+                f"assemble.shared={recipe.assemble.shared}, so a single expert differs from its checkpoint"
             )
     else:
         from upcycle.stages.expert_preparation.prepare import tune
