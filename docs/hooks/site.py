@@ -137,8 +137,11 @@ def one_line(text: str) -> str:
 
 def cli_page() -> str:
     """Every verb with its arguments and options, by the panels of `upcycle --help`."""
-    commands = typer.main.get_command(app).commands
+    root = typer.main.get_command(app)
+    commands = root.commands
     lines = ["# Command line", "", "Made from the code. `upcycle VERB --help` prints the same for your version.", ""]
+    for rows in options_of(root).values():
+        lines += rows
     panels = dict.fromkeys(panel_of(command) for command in commands.values())
     of_run = options_of(commands["run"])
     for panel in panels:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from upcycle import __version__
-from upcycle.console import say
+from upcycle.console import hide_progress, tell
 from upcycle.disk import check_new, check_writable
 from upcycle.distributed import world
 from upcycle.errors import RelayedError, UpcycleError
@@ -53,6 +54,8 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """What libraries are to be, unless the user has said otherwise."""
+LOUDNESS = {"quiet": ("-q", "--quiet"), "verbose": ("-v", "--verbose")}
+"""Options of every verb, before or after it."""
 PICTURES = (".png", ".pdf", ".svg")
 SHARED = ("run", *stage_names(), "compare", "sweep", "benchmark")
 """Verbs that several processes share; all other verbs run in the first process only."""
@@ -143,7 +146,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's
     elif name in shipped:
         print(shipped[name], end="")
     else:
-        raise UpcycleError(f"no shipped recipe '{name}'; there are {', '.join(sorted(shipped))}")
+        raise UpcycleError(f"the package has no recipe '{name}'; there are {', '.join(sorted(shipped))}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -156,7 +159,7 @@ def settings() -> None:
 def families(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
-    """List which dense models become which mixture of experts, who serves it, and what has none."""
+    """List the MoE that each dense model family becomes, the programs that serve it, and the families without one."""
     from upcycle.architectures.listing import listing, tables
     from upcycle.console import table
 
@@ -181,7 +184,6 @@ def data(
     """Show what data contain: format, rows and tokens by domain, what is left out and why, and what will be learned."""
     if html is not None:
         check_writable(html)
-    _quiet_libraries()
     from upcycle.console import console
     from upcycle.data.overview import overview
     from upcycle.data.splits import load_parts
@@ -195,7 +197,7 @@ def data(
     overview(train, given.tokenizer)
     if html is not None:
         console.save_html(str(html))
-        say(f"written: {html}")
+        tell(f"written: {html}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -215,7 +217,6 @@ def check(
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
     if granularity not in (1, 2, 4, 8):
         raise UpcycleError(f"--granularity is {granularity}, expected 1, 2, 4 or 8")
-    _quiet_libraries()
     from upcycle.architectures.check import check
     from upcycle.experts.structure import offering_adapters
     from upcycle.pipeline.fit import parse_devices, show_fit
@@ -254,8 +255,7 @@ def compare(
 ) -> None:
     """Compare recipes over several seeds: mean, spread, and paired tests against one of them."""
     if len(set(variants)) < 2:
-        raise UpcycleError('compare needs two variants or more, such as "upit" "upit route.start=random"')
-    _quiet_libraries()
+        raise UpcycleError('compare needs two or more variants, such as "upit" "upit route.start=random"')
     from upcycle.reporting.figures import comparison_figure
     from upcycle.studies.cells import Study
     from upcycle.studies.compare import compare
@@ -265,7 +265,7 @@ def compare(
     with _writing(out):
         found = compare(study, force, against, match)
         world.on_main(lambda: comparison_figure(found, COMPARISON_PICTURE.of(out)))
-    say(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
+    tell(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
 
 
 @app.command(rich_help_panel=COMPARE)
@@ -280,7 +280,6 @@ def sweep(
     keep_models: KeepModelsOption = True,
 ) -> None:
     """Run every combination of settings over several seeds, and plot the scores."""
-    _quiet_libraries()
     from upcycle.reporting.figures import sweep_figure
     from upcycle.studies.sweep import sweep
 
@@ -288,7 +287,7 @@ def sweep(
     with _writing(out):
         found = sweep(recipe, axes, seeds, out, keep_models)
         world.on_main(lambda: sweep_figure(found, SWEEP_PICTURE.of(out)))
-    say(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
+    tell(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -338,7 +337,6 @@ def benchmark(
 ) -> None:
     """Score base, checkpoints, experts and MoE of a run on benchmarks, through lm-evaluation-harness."""
     out = out or own_folder(models)
-    _quiet_libraries()
     from upcycle.reporting.figures import draw_benchmarks
     from upcycle.studies.benchmark import choose_tasks, run_benchmark
 
@@ -348,7 +346,7 @@ def benchmark(
     with _writing(out):
         found = run_benchmark(models, chosen, experts, out, limit, chat_template)
         world.on_main(lambda: draw_benchmarks(found, out))
-    say(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
+    tell(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -372,7 +370,6 @@ def report(
             write_comparison_report(found, folder, out)
         return
     run = open_run(folder, dict.fromkeys((POSTTRAIN, EVALUATE, *stage_names())))
-    _quiet_libraries()
     from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
     from upcycle.experts.kinds import kind_in, load_for_scoring
     from upcycle.reporting.report import write_report
@@ -401,7 +398,6 @@ def export(
     check_new(to, "--to")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise UpcycleError(f"--push is {brief(push)}, expected OWNER/NAME")
-    _quiet_libraries()
     from upcycle.experts.kinds import kind_in
     from upcycle.reporting.card import write_card
     from upcycle.stages.model_upcycling.export import export
@@ -423,7 +419,19 @@ def export(
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Annotated[
+        bool, typer.Option(*LOUDNESS["quiet"], help="Print only results, warnings and errors, no progress.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option(*LOUDNESS["verbose"], help="Also print what libraries say, and the traceback of an error.")
+    ] = False,
+) -> None:
+    if quiet:
+        hide_progress()
+    if not verbose:
+        _quiet_libraries()
     if version:
         print(f"upcycle {__version__}")
         raise typer.Exit
@@ -446,7 +454,6 @@ def _execute(
     if dry_run:
         world.on_main(lambda: _show_plan(run, stages))
         return
-    _quiet_libraries()
     with _writing(folder):
         run_stages(run, stages, update)
     if EVALUATE in stages:
@@ -507,21 +514,31 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def _loudness_first(words: list[str]) -> list[str]:
+    """`upcycle run -q ...` is `upcycle -q run ...`."""
+    options = {option for names in LOUDNESS.values() for option in names}
+    return sorted(words, key=lambda word: word not in options)
+
+
 def _stop(code: int, message: str) -> None:
     if world.may_speak():
+        if set(sys.argv) & set(LOUDNESS["verbose"]):
+            traceback.print_exc()
         print(message, file=sys.stderr)
     world.leave(code)
 
 
 def main() -> None:
     """Run the command that was typed; user-facing errors and interrupts end in one line without a traceback."""
-    if not world.is_main() and not set(sys.argv[1:2]) & set(SHARED):
+    words = _loudness_first(sys.argv[1:])
+    verb = next((word for word in words if not word.startswith("-")), "")
+    if not world.is_main() and verb not in SHARED:
         return
     gc.set_threshold(100_000, 20, 20)  # importing torch and transformers makes millions of objects: 15% quicker
     try:
-        for word in sys.argv[1:]:
+        for word in words:
             word.encode()
-        app()
+        app(words)
         world.stop()
     except RelayedError:
         world.leave(2)
@@ -534,11 +551,11 @@ def main() -> None:
     except RuntimeError as error:
         if not world.lost_another(error):
             raise
-        _stop(2, "error: another of the processes has ended; go on with the same command")
+        _stop(2, "error: another of the processes has ended; continue with the same command")
     except OSError as error:
         if error.errno == errno.ENOSPC:
             line = f"error: no space left on the disk of {error.filename or 'a file'} ({error.strerror})"
-            _stop(2, f"{line}; make room, and go on with the same command")
+            _stop(2, f"{line}; free some space, then continue with the same command")
         _stop(2, f"error: {error.filename or ''}: {error.strerror or error}".replace("error: :", "error:"))
 
 
