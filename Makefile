@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long torture results families clients setup clean
+.PHONY: demo test test-long torture results families clients docs release-check setup clean
 
 demo: $(READY)  ## the whole job on the embedded model, and dense tuning beside it: a few minutes on two cores
 	@echo "== dense tuning, and UpIT (dense model -> checkpoints -> mixture of experts), for the same number of tokens"
@@ -14,8 +14,8 @@ demo: $(READY)  ## the whole job on the embedded model, and dense tuning beside 
 
 test: $(READY)  ## lint, types, tests
 	@echo "== ruff, mypy, pytest"
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 	@echo "== all checks passed"
@@ -39,6 +39,40 @@ clients: $(READY)  ## load small MoEs of every family in vLLM, llama.cpp and mis
 	@echo "== loading every family in every client"
 	$(BIN)/pytest -m clients -s tests/clients
 
+# the reference is made from the code, which needs these packages and no torch
+docs: .venv-docs/.ready  ## the documentation site, in site/; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "== the site is in site/; .venv-docs/bin/mkdocs serve shows it while you write"
+
+.venv-docs/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --constraint constraints.txt mkdocs-material numpy pydantic pyyaml rich typer xxhash
+	@touch .venv-docs/.ready
+
+# pip takes torch and the rest from its cache where it has them
+release-check:  ## wheel and sdist, and a run of the wheel in a fresh environment: a few minutes
+	@echo "== building"
+	rm -rf dist .release
+	$(PYTHON) -m venv .release/build
+	.release/build/bin/pip install --quiet --constraint constraints.txt hatchling
+	.release/build/bin/hatchling build
+	@echo "== the sdist builds the same wheel"
+	mkdir .release/sdist
+	tar -xzf dist/*.tar.gz --strip-components 1 -C .release/sdist
+	cd .release/sdist && ../build/bin/hatchling build -t wheel
+	cmp dist/*.whl .release/sdist/dist/*.whl
+	@echo "== installing the wheel into a fresh environment"
+	$(PYTHON) -m venv .release/venv
+	.release/venv/bin/pip install --quiet torch==2.13.0
+	.release/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	.release/venv/bin/pip check
+	@echo "== running it away from the checkout"
+	cd .release && venv/bin/upcycle --help >help.txt && venv/bin/upcycle --version
+	cd .release && venv/bin/upcycle run quickstart --run runs/small data.fraction=0.1 evaluate.models=ends evaluate.max_generated=20
+	cd .release && venv/bin/upcycle export runs/small --to moe && venv/bin/upcycle report runs/small
+	cd .release && venv/bin/python -c "from transformers import AutoModelForCausalLM as M; print(type(M.from_pretrained('moe')).__name__)"
+	@echo "== ready: $$(ls dist)"
+
 setup: $(READY)
 
 # torch first and pinned: a looser requirement can pull gigabytes of CUDA packages
@@ -51,4 +85,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .clients runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-docs .release .clients site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from upcycle import cli
+from upcycle import cli, console
 from upcycle.disk import write_text
 from upcycle.hashes import VERIFY
 from upcycle.pipeline.stages import stage_names
@@ -145,7 +145,8 @@ def test_a_signal_says_how_to_go_on_also_while_the_program_is_imported(signal: s
     )
     words = [sys.executable, "-c", script.replace("NAME", signal), "run", "r.yaml", "data.train=[a, b]"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (status, "stopped; go on with: upcycle run r.yaml 'data.train=[a, b]'\n")
+    said = "stopped; continue with: upcycle run r.yaml 'data.train=[a, b]'\n"
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +290,33 @@ def test_recipes_and_settings_are_listed(monkeypatch: pytest.MonkeyPatch, capsys
     assert capsys.readouterr().out == shipped_recipes()["upit"]
     assert call(monkeypatch, "settings") == 0
     assert "route.alpha: float, default 0.5" in capsys.readouterr().out
+
+
+def test_quiet_hides_progress_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_progress_shown", True)
+    console.say("half done")
+    console.hide_progress()
+    console.say("nearly done")
+    console.warn("odd")
+    console.tell("written")
+    assert capsys.readouterr().out.splitlines() == ["half done", "warning: odd", "written"]
+
+
+@pytest.mark.parametrize("words", [["-q", "recipes", "upit"], ["recipes", "upit", "--quiet"]])
+def test_quiet_stands_before_or_after_the_verb(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "upcycle", *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, "base:" in done.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(("words", "traced"), [(["recipes", "gone"], False), (["recipes", "gone", "-v"], True)])
+def test_only_verbose_shows_a_traceback(words: list[str], traced: bool) -> None:
+    done = subprocess.run([sys.executable, "-m", "upcycle", *words], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("error: the package has no recipe 'gone'")
+    assert ("Traceback" in done.stderr, len(done.stderr.splitlines()) > 1) == (traced, traced)
+
+
+def test_every_verb_has_a_panel() -> None:
+    panels = {cli.RUN, cli.ONE_STAGE, cli.LOOK, cli.COMPARE, cli.SHARE}
+    assert {verb.rich_help_panel for verb in cli.app.registered_commands} == panels

@@ -15,7 +15,7 @@ from upcycle.cli import app
 from upcycle.experts.kinds import KINDS
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.low_rank import MERGES
-from upcycle.recipe import Recipe
+from upcycle.recipe import Recipe, shipped_recipes
 from upcycle.records.comparison import METRICS, Measures, Summary
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.route import RouteReport
@@ -25,17 +25,19 @@ from upcycle.stages.router_initialization.starts import STARTS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "upcycle"
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+DOCS = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
 SPANS = re.compile(r"`([^`\n]+)`")
 COMMANDS = sorted(
     {
-        line.split("#")[0].strip()
-        for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "usage.md")
-        for block in re.findall(r"(?:^    .*\n)+|```sh\n.*?```", path.read_text(), re.M | re.S)
+        re.sub(r"\s+#.*", "", line).strip()
+        for path in DOCS
+        for block in re.findall(r"(?:^    .*\n)+|```(?:ba)?sh\n.*?```", path.read_text(), re.M | re.S)
         for line in block.splitlines()
-        if line.strip().startswith("upcycle ")
+        if line.strip().startswith("upcycle ") and "..." not in line
     }
 )
+LINKS = re.compile(r"\]\((?!https?://|#|mailto:)([^)#\s]+)(?:#[^)\s]*)?\)")
 
 
 def spans(path: Path) -> list[str]:
@@ -81,21 +83,30 @@ def test_every_file_that_a_document_names_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
-def test_every_link_to_a_file_leads_to_one(path: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
-    local = [link.split("#")[0] for link in links if "://" not in link and not link.startswith("#")]
-    assert [link for link in local if not (path.parent / link).exists()] == []
+def test_every_link_of_a_document_leads_to_a_file(path: Path) -> None:
+    assert [link for link in LINKS.findall(path.read_text()) if not (path.parent / link).exists()] == []
 
 
-def test_the_tree_is_the_package() -> None:
-    tree = (ROOT / "CONTRIBUTING.md").read_text().split("    src/upcycle/\n")[1].split("```")[0].split("## ")[0]
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 90
+
+
+def test_usage_names_every_verb_and_every_recipe() -> None:
+    text = (ROOT / "docs" / "usage.md").read_text()
+    verbs = set(re.findall(r"\w+", " ".join(re.findall(r"^    upcycle (\S+)", text, re.M))))
+    assert set(typer.main.get_command(app).commands) == verbs
+    assert [name for name in shipped_recipes() if f"`{name}`" not in text] == []
+
+
+def test_the_tree_of_contributing_is_the_package() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("    src/upcycle/\n")[1].split("## ")[0]
     listed = set(re.findall(r"\b(\w+)/", tree))
     packages = {path.parent.name for path in PACKAGE.rglob("__init__.py")} - {"upcycle"}
     assert packages <= listed
 
 
 @pytest.mark.parametrize("text", COMMANDS)
-def test_every_command_of_the_readme_parses(text: str) -> None:
+def test_every_command_of_the_documentation_parses(text: str) -> None:
     root = typer.main.get_command(app)
     for line in alternatives(text):
         _, name, *words = shlex.split(line)
@@ -187,4 +198,5 @@ def test_nothing_lies_at_the_top_that_the_project_does_not_need() -> None:
         pytest.skip("not a git checkout")
     top = {name for name in listed.stdout.splitlines() if "/" not in name}
     known = {".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt"}
-    assert top == {*known, "pyproject.toml"}
+    kit = {".pre-commit-config.yaml", "CITATION.cff", "SECURITY.md", "mkdocs.yml"}
+    assert top == {*known, *kit, "pyproject.toml"}

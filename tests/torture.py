@@ -150,7 +150,7 @@ def wrong_end(ended: Ended, at: Instant, begun: bool) -> str:
         begun: whether the program had begun; until then the interpreter answers a signal in its own way.
     """
     lines = ended.said.strip().splitlines()
-    said = at.number == signal.SIGKILL or (lines and lines[-1].startswith("stopped; go on with: upcycle "))
+    said = at.number == signal.SIGKILL or (lines and lines[-1].startswith("stopped; continue with: upcycle "))
     clean = "Traceback" not in ended.said and "Exception ignored" not in ended.said
     if ended.status == STOPPED[at.number] and said and clean:
         return ""

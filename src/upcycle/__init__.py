@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from upcycle.pipeline.run import Run, open_run
     from upcycle.recipe import Recipe, load_recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {
     "Recipe": "recipe",
     "load_recipe": "recipe",

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from upcycle import __version__, api
-from upcycle.console import say
+from upcycle.console import hide_progress, tell
 from upcycle.disk import check_new, check_writable
 from upcycle.distributed import world
 from upcycle.errors import RelayedError, UpcycleError
@@ -50,13 +51,16 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """What libraries are to be, unless the user has said otherwise."""
+LOUDNESS = {"quiet": ("-q", "--quiet"), "verbose": ("-v", "--verbose")}
+"""Options of every verb, before or after it."""
 PICTURES = (".png", ".pdf", ".svg")
 SHARED = ("run", *stage_names(), "compare", "sweep", "benchmark")
-"""Verbs that several processes work on; of all others the first process is enough."""
+"""Verbs that several processes share; all other verbs run in the first process only."""
+RUN, ONE_STAGE, LOOK, COMPARE, SHARE = "Run", "Single stages", "Look", "Compare", "Share"
+"""Panels of `upcycle --help`."""
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn a dense LLM and the checkpoints of one fine-tuning run into a mixture-of-experts model (UpIT).",
@@ -64,24 +68,26 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe (see `upcycle recipes`)."),
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe in the package (`upcycle recipes`)."),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace the recipe's."),
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that override the recipe's."),
 ]
 RunOption = Annotated[
     Path,
-    typer.Option("--run", "--out", help="The run folder: made if missing, resumed if there. torchrun needs --out."),
+    typer.Option(
+        "--run", "--out", help="The run folder: created if missing, resumed if it exists. Use --out with torchrun."
+    ),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; do nothing.")
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and the stages that would run, then stop.")
 ]
 UpdateOption = Annotated[
     bool,
     typer.Option(
         "--update",
-        help="Accept a changed recipe: build again, in place, what has other inputs or is damaged.",
+        help="Accept a changed recipe: rebuild stages whose inputs changed or whose files are damaged.",
     ),
 ]
 VerifyOption = Annotated[
@@ -89,12 +95,12 @@ VerifyOption = Annotated[
     typer.Option("--verify", help="Read every file again, also one that has not changed since it was last read."),
 ]
 KeepModelsOption = Annotated[
-    bool, typer.Option(help="Without it the weights of a seed's runs are deleted once all of them are measured.")
+    bool, typer.Option(help="Keep every run's weights; --no-keep-models deletes them after scoring.")
 ]
 
 
 def _add_stage(stage: Stage) -> None:
-    @app.command(stage.name, help=f"{stage.help} One stage of `run`; earlier ones must be complete.")
+    @app.command(stage.name, help=f"{stage.help}\n\nEarlier stages must be complete.", rich_help_panel=ONE_STAGE)
     def command(
         recipe: RecipeArgument,
         run: RunOption,
@@ -107,7 +113,7 @@ def _add_stage(stage: Stage) -> None:
 
 
 # seven parameters: the options of the verb
-@app.command("run")
+@app.command("run", rich_help_panel=RUN)
 def run_all(
     recipe: RecipeArgument,
     run: RunOption,
@@ -117,7 +123,7 @@ def run_all(
     verify: VerifyOption = False,
     until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to run.")] = stage_names()[-1],
 ) -> None:
-    """All stages of RECIPE in order. Run it again to resume: what is complete is kept."""
+    """Run all stages of RECIPE. Run it again to resume; complete stages are kept."""
     if until not in (names := stage_names()):
         raise UpcycleError(f"--until is {brief(until)}, expected one of {', '.join(names)}")
     _execute(names[: names.index(until) + 1], recipe, run, overrides, dry_run, update, verify)
@@ -127,9 +133,9 @@ for _stage in STAGES:
     _add_stage(_stage)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's YAML.")] = None) -> None:
-    """List the shipped recipes, or print one."""
+    """List the recipes in the package, or print one."""
     shipped = shipped_recipes()
     if name is None:
         for key, text in sorted(shipped.items()):
@@ -137,20 +143,20 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe's
     elif name in shipped:
         print(shipped[name], end="")
     else:
-        raise UpcycleError(f"no shipped recipe '{name}'; there are {', '.join(sorted(shipped))}")
+        raise UpcycleError(f"the package has no recipe '{name}'; there are {', '.join(sorted(shipped))}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def settings() -> None:
     """List every setting of a recipe with its default and meaning."""
     print(describe_settings(), end="")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def families(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
-    """List which dense models become which mixture of experts, who serves it, and what has none."""
+    """List the MoE that each dense model family becomes, the programs that serve it, and the families without one."""
     from upcycle.architectures.listing import listing, tables
     from upcycle.console import table
 
@@ -161,18 +167,20 @@ def families(
         table(part.title, part.columns, part.rows, words=True)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def data(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Files, folders, patterns, hub datasets; data.FIELD=VALUE.")
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="Files, folders, patterns or hub datasets; settings as data.FIELD=VALUE."
+        ),
     ],
-    base: Annotated[str, typer.Option(help="The model whose tokenizer and chat template are used.")],
-    html: Annotated[Path | None, typer.Option(help="Write what is printed as a page too.")] = None,
+    base: Annotated[str, typer.Option(help="The model whose tokenizer and chat template to use.")],
+    html: Annotated[Path | None, typer.Option(help="Also write the output to this HTML file.")] = None,
 ) -> None:
-    """Say what data hold: format, rows and tokens by domain, what is left out and why, samples with what is learned."""
+    """Show what data contain: format, rows and tokens by domain, what is left out and why, and what will be learned."""
     if html is not None:
         check_writable(html)
-    _quiet_libraries()
     from upcycle.console import console
     from upcycle.data.overview import overview
     from upcycle.data.splits import load_parts
@@ -186,27 +194,26 @@ def data(
     overview(train, given.tokenizer)
     if html is not None:
         console.save_html(str(html))
-        say(f"written: {html}")
+        tell(f"written: {html}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub name.")],
     num_experts: Annotated[int, typer.Option(min=2, max=MOST_EXPERTS, help="Experts per layer.")] = 8,
-    num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts active for a token.")] = 2,
-    granularity: Annotated[int, typer.Option(help="Slices that every expert is cut into: 1, 2, 4 or 8.")] = 1,
-    dtype: Annotated[str, typer.Option(help="source, float32, bfloat16 or float16.")] = "source",
+    num_experts_per_tok: Annotated[int, typer.Option(min=1, help="Experts that each token uses.")] = 2,
+    granularity: Annotated[int, typer.Option(help="Cut every expert into 1, 2, 4 or 8 slices.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Storage dtype: source, float32, bfloat16 or float16.")] = "source",
     devices: Annotated[
-        str | None, typer.Option(help="Say what fits on them, and what would make it fit: 8xH100, or 8x80GB.")
+        str | None, typer.Option(help="Also say what fits on these devices, such as 8xH100 or 8x80GB.")
     ] = None,
 ) -> None:
-    """Say what a dense model would become, and what other choices cost: parameters, FLOPs, memory; or why it cannot."""
+    """Say which MoE a dense model would become and what it costs (parameters, FLOPs, memory), or why it cannot."""
     _check_dtype(dtype)
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
     if granularity not in (1, 2, 4, 8):
         raise UpcycleError(f"--granularity is {granularity}, expected 1, 2, 4 or 8")
-    _quiet_libraries()
     from upcycle.architectures.check import check
     from upcycle.experts.structure import offering_adapters
     from upcycle.pipeline.fit import parse_devices, show_fit
@@ -218,33 +225,34 @@ def check(
         show_fit(model, mapping, num_experts_per_tok, cards)
 
 
-@app.command()
+@app.command(rich_help_panel=COMPARE)
 def compare(
     variants: Annotated[
         list[str],
         typer.Argument(
             metavar="RECIPE...",
-            help='Two or more, each with overrides, and a name if wanted: "ridge: quickstart route.start=ridge".',
+            help='Two or more recipes with overrides and an optional name: "ridge: quickstart route.start=ridge".',
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and comparison.json; resumed if there.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and comparison.json; resumed if it exists.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds 0, 1, ...")] = 3,
-    force: Annotated[bool, typer.Option(help="Compare runs of other data or training tokens, and mark it.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Compare even if data or training tokens differ, and mark the result.")
+    ] = False,
     keep_models: KeepModelsOption = True,
     against: Annotated[
-        str | None, typer.Option(help="Name of the variant that the others are compared with; else the first.")
+        str | None, typer.Option(help="Name of the variant to compare the others with. Default: the first.")
     ] = None,
     match: Annotated[
-        str, typer.Option(help="tokens, or flops: scale the others' epochs to the training FLOPs of the first.")
+        str, typer.Option(help="tokens, or flops: scale epochs to the first variant's training FLOPs.")
     ] = "tokens",
     results: Annotated[
-        Path | None, typer.Option(help="Keep the measures of every run here too, and take those that are here already.")
+        Path | None, typer.Option(help="Also store each run's measurements in this folder, and reuse those in it.")
     ] = None,
 ) -> None:
-    """Run recipes with several seeds; mean, spread and paired tests against one of them."""
+    """Compare recipes over several seeds: mean, spread, and paired tests against one of them."""
     if len(set(variants)) < 2:
-        raise UpcycleError('compare needs two variants or more, such as "upit" "upit route.start=random"')
-    _quiet_libraries()
+        raise UpcycleError('compare needs two or more variants, such as "upit" "upit route.start=random"')
     from upcycle.reporting.figures import comparison_figure
     from upcycle.studies.cells import Study
     from upcycle.studies.compare import compare
@@ -254,22 +262,21 @@ def compare(
     with _writing(out):
         found = compare(study, force, against, match)
         world.on_main(lambda: comparison_figure(found, COMPARISON_PICTURE.of(out)))
-    say(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
+    tell(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
 
 
-@app.command()
+@app.command(rich_help_panel=COMPARE)
 def sweep(
     recipe: RecipeArgument,
     axes: Annotated[
         list[str],
-        typer.Argument(metavar="SECTION.FIELD=VALUE,VALUE...", help="Settings with the values to go through."),
+        typer.Argument(metavar="SECTION.FIELD=VALUE,VALUE...", help="Settings, each with the values to try."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and sweep.json; resumed if there.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and sweep.json; resumed if it exists.")],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds 0, 1, ...")] = 3,
     keep_models: KeepModelsOption = True,
 ) -> None:
-    """Run every combination of settings with several seeds: score against data size, experts, anything."""
-    _quiet_libraries()
+    """Run every combination of settings over several seeds, and plot the scores."""
     from upcycle.reporting.figures import sweep_figure
     from upcycle.studies.sweep import sweep
 
@@ -277,15 +284,17 @@ def sweep(
     with _writing(out):
         found = sweep(recipe, axes, seeds, out, keep_models)
         world.on_main(lambda: sweep_figure(found, SWEEP_PICTURE.of(out)))
-    say(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
+    tell(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run, one of its stage folders, a MoE made here, or a plan.json.")],
+    path: Annotated[
+        Path, typer.Argument(help="A run, one of its stage folders, a MoE made by Upcycle, or a plan.json.")
+    ],
     figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),
 ) -> None:
-    """Show the experts' lineage and similarities; draw them, and of a run who gets which domain and the load."""
+    """Show and plot the experts' lineage and similarities; for a run, also the routing by domain and the load."""
     check_writable(figure)
     if figure.suffix.lower() not in PICTURES:
         raise UpcycleError(f"--figure is {figure}, expected a name that ends in {', '.join(PICTURES)}")
@@ -301,25 +310,30 @@ def inspect(
 
 
 # eight parameters: the options of the verb
-@app.command()
+@app.command(rich_help_panel=COMPARE)
 def benchmark(
     models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Runs, model folders or hub names.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for scores and pictures, resumed if there. Of a single run: RUN/benchmark."),
+        typer.Option(
+            "--out", help="Folder for scores and pictures; resumed if it exists. Default for one run: RUN/benchmark."
+        ),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Names, separated by commas: of lm-eval's tasks, or of files.")] = "",
-    task_folder: Annotated[Path | None, typer.Option(help="A folder of *.jsonl or *.jsonl.gz, a task each.")] = None,
-    experts: Annotated[bool, typer.Option("--experts", help="Also every expert of a run alone.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows of each task.")] = None,
-    chat_template: Annotated[bool, typer.Option(help="Ask as a chat, or as plain text.")] = True,
+    tasks: Annotated[
+        str, typer.Option(help="Names of lm-eval tasks, or of files in --task-folder, separated by commas.")
+    ] = "",
+    task_folder: Annotated[
+        Path | None, typer.Option(help="A folder of *.jsonl or *.jsonl.gz files, one task each.")
+    ] = None,
+    experts: Annotated[bool, typer.Option("--experts", help="Also score every expert of a run alone.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows of each task.")] = None,
+    chat_template: Annotated[bool, typer.Option(help="Apply the chat template.")] = True,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run programs that the model writes (rows with `test_list`).")
+        bool, typer.Option("--allow-code", help="Run the programs that the model writes (rows with `test_list`).")
     ] = False,
 ) -> None:
-    """Score models on benchmarks through lm-evaluation-harness: base, checkpoints, experts and MoE of a run."""
+    """Score base, checkpoints, experts and MoE of a run on benchmarks, through lm-evaluation-harness."""
     out = out or own_folder(models)
-    _quiet_libraries()
     from upcycle.reporting.figures import draw_benchmarks
     from upcycle.studies.benchmark import choose_tasks, run_benchmark
 
@@ -329,42 +343,42 @@ def benchmark(
     with _writing(out):
         found = run_benchmark(models, chosen, experts, out, limit, chat_template)
         world.on_main(lambda: draw_benchmarks(found, out))
-    say(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
+    tell(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN_OR_COMPARISON", help="A finished run, comparison or sweep.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The HTML file; default: report.html in the folder.")
+        Path | None, typer.Option("--out", help="The HTML file. Default: report.html in the folder.")
     ] = None,
 ) -> None:
-    """Write one HTML file that stands alone: what was made, whether it helped, who reads what, cost, how to repeat it.
+    """Write a standalone HTML report of a run, comparison or sweep: lineage, scores, routing, cost, recipe.
 
     The report of a run that is part of a comparison shows the comparison too.
     """
     if out is not None:
         check_writable(out)
-    _quiet_libraries()
     with _writing((out or REPORT.of(folder)).parent):
         api.report(folder, out)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a model folder of one.")],
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or one of its model folders.")],
     to: Annotated[Path, typer.Option("--to", help="The new folder.")],
     fold: Annotated[bool, typer.Option("--fold", help="Write a mixture of LoRA experts as a plain MoE.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of a folded MoE: source, float32, bfloat16 or float16.")] = "source",
-    base: Annotated[str | None, typer.Option(help="The dense model of a mixture, if it has moved.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Storage dtype of a folded MoE: source, float32, bfloat16 or float16.")
+    ] = "source",
+    base: Annotated[str | None, typer.Option(help="The dense base of a mixture, if its folder has moved.")] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub, after asking.")] = None,
 ) -> None:
-    """Write the finished model as a folder that stands alone, with its model card; upload it if wanted."""
+    """Write the finished model to a standalone folder with a model card; upload it if you ask for it."""
     _check_dtype(dtype)
     check_new(to, "--to")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise UpcycleError(f"--push is {brief(push)}, expected OWNER/NAME")
-    _quiet_libraries()
     with _writing(to):
         api.export(source, to, fold=fold, dtype=dtype, base=base)
     if CARD.of(to).exists():
@@ -374,7 +388,19 @@ def export(
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    quiet: Annotated[
+        bool, typer.Option(*LOUDNESS["quiet"], help="Print only results, warnings and errors, no progress.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option(*LOUDNESS["verbose"], help="Also print what libraries say, and the traceback of an error.")
+    ] = False,
+) -> None:
+    if quiet:
+        hide_progress()
+    if not verbose:
+        _quiet_libraries()
     if version:
         print(f"upcycle {__version__}")
         raise typer.Exit
@@ -397,7 +423,6 @@ def _execute(
     if dry_run:
         world.on_main(lambda: _show_plan(run, stages))
         return
-    _quiet_libraries()
     with _writing(folder):
         run_stages(run, stages, update)
     if EVALUATE in stages:
@@ -436,7 +461,7 @@ def _push(folder: Path, name: str) -> None:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """What runs inside writes there; an error of a full disk says so, whatever kind a library makes of it."""
+    """For code that writes to `folder`: a full disk is reported as such, whatever exception a library raises."""
     try:
         yield
     except Exception as error:
@@ -458,21 +483,31 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def _loudness_first(words: list[str]) -> list[str]:
+    """`upcycle run -q ...` is `upcycle -q run ...`."""
+    options = {option for names in LOUDNESS.values() for option in names}
+    return sorted(words, key=lambda word: word not in options)
+
+
 def _stop(code: int, message: str) -> None:
     if world.may_speak():
+        if set(sys.argv) & set(LOUDNESS["verbose"]):
+            traceback.print_exc()
         print(message, file=sys.stderr)
     world.leave(code)
 
 
 def main() -> None:
-    """Run the command that was typed; what a user can mend, or did, ends in one line without a traceback."""
-    if not world.is_main() and not set(sys.argv[1:2]) & set(SHARED):
+    """Run the command that was typed; user-facing errors and interrupts end in one line without a traceback."""
+    words = _loudness_first(sys.argv[1:])
+    verb = next((word for word in words if not word.startswith("-")), "")
+    if not world.is_main() and verb not in SHARED:
         return
     gc.set_threshold(100_000, 20, 20)  # importing torch and transformers makes millions of objects: 15% quicker
     try:
-        for word in sys.argv[1:]:
+        for word in words:
             word.encode()
-        app()
+        app(words)
         world.stop()
     except RelayedError:
         world.leave(2)
@@ -485,11 +520,11 @@ def main() -> None:
     except RuntimeError as error:
         if not world.lost_another(error):
             raise
-        _stop(2, "error: another of the processes has ended; go on with the same command")
+        _stop(2, "error: another of the processes has ended; continue with the same command")
     except OSError as error:
         if error.errno == errno.ENOSPC:
             line = f"error: no space left on the disk of {error.filename or 'a file'} ({error.strerror})"
-            _stop(2, f"{line}; make room, and go on with the same command")
+            _stop(2, f"{line}; free some space, then continue with the same command")
         _stop(2, f"error: {error.filename or ''}: {error.strerror or error}".replace("error: :", "error:"))
 
 

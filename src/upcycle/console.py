@@ -35,8 +35,23 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
     console = Console(highlight=False, emoji=False, width=WIDTH, quiet=QUIET)
 
 
+_progress_shown = True
+
+
+def hide_progress() -> None:
+    """From now on show only results, warnings and errors (`upcycle --quiet`)."""
+    global _progress_shown
+    _progress_shown = False
+
+
 def say(message: str) -> None:
     """One line of progress for the user."""
+    if _progress_shown:
+        tell(message)
+
+
+def tell(message: str) -> None:
+    """One line of a verb's result."""
     console.print(message, markup=False, soft_wrap=True)
 
 
@@ -67,7 +82,7 @@ class Progress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal or QUIET,
+            disable=not console.is_terminal or QUIET or not _progress_shown,
         )
         self._description = description
         self._task = self._bar.add_task(description, total=total, completed=done)

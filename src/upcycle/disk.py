@@ -167,7 +167,7 @@ def inside(folder: Path, name: str) -> Path:
     try:
         leads = path.resolve()
     except (OSError, RuntimeError):  # a link that leads to itself
-        raise UpcycleError(f"{path} is a link that leads nowhere") from None
+        raise UpcycleError(f"{path} is a broken link") from None
     if not leads.is_relative_to(folder.resolve()):
         raise UpcycleError(f"'{name}' leads out of {folder}")
     return path

@@ -1,4 +1,4 @@
-"""What a user can mend, as opposed to a bug."""
+"""User-facing errors, as opposed to bugs."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

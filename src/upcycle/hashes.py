@@ -75,7 +75,7 @@ def hash_file(path: Path, algorithm: str = SHA256) -> str:
         UpcycleError: there is no regular file; a pipe or a device would never end.
     """
     if not path.is_file():
-        raise UpcycleError(f"{path} is not a file that can be read")
+        raise UpcycleError(f"{path} is not a readable file")
     with path.open("rb", buffering=0) as file:
         state, begin = _state(file), time.time_ns()
         if (known := _recall(state, algorithm)) is not None:

@@ -90,7 +90,7 @@ def parse_json(text: str, where: str) -> Any:
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise UpcycleError(f"{where}: the key {brief(twice)} is there twice; keep one")
+            raise UpcycleError(f"{where}: the key {brief(twice)} occurs twice; keep one")
         return found
 
     try:
@@ -100,7 +100,7 @@ def parse_json(text: str, where: str) -> Any:
     except UpcycleError:
         raise
     except UNREADABLE as error:
-        raise UpcycleError(f"{where}: not JSON that can be read ({brief(str(error))})") from None
+        raise UpcycleError(f"{where}: not readable JSON ({brief(str(error))})") from None
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -138,7 +138,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except UpcycleError:
         raise
     except UNREADABLE as error:
-        raise UpcycleError(f"{where} is not YAML that can be read ({brief(str(error))})") from None
+        raise UpcycleError(f"{where} is not readable YAML ({brief(str(error))})") from None
 
 
 def _expanded(node: yaml.Node, known: dict[int, float], above: set[int]) -> float:

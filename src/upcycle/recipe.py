@@ -34,7 +34,7 @@ MOST_BYTES = 1 << 20
 
 
 class Recipe(Settings):
-    """Everything that decides what a run makes."""
+    """Everything that determines the result of a run."""
 
     base: str = Field(min_length=1)
     """The dense pre-trained model: a hub name, a folder, or `builtin:tiny`."""
@@ -48,7 +48,7 @@ class Recipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     devices: DevicesSettings = DevicesSettings()
     seed: int = Field(0, ge=0, lt=2**32)
-    """Every random draw of the run follows from it."""
+    """Seed of every random draw of the run."""
 
     @property
     def prepares(self) -> bool:
@@ -154,8 +154,8 @@ class Recipe(Settings):
             raise ValueError("assemble.shared is mean, but adapters share the base's weights; leave it out")
         if self.prepare.starts_as_base and self.expand.copies_of != "base":
             raise ValueError(
-                "prepare.train is bottleneck: such experts start as copies of the base and are trained in the mixture "
-                "alone; set expand.copies_of=base"
+                "prepare.train is bottleneck: such experts start as copies of the base and are trained only in the "
+                "mixture; set expand.copies_of=base"
             )
         if self.lora.four_bit and not self.prepare.shares_base:
             raise ValueError(
@@ -204,19 +204,19 @@ class Recipe(Settings):
             )
         if self.assemble.layers != "all" and self.prepare.shares_base:
             raise ValueError(
-                "assemble.layers leaves layers without experts, but adapters are experts of all layers; leave it out, "
+                "assemble.layers leaves layers without experts, but adapters are experts in all layers; leave it out, "
                 "or set prepare.train=ffn or full"
             )
         if granularity == 1:
             return self
         if self.prepare.shares_base:
             raise ValueError(
-                f"assemble.granularity is {granularity}, but adapters are no FFNs that could be cut; leave it out, or "
+                f"assemble.granularity is {granularity}, but adapters cannot be cut into slices; leave it out, or "
                 "set prepare.train=ffn or full"
             )
         if self.carries:
             raise ValueError(
-                f"posttrain.optimizer_state is carry, but the state of whole FFNs is not that of slices "
+                f"posttrain.optimizer_state is carry, but the optimizer state of whole FFNs does not fit slices "
                 f"(assemble.granularity is {granularity}); set posttrain.optimizer_state=fresh"
             )
         if granularity * m > MOST_EXPERTS:
@@ -308,7 +308,7 @@ def read_values(name: str) -> dict[str, Any]:
         shipped = shipped_recipes()
         if name not in shipped:
             raise UpcycleError(
-                f"'{name}' is neither a YAML file nor a shipped recipe ({', '.join(sorted(shipped))})"
+                f"'{name}' is neither a YAML file nor a recipe in the package ({', '.join(sorted(shipped))})"
                 + nearest(name, shipped)
             )
         text = shipped[name]

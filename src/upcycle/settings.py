@@ -27,19 +27,19 @@ AnyFormat = Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca
 
 
 class Source(Settings):
-    """Rows of one place, and what to make of them."""
+    """Rows from one place, and how to read them."""
 
     path: str
     """JSON or JSONL (plain, .gz, .zst, .xz, .bz2), CSV, Parquet or Arrow; a folder or a pattern of such files; a folder
     of `save_to_disk`; a hub dataset (owner/name:config[split]); builtin:train."""
     weight: float = Field(1.0, gt=0, le=100)
-    """How often its rows count: 2: each twice; 0.5: half of them, chosen by the hash of the question."""
+    """How often its rows count. 2: each row twice. 0.5: half of the rows, chosen by the hash of the question."""
     domain: str | None = None
-    """The domain of all its rows; `{file}` is the name of the file."""
+    """The domain of all its rows; `{file}` stands for the name of the file."""
     format: AnyFormat = "auto"
-    """How its rows spell a chat; auto: found by their columns."""
+    """Format of its rows; `auto` detects it from their columns."""
     columns: dict[str, str] = {}
-    """Our name of a column to its name there: {domain: category}."""
+    """Maps Upcycle's column names to the source's: {domain: category}."""
 
     @field_validator("columns")
     @classmethod
@@ -51,10 +51,10 @@ Sources = str | Source | list[str | Source]
 
 
 def known_columns(values: dict[str, str]) -> dict[str, str]:
-    """Raises ValueError for a name that is not one of ours."""
+    """The values; raises ValueError for a name that is not in COLUMNS."""
     for name in values:
         if name not in COLUMNS:
-            raise ValueError(f"{name} is no column, expected some of {', '.join(COLUMNS)}{nearest(name, COLUMNS)}")
+            raise ValueError(f"{name} is not a column, expected some of {', '.join(COLUMNS)}{nearest(name, COLUMNS)}")
     return values
 
 
@@ -69,7 +69,7 @@ def _source(value: Any) -> Any:
     if not isinstance(value, dict):
         raise ValueError("expected a file, folder, pattern or hub dataset, {path: ..., ...}, or a list of these")
     if unknown := next((name for name in value if name not in Source.model_fields), None):
-        raise ValueError(f"{unknown} is no setting of a source{nearest(str(unknown), Source.model_fields)}")
+        raise ValueError(f"{unknown} is not a setting of a source{nearest(str(unknown), Source.model_fields)}")
     try:
         return Source.model_validate(value)
     except ValidationError as error:
@@ -78,38 +78,40 @@ def _source(value: Any) -> Any:
 
 
 class DataSettings(Settings):
-    """The instruction data D: chats, in whatever format, and perhaps a `domain` label."""
+    """The instruction data D: chats in any supported format, with an optional `domain` label."""
 
     train: Sources
-    """Files, folders, patterns, hub datasets or `builtin:train`: one, a list, or with settings of their own: {path:
-    ..., weight: ..., domain: ..., format: ..., columns: ...}"""
+    """A file, folder, pattern, hub dataset or `builtin:train`; or a list of these. A source with settings of its own is
+    an object: {path: ..., weight: ..., domain: ..., format: ..., columns: ...}."""
     validation: Sources | None = None
-    """Held-out rows for the evaluation; without them a share of `train` is held out."""
+    """Held-out rows for the evaluation. If null, a share of `train` is held out."""
     validation_fraction: float = Field(0.02, gt=0, lt=0.5)
     """Share of `train` held out for evaluation when `validation` is not given."""
     fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the training rows that is used, chosen by the hash of the question (nested across values)."""
+    """Share of the training rows to use, chosen by the hash of the question. Smaller shares are subsets of larger
+    ones."""
     max_validation: int | None = Field(None, ge=1)
     """At most this many validation rows, chosen by the hash of the question."""
     max_length: int = Field(1024, ge=8)
-    """Longest sample in tokens; `too_long` says what becomes of longer ones."""
+    """Longest sample, in tokens; `too_long` says what happens to longer ones."""
     too_long: Literal["leave_out", "truncate", "refuse"] = "leave_out"
-    """Leave longer rows out, counted and reported; cut them from the left; or stop."""
+    """What happens to longer rows: leave them out and report how many, cut them from the left, or stop."""
     decontaminate: Literal["exact", "ngram"] = "exact"
-    """Which training rows are left out for a held-out question: those that ask the same, or also those that share 13
-    words in a row with one (a shorter question: all its words)."""
+    """Which training rows are removed because of a held-out question. `exact`: rows with the same question. `ngram`:
+    also rows that share 13 consecutive words with one (or all words of a shorter question)."""
     decontaminate_with: list[str] = []
-    """Further files whose questions must not be trained on: benchmarks (`question` or `prompt`) or chats."""
+    """More files whose questions must not be trained on: benchmarks (`question` or `prompt`) or chats."""
     turns: Literal["all", "last"] = "all"
-    """Which answers of a chat are learned: all (but those with `weight: 0` or `train: false`), or the last."""
+    """Which answers of a chat are learned: all of them, or only the last. Answers with `weight: 0` or `train: false`
+    are never learned."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template, or `chatml` for the plain one shipped here."""
     format: AnyFormat = "auto"
-    """How rows spell a chat, where their source does not say; auto: found by their columns."""
+    """Format of the rows of sources that do not set their own; `auto` detects it from the columns."""
     columns: dict[str, str] = {}
-    """Our name of a column to its name in the data, where their source does not say: {domain: category}."""
+    """Maps Upcycle's column names to the data's, for sources that do not set their own: {domain: category}."""
     max_bad: float = Field(0.0, ge=0, le=1)
-    """Share of the rows that may be unusable; they are counted by reason and left out."""
+    """Largest share of unusable rows that is tolerated. They are counted by reason and left out."""
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -122,7 +124,7 @@ class DataSettings(Settings):
         return known_columns(values)
 
     def sources(self, given: Sources) -> list[Source]:
-        """`train` or `validation`, with what all have alike."""
+        """`train` or `validation` as a list, with the settings that all sources share filled in."""
         listed = given if isinstance(given, list) else [given]
         found = [Source(path=one) if isinstance(one, str) else one for one in listed]
         return [
@@ -166,16 +168,16 @@ _INSTEAD = {
     "restore_callback_states_from_checkpoint accelerator_config disable_tqdm logging_nan_inf_filter",
 }
 OWNED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
-"""Fields of SFTConfig that settings of ours, or what a run promises, decide; and what to do instead."""
+"""Fields of SFTConfig that Upcycle's own settings or guarantees decide; and what to do instead."""
 
 
 class TrainingSettings(Settings):
-    """What both training stages share; the Trainer's own meanings."""
+    """Settings of both training stages, with the Trainer's meanings."""
 
     epochs: float = Field(2.0, gt=0)
-    """Passes over the training rows. The paper halves a budget of 4 epochs between the two stages."""
+    """Passes over the training rows. The paper splits a budget of 4 epochs evenly between the two stages."""
     checkpoint_every: float = Field(0.25, gt=0)
-    """Epochs between two checkpoints (paper: 0.25). In preparation each one becomes an expert."""
+    """Epochs between two checkpoints (paper: 0.25). In preparation each checkpoint becomes an expert."""
     learning_rate: float = Field(2.0e-5, gt=0)
     """Peak learning rate (paper: 2e-5 for full fine-tuning)."""
     batch_size: int = Field(16, ge=1)
@@ -183,21 +185,21 @@ class TrainingSettings(Settings):
     micro_batch_size: int = Field(4, ge=1)
     """Rows per forward pass and device; must divide batch_size."""
     lr_scheduler: Literal["cosine", "linear", "constant", "cosine_with_min_lr", "warmup_stable_decay"] = "cosine"
-    """Shape of the learning-rate schedule; over which stages it goes, posttrain.schedule says. The last two take
+    """Shape of the learning-rate schedule; posttrain.schedule says which stages it spans. The last two take
     trainer.lr_scheduler_kwargs, such as {min_lr_rate: 0.1}."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
-    """Share of the schedule's steps with a linearly rising learning rate."""
+    """Share of the schedule's steps spent on linear warm-up."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay."""
     pack_rows: bool = True
-    """Rows of a micro-batch side by side in lines as long as its longest row: the same loss with less padding."""
+    """Pack the rows of a micro-batch side by side, in lines as long as its longest row: the same loss, less padding."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory for about a third more time."""
     trainer: dict[str, Any] = Field({})
-    """Anything else that TRL's SFTConfig takes, by its own names: {optim: adamw_8bit, max_grad_norm: 0.5, ...}."""
+    """Any other field of TRL's SFTConfig, by its own name: {optim: adamw_8bit, max_grad_norm: 0.5, ...}."""
 
     def micro_batch(self, processes: int) -> int:
-        """Rows of a forward pass in each process: the most that divide its part of a step, and not more than asked."""
+        """Rows of a forward pass in each process: the largest divisor of its part of a step, up to micro_batch_size."""
         own = max(1, self.batch_size // processes)
         return max(n for n in range(1, min(self.micro_batch_size, own) + 1) if own % n == 0)
 
@@ -224,18 +226,21 @@ STARTS_AS_BASE = ("bottleneck",)
 
 
 class PrepareSettings(TrainingSettings):
-    """Stage 1, expert preparation: one instruction-tuning run, or checkpoints that exist already."""
+    """Stage 1, expert preparation: one instruction-tuning run, or existing checkpoints."""
 
     checkpoints: str | list[str] | None = None
-    """Existing checkpoints (models or adapters): a list, or a Trainer folder with checkpoint-*. No training then."""
+    """Existing checkpoints (models or adapters): a list of folders, or a Trainer folder with checkpoint-*. Nothing is
+    trained then."""
     train: Literal["ffn", "full", "lora", "bottleneck"] = "ffn"
-    """What is tuned and becomes an expert: FFN blocks, alone or with all else; LoRA adapters; bottlenecks (PESC)."""
+    """What is trained and becomes an expert. `ffn`: FFN blocks only. `full`: FFN blocks, with all other weights trained
+    too. `lora`: LoRA adapters. `bottleneck`: bottleneck adapters (PESC)."""
     by_domain: bool = False
-    """One training for each domain label of the data; the end of each is a checkpoint (Self-MoE, Branch-Train-MiX)."""
+    """Train once for each domain label of the data; each run's final model is a checkpoint (Self-MoE,
+    Branch-Train-MiX)."""
 
     @property
     def num_checkpoints(self) -> int | None:
-        """Checkpoints that there will be; None for a Trainer folder, where only looking tells."""
+        """How many checkpoints there will be; None for a Trainer folder, whose contents are not known yet."""
         if isinstance(self.checkpoints, list):
             return len(self.checkpoints)
         if self.checkpoints or self.by_domain:
@@ -254,22 +259,22 @@ class PrepareSettings(TrainingSettings):
 
 
 class LoraSettings(Settings):
-    """Adapters as experts, if `prepare.train` says so; PEFT's meanings."""
+    """Adapters as experts, with PEFT's meanings; used if `prepare.train` is `lora` or `bottleneck`."""
 
     rank: int = Field(16, ge=1)
-    """r, of adapters that are trained or start here; a bottleneck's width."""
+    """LoRA rank of newly created adapters; for bottlenecks, their width."""
     alpha: int = Field(32, ge=1)
-    """An adapter adds alpha / r times B A."""
+    """LoRA alpha: an adapter adds (alpha / rank) B A to the weight."""
     rslora: bool = False
-    """alpha / sqrt(r) instead."""
+    """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
     targets: list[Literal["gate_proj", "up_proj", "down_proj"]] = Field(
         ["gate_proj", "up_proj", "down_proj"], min_length=1
     )
-    """Which FFN weights are adapted in preparation; all three mean all that the base has."""
+    """Which FFN weights get adapters in preparation; all three mean all that the base has."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on an adapter's input in preparation; the mixture has none."""
+    """Dropout on an adapter's input, in preparation only."""
     four_bit: bool = False
-    """Train on a base in 4 bits (QLoRA): needs a GPU and bitsandbytes."""
+    """Quantize the base to 4 bits for training (QLoRA). Needs a GPU and bitsandbytes."""
 
     @property
     def scaling(self) -> float:
@@ -280,38 +285,40 @@ class ExpandSettings(Settings):
     """Stage 2, expert expansion: from the n checkpoints to any number of experts."""
 
     num_experts: int = Field(8, ge=1, le=MOST_EXPERTS)
-    """Experts per MoE layer, m; 1 is a dense model in the same machinery."""
+    """Experts per MoE layer, m. 1 gives a dense model that goes through the same stages."""
     copies_of: Literal["none", "last", "base"] = "none"
-    """Instead of different experts, m copies of the last checkpoint or of the base (vanilla upcycling)."""
+    """Use m copies of the last checkpoint or of the base instead of different experts (vanilla upcycling)."""
     perturb: Literal["none", "noise", "drop"] = "none"
-    """How copies are made different: noise on weights, or channels drawn anew (Drop-Upcycling)."""
+    """How to make copies differ: add noise to weights, or reinitialize channels at random (Drop-Upcycling)."""
     perturb_rate: float = Field(0.5, gt=0, le=1)
-    """Share of the weights that get noise, or of the channels that are drawn anew."""
+    """Share of the weights that get noise, or of the channels that are reinitialized."""
     noise_std: float = Field(0.02, gt=0)
     """Standard deviation of the noise."""
     num_checkpoints: int | None = Field(None, ge=1)
-    """How many checkpoints become experts, n; none given: all, or as many as there are experts."""
+    """How many checkpoints become experts, n. Null: all of them, or as many as there are experts."""
     select: Literal["uniform", "first", "last", "farthest"] = "uniform"
-    """Which, if there are more: evenly spaced, the first or last n, or greedily those least similar to the chosen."""
+    """Which checkpoints to keep if there are more: evenly spaced, the first n, the last n, or greedily the ones least
+    similar to those already chosen."""
     keep_base: bool = False
-    """Whether the base itself is an expert too (with cosine similarity it has no direction and is no parent)."""
+    """Make the base itself an expert too. Its task vector is zero, so with cosine similarity it cannot be a parent."""
     similarity: Literal["cosine", "l2"] = "cosine"
-    """How alike two experts are: cosine, or negative squared L2 distance, of their FFN task vectors."""
+    """Similarity of two experts: cosine, or negative squared L2 distance, of their FFN task vectors."""
     parents: Literal["most_dissimilar", "random"] = "most_dissimilar"
-    """Which two experts a child is merged from (random: the paper's ablation)."""
+    """Which two experts are merged into a child. `random` is the paper's ablation."""
     repeat_pairs: Literal["avoid", "allow"] = "avoid"
-    """Whether a pair may have more than one child. `allow` tends to pick the same pair for ever."""
+    """Whether a pair may have more than one child. With `allow`, the same pair tends to be picked every time."""
     weights: Literal["uniform", "fixed"] = "uniform"
-    """The child's weight alpha: drawn from (0, 1), or 1/2. beta = 1 - alpha."""
+    """The first parent's weight alpha: uniform in (0, 1), or fixed at 1/2. The second parent has 1 - alpha."""
     merge: Literal["dare", "linear", "slerp", "ties", "dare_ties"] = "dare"
-    """How parents become a child (paper: dare); see docs/paper.md for the formula of each."""
+    """Merge method (paper: dare). docs/paper.md has the formulas."""
     drop_rate: float = Field(0.2, ge=0, le=0.95)
-    """Share p of each parent's task vector that dare drops (the rest is multiplied by 1/(1-p)) or ties trims."""
+    """Share p of each parent's task vector that dare drops or ties trims; dare rescales the rest by 1/(1-p)."""
     spread: float = Field(1.0, ge=-1, le=2)
-    """How far experts are from the last checkpoint L, in units of how far they were: L + spread (E - L). 0: copies of
-    it; 1: as they are; whole FFNs only."""
+    """Scales each expert's distance from the last checkpoint L: E becomes L + spread (E - L). 1 leaves experts as they
+    are, 0 makes them copies of L, and negative values go beyond L, away from E. Whole FFNs only."""
     adapters: Literal["average", "apart", "product"] = "average"
-    """Merge adapters' A and B each for itself (average; apart: as PEFT), or their product, cut to rank by an SVD."""
+    """How adapters are merged. `average`: A and B separately, with the child's weights. `apart`: A and B separately,
+    with the square roots of the weights, as in PEFT. `product`: B A, cut back to the rank by an SVD."""
 
     def num_chosen(self, n: int) -> int:
         """How many of `n` checkpoints become experts.
@@ -338,33 +345,35 @@ class ExpandSettings(Settings):
 
 
 class EveryLayer(Settings):
-    """Every N-th layer, from the N-th on: transformers' `decoder_sparse_step`."""
+    """Every N-th layer, starting with the N-th (`decoder_sparse_step` in transformers)."""
 
     every: int = Field(ge=1)
     """N."""
 
 
 class AssembleSettings(Settings):
-    """The MoE before any training of its own."""
+    """How the MoE is put together, before it is trained."""
 
     num_experts_per_tok: int = Field(2, ge=1)
-    """Experts active for a token, k."""
+    """Experts that each token uses, k."""
     granularity: Literal[1, 2, 4, 8] = 1
-    """Cut every expert's FFN into G smaller experts, of which a token gets k G. With k = 1 and G > 1 the MoE has the
-    dense model's FLOPs, and its router still learns; whole FFNs only."""
+    """Cut every expert's FFN into G smaller experts; each token uses k G of them. With k = 1 and G > 1 the MoE has the
+    dense model's FLOPs, and its router still learns. Whole FFNs only."""
     layers: Literal["all"] | EveryLayer | list[int] = "all"
-    """Which layers get experts: all, `{every: N}`, or a list of places from 0. The others keep one FFN, that of
-    `shared`, which preparation leaves as it is. Only where the MoE's architecture has such layers, and whole FFNs."""
+    """Which layers get experts: all, `{every: N}`, or a list of layer indices from 0. The others keep one FFN, taken
+    from `shared`, which preparation does not train. Only for MoE architectures that have such layers, and whole
+    FFNs."""
     channels: Literal["contiguous", "strided", "random"] = "contiguous"
-    """Which channels of an FFN go into one slice."""
+    """Which channels of an FFN form a slice."""
     shared: Literal["last", "mean", "base"] = "last"
-    """Where attention, norms and embeddings come from: last checkpoint, mean of all, base (adapters: always base).
-    With `last` tokenizer, template, special tokens and generation settings come from it too, if it has them."""
+    """Source of attention, norms and embeddings: the last checkpoint, the mean of all, or the base (always the base for
+    adapters). With `last`, the tokenizer, chat template, special tokens and generation settings also come from the last
+    checkpoint, if it has them."""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
-    """Storage dtype of the assembled MoE; `source` keeps the checkpoints'."""
+    """Storage dtype of the assembled MoE; `source` keeps that of the checkpoints."""
     keep_vision: bool = False
-    """Write the finished MoE into the base's folder of more than text, with its vision part as it is there (Mistral3,
-    Qwen3-VL, Qwen3.5); otherwise the MoE reads text alone. Whole FFNs only."""
+    """For a multimodal base (Mistral3, Qwen3-VL, Qwen3.5, Gemma 4): write the finished model with the base's vision
+    part, unchanged. Otherwise the MoE reads text only. Whole FFNs only."""
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -404,42 +413,44 @@ class RouteSettings(Settings):
     """Stage 3, router initialization."""
 
     start: Literal["upit", "contrastive", "ridge", "kmeans", "mean_hidden", "random"] = "contrastive"
-    """How the router starts, a row of docs/paper.md's table of starts (paper: upit, its pre-optimisation)."""
+    """How the router is initialized; docs/paper.md describes each method. The paper's pre-optimisation is `upit`."""
     seed_from: Literal["held_out", "train"] = "held_out"
-    """Seed data: held out of all training (default, see docs/paper.md) or from the training set (paper)."""
+    """Where the seed data come from: rows held out of all training, or the training set (paper)."""
     seed_fraction: float = Field(0.01, gt=0, lt=1)
-    """Share of the training rows that becomes seed data (paper: 1%)."""
+    """Share of the training rows used as seed data (paper: 1%)."""
     min_samples_per_expert: int = Field(20, ge=1)
-    """Seed data are at least this many samples times the number of experts."""
+    """Lower bound on the seed data: this many samples times the number of experts."""
     test_fraction: float = Field(0.25, ge=0, lt=1)
-    """Share of the seed data kept apart to measure how well the router ranks the assigned expert first."""
+    """Share of the seed data set aside to measure how often the router ranks the assigned expert first."""
     assignment: Literal["balanced", "lowest_loss", "centred", "domain", "random"] = "balanced"
-    """Sample to expert: equal buckets of least total loss; lowest loss (paper); lowest but for its mean; by domain;
-    equal buckets at random (the paper's ablation)."""
+    """How samples are assigned to experts. `balanced`: equal buckets with the least total loss. `lowest_loss`: lowest
+    loss (paper). `centred`: lowest loss after subtracting the expert's mean. `domain`: all samples of a domain to one
+    expert. `random`: equal buckets at random (the paper's ablation)."""
     expert_learning_rate: float | None = Field(None, gt=0)
-    """Let the experts move too in the start `upit`, with this learning rate; null: they stay (paper)."""
+    """Also train the experts during the pre-optimisation (`start: upit`), with this learning rate. Null: keep them
+    frozen (paper)."""
     equal_steps: bool = False
-    """Repeat the samples of small buckets, so that every expert counts the same in what is trained or averaged."""
+    """Repeat the samples of small buckets, so that every expert has equal weight in training and averages."""
     equal_norms: bool = False
-    """Give the vectors of a layer one norm."""
+    """Scale all routing vectors of a layer to the same norm."""
     logit_std: float | None = Field(2.0, gt=0)
-    """Standard deviation over experts of the logits that the router starts with; null: as the start makes them."""
+    """Standard deviation over experts of the initial router logits. Null: do not rescale them."""
     ridge: float = Field(0.01, gt=0)
-    """Penalty of the start `ridge`, in units of the mean square of a router input's entries."""
+    """Penalty of `start: ridge`, in units of the mean square of the router's inputs."""
     epochs: int = Field(4, ge=1)
     """Passes over the seed data in the pre-optimisation (paper: 4)."""
     alpha: float = Field(0.5, ge=0, le=1)
-    """Weight of the language-model loss; the auxiliary loss has 1 - alpha (paper: 0.5)."""
+    """Weight of the language-modelling loss in the pre-optimisation; the auxiliary loss has 1 - alpha (paper: 0.5)."""
     learning_rate: float = Field(1.0e-3, gt=0)
-    """AdamW's learning rate for the routing vectors; the paper gives none."""
+    """AdamW's learning rate for the routing vectors in the pre-optimisation. The paper does not give one."""
     tokens: Literal["answer", "all"] = "all"
-    """Which tokens of a sample pull its expert's routing vector: all but padding, or the answer's."""
+    """Which tokens of a sample train its expert's routing vector: all tokens, or the answer's."""
     init_std: float = Field(0.02, gt=0)
-    """Standard deviation of the random router (and of the assembled MoE before routing)."""
+    """Standard deviation of the random router, and of the router in the assembled MoE before stage 3."""
     slice_noise: float = Field(0.0, ge=0)
-    """Noise that makes the vectors of an expert's slices different, in standard deviations of a layer's vectors."""
+    """Noise that separates the routing vectors of one expert's slices, in units of the layer's standard deviation."""
     tokens_per_batch: int = Field(4096, ge=1)
-    """Most tokens, padding included, in one batch of scoring and pre-optimisation."""
+    """Maximum tokens per batch in scoring and pre-optimisation, padding included."""
 
     @model_validator(mode="after")
     def _experts_move_in_upit_alone(self) -> "RouteSettings":
@@ -449,34 +460,36 @@ class RouteSettings(Settings):
 
 
 class PosttrainSettings(TrainingSettings):
-    """Stage 4, model upcycling: the whole MoE is trained on D."""
+    """Stage 4, model upcycling: train the whole MoE on D."""
 
     schedule: Literal["continue", "restart"] | None = None
-    """Go on with preparation's learning-rate schedule, which then spans the epochs of both stages, or start one with a
-    warm-up of its own. Null: continue, unless the checkpoints are given."""
+    """`continue`: one learning-rate schedule spans the epochs of preparation and post-training. `restart`:
+    post-training has its own schedule, with a warm-up. Null: continue, or restart if `prepare.checkpoints` is set."""
     optimizer_state: Literal["carry", "fresh"] = "fresh"
-    """Adam's moments at the start: those of the last checkpoint, each expert with those of its FFN, or none."""
+    """Adam's moments at the start of post-training. `carry`: the last checkpoint's; every expert gets those of its FFN.
+    `fresh`: zero."""
     experts_rate: float = Field(1.0, gt=0)
-    """Learning rate of the experts, in units of learning_rate; see also shared_rate and router_rate."""
+    """Learning rate of the experts, as a multiple of learning_rate."""
     shared_rate: float = Field(1.0, gt=0)
-    """Of attention, norms and embeddings."""
+    """Learning rate of attention, norms and embeddings, as a multiple of learning_rate."""
     router_rate: float = Field(1.0, gt=0)
-    """Of the routing vectors."""
+    """Learning rate of the routing vectors, as a multiple of learning_rate."""
     router_aux_loss_coef: float = Field(0.01, ge=0)
-    """Weight of the per-layer load-balancing loss; 0: none."""
+    """Weight of the load-balancing loss, which is computed per layer. 0 turns it off."""
     balance_over: Literal["slices", "experts"] = "slices"
-    """What the load-balancing loss makes even where experts are cut into slices (assemble.granularity)."""
+    """What the load-balancing loss balances if experts are cut into slices (assemble.granularity)."""
     balance_scope: Literal["step", "micro_batch"] = "step"
-    """What the loss counts an expert's share over: a step's rows so far, of all micro-batches and processes, which lets
-    experts specialise (arXiv 2501.11873); or each micro-batch for itself."""
+    """Over which tokens the loss computes an expert's share. `step`: those of the step so far, in all micro-batches and
+    processes, which lets experts specialise (arXiv 2501.11873). `micro_batch`: those of each micro-batch."""
     router_z_loss_coef: float = Field(0.0, ge=0)
-    """Weight of the router z-loss, which keeps logits small (ST-MoE: 0.001)."""
+    """Weight of the router z-loss, which keeps logits small (ST-MoE: 0.001). 0 turns it off."""
     balance_bias_rate: float = Field(0.0, ge=0)
-    """Step of the loss-free balancing bias (Wang et al.: 0.001); it fades out before the end. 0: none."""
+    """Step size of the loss-free balancing bias (Wang et al.: 0.001), which fades out before the end. 0 turns it
+    off."""
     freeze: Literal["none", "router", "experts", "shared"] = "none"
-    """What post-training leaves as it is; `shared` is attention, norms and embeddings."""
+    """What post-training does not train. `shared` is attention, norms and embeddings."""
     report_to: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
-    """Where the training log goes besides log.json (the package must be installed)."""
+    """Also send the training log to this tracker, whose package must be installed. log.json is always written."""
 
     @property
     def rates(self) -> dict[str, float]:
@@ -485,18 +498,20 @@ class PosttrainSettings(TrainingSettings):
 
 
 class DevicesSettings(Settings):
-    """How a model is divided among processes that train it (torchrun); what a run makes does not depend on it."""
+    """How a model is divided among the processes that train it (torchrun). The result of a run does not depend on
+    it."""
 
     fsdp: int = Field(1, ge=1)
-    """Processes that each hold a part of every weight, gradient and optimizer state (FSDP2). 1: each holds all."""
+    """Number of processes that share every weight, gradient and optimizer state (FSDP2). 1: each process holds all."""
     ep: int = Field(1, ge=1)
-    """Of these, processes that each hold whole experts of their own (expert parallelism)."""
+    """How many of these processes hold different experts (expert parallelism). Must divide `fsdp`."""
     replicate: int = Field(1, ge=1)
-    """Groups of `fsdp` processes, each with the whole model: a group for each machine keeps traffic on the machine."""
+    """Number of groups of `fsdp` processes, each with the whole model. One group per machine keeps traffic on the
+    machine."""
 
     @property
     def processes(self) -> int | None:
-        """That must be started; None: any number."""
+        """How many processes must be started; None: any number."""
         return self.fsdp * self.replicate if self.fsdp > 1 else None
 
     @model_validator(mode="after")
@@ -509,15 +524,16 @@ class DevicesSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """The first evaluation: held-out loss, and exact match where answers are short."""
+    """The evaluation that ends a run: held-out loss, and exact match where answers are short."""
 
     models: Literal["all", "ends"] = "all"
-    """Base, every checkpoint and the MoE; or base, last checkpoint and the MoE only."""
+    """What to score. `all`: the base, every checkpoint and the MoE. `ends`: the base, the last checkpoint and the
+    MoE."""
     exact_match: bool = True
-    """Also generate greedily and compare with the answer, for rows whose answer is short."""
+    """Also generate greedily and compare with the reference answer, for rows with short answers."""
     max_answer_tokens: int = Field(16, ge=1)
-    """Rows with longer answers are left out of the exact match."""
+    """Rows with longer answers do not count towards exact match."""
     max_generated: int = Field(500, ge=1)
-    """Most rows per model for the exact match."""
+    """Maximum rows per model for exact match."""
     tokens_per_batch: int = Field(8192, ge=1)
-    """Most tokens, padding included, in one forward pass."""
+    """Maximum tokens per forward pass, padding included."""

@@ -52,6 +52,6 @@ def _farewell(number: int) -> str:
     import shlex  # not before: a signal should find this installed as early as can be
 
     if "RANK" not in os.environ:
-        return f"stopped; go on with: {shlex.join(['upcycle', *sys.argv[1:]])}\n"
+        return f"stopped; continue with: {shlex.join(['upcycle', *sys.argv[1:]])}\n"
     speaks = os.environ["RANK"] == "0" and number == signal.SIGINT
-    return "stopped; go on with the same command\n" if speaks else ""
+    return "stopped; continue with the same command\n" if speaks else ""

@@ -36,5 +36,5 @@ def test_what_transformers_would_not_write_stays_as_it_is(kept: dict[str, Any], 
 
 def test_a_configuration_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(f'{{"a": {"[" * 980}{"]" * 980}}}')
-    with pytest.raises(UpcycleError, match=r"config\.json: not JSON that can be read"):
+    with pytest.raises(UpcycleError, match=r"config\.json: not readable JSON"):
         read_config(tmp_path)

@@ -445,7 +445,7 @@ def test_names_on_disk_are_those_of_transformers(dense: str, moe: str, changes: 
         ({"model_type": "olmoe"}, "num_experts=64: olmoe is a mixture of 64 experts already"),
         ({"model_type": "qwen3_vl_moe"}, "qwen3_moe is a mixture of 60 experts already"),
         ({"model_type": "bloom"}, "there is no row for it; `upcycle families` lists"),
-        ({"model_type": "qwen2_vl", "text_config": {}}, "a model of more than text"),
+        ({"model_type": "qwen2_vl", "text_config": {}}, "a multimodal model"),
     ],
     ids=lambda v: v["model_type"] if isinstance(v, dict) else "",
 )

@@ -113,7 +113,7 @@ def test_where_all_layers_have_experts_or_none_it_is_refused(tmp_path: Path, tin
     source = make_dense(tmp_path / "dense", model_type="olmo2")
     with pytest.raises(UpcycleError, match=r"assemble\.layers: no mixture that a olmo2 model becomes"):
         map_model(source, ModelReader(source), 2, layers=(1,))
-    with pytest.raises(UpcycleError, match=r"adapters are experts of all layers"):
+    with pytest.raises(UpcycleError, match=r"adapters are experts in all layers"):
         parse_recipe({**tiny_recipe, "assemble": {"layers": [0]}, "prepare": {"train": "lora"}}, "test")
     config = read_config(make_dense(tmp_path / "llama"))
     assert family_of(config, "x").moe.model_type == "mixtral"

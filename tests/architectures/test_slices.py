@@ -104,8 +104,8 @@ def test_what_does_not_divide_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"assemble": {"granularity": 3}}, r"assemble\.granularity: .*\(found 3\)"),
-        ({"assemble": {"granularity": 2}, "prepare": {"train": "lora"}}, "adapters are no FFNs that could be cut"),
-        ({"assemble": {"granularity": 2}, "posttrain": {"optimizer_state": "carry"}}, "is not that of slices"),
+        ({"assemble": {"granularity": 2}, "prepare": {"train": "lora"}}, "adapters cannot be cut into slices"),
+        ({"assemble": {"granularity": 2}, "posttrain": {"optimizer_state": "carry"}}, "does not fit slices"),
         ({"assemble": {"granularity": 8}, "expand": {"num_experts": 1024}}, "is more than 4096 experts"),
     ],
 )

@@ -164,7 +164,7 @@ def test_folders_patterns_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(found(name) == expected() for name in names)
     assert len({hash_sources([Source(path=name)]) for name in names}) == 1
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UpcycleError, match=r"there is no file in the folder .* that can be read; expected \.jsonl"):
+    with pytest.raises(UpcycleError, match=r"no readable file in the folder .*; expected \.jsonl"):
         found(tmp_path / "empty")
     with pytest.raises(UpcycleError, match=r"there is no file of the pattern gone-\*\.jsonl"):
         found("gone-*.jsonl")

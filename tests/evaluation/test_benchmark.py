@@ -98,7 +98,7 @@ def test_a_folder_of_a_model_is_scored_and_drawn(base: Path, folder: Path, tmp_p
 def test_a_model_without_a_template_is_named(checkpoints: list[Path], folder: Path, tmp_path: Path, base: Path) -> None:
     bare = Path(shutil.copytree(base, tmp_path / "bare"))
     (bare / "chat_template.jinja").unlink()
-    with pytest.raises(UpcycleError, match="bare has no chat template; ask it as plain text with --no-chat-template"):
+    with pytest.raises(UpcycleError, match="bare has no chat template; use --no-chat-template"):
         benchmark([Contender("bare", bare)], read_tasks(folder, ["choose"]), tmp_path / "out")
 
 
@@ -134,7 +134,7 @@ def test_questions_and_choices_are_cut_as_lm_eval_does_where_no_token_reaches_ov
 def test_a_template_that_renders_no_question_is_named(base: Path, folder: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(base, tmp_path / "broken"))
     (broken / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    with pytest.raises(UpcycleError, match=r"chat template of .*broken cannot render a question: no; mend it"):
+    with pytest.raises(UpcycleError, match=r"chat template of .*broken cannot render a question: no; correct it"):
         benchmark([Contender("broken", broken)], read_tasks(folder, ["choose"]), tmp_path / "out")
 
 
@@ -175,7 +175,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         with pytest.raises(UpcycleError, match=message):
             read_rows(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl").write_text(f"{json.dumps(CHOICES[0])}\n{json.dumps(ANSWERS[0])}")
-    with pytest.raises(UpcycleError, match="mixes answer and choice rows; make a file of each kind"):
+    with pytest.raises(UpcycleError, match="mixes answer and choice rows; use one file for each kind"):
         read_rows(tmp_path / "x.jsonl")
 
 
@@ -186,7 +186,7 @@ def test_programs_are_run_only_if_that_is_allowed(
     tasks = Path(shutil.copytree(folder, tmp_path / "tasks"))
     row = {"prompt": "add two numbers", "test_list": ["assert add(1, 2) == 3"], "test_setup_code": "", "answer": "-"}
     (tasks / "program.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UpcycleError, match=r"program.jsonl asks for programs, which would be run: give --allow-code"):
+    with pytest.raises(UpcycleError, match=r"program.jsonl runs programs that the model writes; use --allow-code"):
         read_tasks(tasks, ["program"])
     assert list(read_tasks(tasks)) == ["choose", "say"]
     assert "program left out" in " ".join(capsys.readouterr().out.split())
@@ -213,7 +213,7 @@ def test_a_task_of_lm_eval_that_runs_code_is_refused(
 
 def test_names_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     check_names(["arc_easy"])
-    for name, message in (("arc_esy", "no task arc_esy; near to it: .*arc_easy"), ("mmlu", "mmlu is a group")):
+    for name, message in (("arc_esy", "no task arc_esy; similar names: .*arc_easy"), ("mmlu", "mmlu is a group")):
         with pytest.raises(UpcycleError, match=message):
             choose_tasks([name], None, False)
     row = {"prompt": "p", "test_list": ["assert f()"]}
@@ -221,7 +221,7 @@ def test_names_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UpcycleError, match="no task is left of"):
         choose_tasks([], tmp_path, False)
     shutil.copy(tmp_path / "program.jsonl", tmp_path / "program.jsonl.gz")
-    with pytest.raises(UpcycleError, match="a task needs a name of its own"):
+    with pytest.raises(UpcycleError, match="every task needs its own name"):
         read_tasks(tmp_path)
 
 

@@ -80,7 +80,7 @@ def test_without_a_gate_the_layer_under_its_own_name_is_up_proj(
     with pytest.raises(UpcycleError, match=rf"is not a LoRA factor of {linear} or .* target_modules=\['{linear}', "):
         compare(ungated, make_adapter(ungated, tmp_path / "attention", 1, target_modules=["q_proj"]))
     if dense != "apertus":  # whose names a gated FFN has too
-        with pytest.raises(UpcycleError, match=r"the base's weight is not there; the adapter belongs to another model"):
+        with pytest.raises(UpcycleError, match=r"the base's weight is not there; the adapter belongs to a different model"):
             compare(base, folder)
 
 
@@ -175,5 +175,5 @@ def test_an_adapter_that_peft_cannot_load_is_not_taken(base: Path, tmp_path: Pat
     folder = make_adapter(base, tmp_path, 1)
     text = (folder / adapter_files.CONFIG).read_text()
     (folder / adapter_files.CONFIG).write_text(text.replace('"r": 4', '"r": 8'))
-    with pytest.raises(UpcycleError, match="cannot be loaded by PEFT, so it is not taken"):
+    with pytest.raises(UpcycleError, match="cannot be loaded by PEFT, so it is refused"):
         compare(base, folder)

@@ -42,7 +42,7 @@ def test_what_an_adapter_adds_is_what_peft_merges(options: dict[str, Any], base:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "use_dora is True, which is not honoured here"),
+        ({"use_dora": True}, "use_dora is True, which Upcycle does not support"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changed the base too"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changed the base too"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
@@ -62,17 +62,17 @@ def test_damage_is_named(base: Path, tmp_path: Path) -> None:
     folder = make_adapter(base, tmp_path, 1)
     tensors = load_file(folder / WEIGHTS)
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
-    with pytest.raises(UpcycleError, match="the base's weight is not there; the adapter belongs to another model"):
+    with pytest.raises(UpcycleError, match="the base's weight is not there; the adapter belongs to a different model"):
         read_adapter(folder, {**config, "num_hidden_layers": 1})
     with pytest.raises(
-        UpcycleError, match=r"factors .* the base's weight is \(32, 64\); the adapter belongs to another"
+        UpcycleError, match=r"factors .* the base's weight is \(32, 64\); the adapter belongs to a different"
     ):
         read_adapter(folder, {**config, "intermediate_size": 64})
     save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, folder / WEIGHTS)
     with pytest.raises(UpcycleError, match=f"{name} holds NaN or Inf"):
         read_adapter(folder, config)
     save_file({n: t for n, t in tensors.items() if n != name}, folder / WEIGHTS)
-    with pytest.raises(UpcycleError, match="up_proj has lora_B alone"):
+    with pytest.raises(UpcycleError, match="up_proj has only lora_B"):
         read_adapter(folder, config)
     (folder / WEIGHTS).write_bytes(b"garbage")
     with pytest.raises(UpcycleError, match="not a readable safetensors file"):
@@ -111,5 +111,5 @@ def test_a_field_that_nobody_here_knows_is_refused_if_it_is_on(base: Path, tmp_p
     (folder / CONFIG).write_text(json.dumps({**config, "use_newlora": False, "newlora_config": None}))
     read_adapter(folder, read_config(base))
     (folder / CONFIG).write_text(json.dumps({**config, "use_newlora": True}))
-    with pytest.raises(UpcycleError, match="use_newlora is True, which is not honoured here"):
+    with pytest.raises(UpcycleError, match="use_newlora is True, which Upcycle does not support"):
         read_adapter(folder, read_config(base))

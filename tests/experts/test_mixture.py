@@ -164,5 +164,5 @@ def test_fresh_bottlenecks_and_adapters_leave_the_base_as_it_is(base: Path, tmp_
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
 def test_four_bits_without_a_gpu_are_refused() -> None:
-    with pytest.raises(UpcycleError, match=r"lora\.four_bit needs a GPU, which is not here"):
+    with pytest.raises(UpcycleError, match=r"lora\.four_bit needs a GPU, which is not available"):
         four_bit_config(torch.float32)

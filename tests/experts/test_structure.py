@@ -144,8 +144,8 @@ def test_without_a_gate_it_trains_in_bf16_beside_fp32_parameters(kind: str, dens
 @pytest.mark.parametrize(
     ("dense", "changes", "problem", "instead"),
     [
-        ("bitnet", {}, r"an mlp of gate_proj\.weight .*, ffn_sub_norm\.weight \(48,\)", "take another base"),
-        ("persimmon", {}, r"an mlp of dense_h_to_4h", "take another base"),
+        ("bitnet", {}, r"an mlp of gate_proj\.weight .*, ffn_sub_norm\.weight \(48,\)", "use a different base"),
+        ("persimmon", {}, r"an mlp of dense_h_to_4h", "use a different base"),
         (
             "nemotron_h",
             {"hybrid_override_pattern": "M-"},
@@ -154,13 +154,13 @@ def test_without_a_gate_it_trains_in_bf16_beside_fp32_parameters(kind: str, dens
         ),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "no mlp but conv, feed_forward", "use prepare.train=ffn"),
         ("gpt2", {}, "keeps its layers elsewhere than in model.layers", "its FFN has no gate"),
-        ("qwen2_vl", {"text_config": {}}, "is one of more than text", "a model of more than text"),
-        ("no_such", {}, "is no causal language model that transformers knows", "take another base"),
+        ("qwen2_vl", {"text_config": {}}, "is multimodal", "a multimodal model"),
+        ("no_such", {}, "is not a causal language model that transformers knows", "use a different base"),
         (
             "gemma4_text",
             {**GEMMA4, **SHARED, "use_double_wide_mlp": True},
             r"layer 2 an mlp of gate_proj\.weight \(96, 32\)",
-            "take another base",
+            "use a different base",
         ),
     ],
     ids=lambda v: v if isinstance(v, str) and len(v) < 12 else "",
@@ -263,6 +263,6 @@ def test_a_moe_that_weighs_experts_otherwise_takes_one_for_a_token_or_none(
             torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=1e-5)
         else:
             with pytest.raises(
-                UpcycleError, match=r"would give other logits.*, the mixture.* softmax; export .*without"
+                UpcycleError, match=r"would give different logits.*, the mixture.* softmax; export .*without"
             ):
                 KINDS["lora"].fold(made, plain, "float32", None)

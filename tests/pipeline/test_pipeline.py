@@ -83,7 +83,7 @@ def test_manifests_say_what_made_them(finished: tuple[dict[str, Any], Path]) -> 
 
 def test_a_folder_of_another_recipe_is_refused_and_named(copy: tuple[dict[str, Any], Path]) -> None:
     values, folder = copy
-    with pytest.raises(UpcycleError, match=r"made by another recipe:\n  posttrain\.epochs: 1\.0 -> 2\.0\n"):
+    with pytest.raises(UpcycleError, match=r"made by a different recipe:\n  posttrain\.epochs: 1\.0 -> 2\.0\n"):
         run_stages(make(values, folder, posttrain={"epochs": 2}))
 
 
@@ -172,14 +172,14 @@ def test_work_left_with_other_inputs_is_set_aside_not_deleted(
         with pytest.raises(KeyboardInterrupt):
             run_stages(run, ("prepare",))
     other = make(tiny_recipe, tmp_path / "run", prepare={"learning_rate": 1e-4})
-    with pytest.raises(UpcycleError, match="made by another recipe"):
+    with pytest.raises(UpcycleError, match="made by a different recipe"):
         run_stages(other, ("prepare",))
     rows = Path(tiny_recipe["data"]["train"])
     more = tmp_path / "more.jsonl"
     more.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     (tmp_path / "run" / "recipe.yaml").unlink()
     longer = make(tiny_recipe, tmp_path / "run", data={"train": str(more)})
-    with pytest.raises(UpcycleError, match=r"prepare\.partial was left by a run with other inputs \(data changed\)"):
+    with pytest.raises(UpcycleError, match=r"prepare\.partial was left .* with different inputs \(data changed\)"):
         run_stages(longer, ("prepare",))
     run_stages(longer, ("prepare",), update=True)
     assert (tmp_path / "run" / "prepare.partial.old-1" / "work").read_text() == "hours"
@@ -249,7 +249,7 @@ def test_a_folder_that_is_not_ours_is_never_replaced(copy: tuple[dict[str, Any],
     precious.parent.mkdir(parents=True)
     precious.write_text("mine")
     for update in (False, True):
-        with pytest.raises(UpcycleError, match="prepare is there but was not made by upcycle"):
+        with pytest.raises(UpcycleError, match="prepare exists but was not made by upcycle"):
             run_stages(run, ("prepare",), update)
     assert precious.read_text() == "mine"
 
@@ -315,7 +315,7 @@ def test_a_stamp_that_is_cut_short_is_named_and_set_aside(stamp: str, copy: tupl
     (folder / "evaluate.partial").mkdir()
     (folder / "evaluate.partial" / "inputs.json").write_text(stamp)
     (folder / "evaluate.partial" / "work").write_text("hours")
-    with pytest.raises(UpcycleError, match=r"evaluate\.partial was left by a run with other inputs"):
+    with pytest.raises(UpcycleError, match=r"evaluate\.partial was left by a run with different inputs"):
         run_stages(make(values, folder))
     run_stages(make(values, folder), update=True)
     assert (folder / "evaluate.partial.old-1" / "work").read_text() == "hours"

@@ -117,13 +117,13 @@ def test_a_log_keeps_what_the_trainer_calls_its_figures(tmp_path: Path) -> None:
 
 
 def test_damage_says_what_to_do(tmp_path: Path) -> None:
-    for file, mend in (
+    for file, remedy in (
         (MANIFEST, "restore it, or rerun with --update to rebuild the stage"),
         (COSTS, "restore it, or remove it: nothing else is made from it"),
-        (PLAN, "restore it, or make it again"),
+        (PLAN, "restore it, or rebuild it"),
     ):
         (tmp_path / file.name).write_text("{")
-        with pytest.raises(UpcycleError, match=rf"{file.name} is damaged: Invalid JSON.*; {mend}$"):
+        with pytest.raises(UpcycleError, match=rf"{file.name} is damaged: Invalid JSON.*; {remedy}$"):
             file.known(tmp_path)
 
 

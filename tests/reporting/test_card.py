@@ -68,7 +68,7 @@ def test_card_and_report_have_the_benchmarks_of_the_run(finished: Path, tmp_path
     assert '"say (benchmark)": [[' in page
     write_json(finished / "benchmark" / "of.json", {"posttrain": "another"})
     assert read_scores(finished) == {}
-    assert "is of another model than the run has now" in " ".join(capsys.readouterr().out.split())
+    assert "is of a different model than the run has now" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_licence_is_the_bases(tmp_path: Path) -> None:

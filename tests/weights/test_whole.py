@@ -224,7 +224,11 @@ def test_a_run_ends_in_the_whole(
     ("shape", "moe", "message"),
     [
         ("qwen2_5_vl", "qwen2_moe", r"a qwen2_5_vl model whose text model becomes qwen2_moe, which cannot take its"),
-        ("mistral3", "granitemoe", r"granitemoe.*known: mistral3 \(mixtral or qwen2_moe\),.* For a MoE of text leave"),
+        (
+            "mistral3",
+            "granitemoe",
+            r"granitemoe.*known: mistral3 \(mixtral or qwen2_moe\),.* text-only MoE leave",
+        ),
     ],
 )
 def test_a_wrapper_that_cannot_take_the_moe_is_refused(shape: str, moe: str, message: str, tmp_path: Path) -> None:
@@ -249,7 +253,7 @@ def test_the_disk_must_hold_the_whole_beside_the_text_that_it_is_made_from(tmp_p
 
 def test_what_has_nothing_to_keep_is_refused_before_anything_runs(tmp_path: Path, tiny_recipe: dict[str, Any]) -> None:
     values = {**tiny_recipe, "base": str(make_dense(tmp_path / "base")), "assemble": {"keep_vision": True}}
-    with pytest.raises(UpcycleError, match="is a model of text alone, it has nothing to keep; leave the setting out"):
+    with pytest.raises(UpcycleError, match="is a text-only model, so there is nothing to keep; leave the setting out"):
         _ = Run(parse_recipe(values, "test"), tmp_path / "run").base
     with pytest.raises(UpcycleError, match=r"assemble.keep_vision writes a plain MoE .*set prepare.train=ffn or full"):
         parse_recipe({**values, "prepare": {**values["prepare"], "train": "lora"}}, "test")

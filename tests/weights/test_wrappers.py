@@ -188,9 +188,7 @@ def test_what_predicts_further_tokens_is_left_out(tmp_path: Path) -> None:
 def test_an_unknown_wrapper_is_refused_by_name(tmp_path: Path) -> None:
     folder = make_wrapper(tmp_path / "folder")
     edit_config(folder, lambda config: {**config, "model_type": "llava"})
-    message = (
-        r"config.json: 'llava' is a model of more than text \(text_config\).*mistral3.*qwen3_5_moe alone; give a folder"
-    )
+    message = r"config.json: 'llava' is a multimodal model \(text_config\).*mistral3.*qwen3_5_moe; give a folder"
     with pytest.raises(UpcycleError, match=message):
         read_config(folder)
     with pytest.raises(UpcycleError, match=message):

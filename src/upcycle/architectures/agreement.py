@@ -87,6 +87,6 @@ def main_dtype(reader: ModelReader) -> torch.dtype:
 def otherwise(where: Path, what: str, theirs: str, ours: str, program: str = "transformers") -> UpcycleError:
     """What to raise where `program` reads something else than we do."""
     return UpcycleError(
-        f"{where}: {program} reads {what} as {theirs}, upcycle as {ours}; the folder would be misread, so it is not "
-        f"taken: save it anew with save_pretrained of {program}, and please report it"
+        f"{where}: {program} reads {what} as {theirs}, upcycle as {ours}; the folder would be misread, so it is "
+        f"refused; save it again with save_pretrained of {program}, and please report it"
     )

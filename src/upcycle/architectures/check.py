@@ -13,7 +13,7 @@ from upcycle.architectures.identity import check_identity
 from upcycle.architectures.layouts import channels, ffn_layers
 from upcycle.architectures.mapping import SLICE_MULTIPLE, Mapping, map_model, read_region
 from upcycle.architectures.slices import Slicing
-from upcycle.console import say, table
+from upcycle.console import say, table, tell
 from upcycle.errors import UpcycleError
 from upcycle.weights.folders import find_model, read_config
 from upcycle.weights.safetensors_io import DTYPE_NAMES, ModelReader
@@ -44,8 +44,8 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, gra
     table(title, CHOICE, _choices(mapping, reader))
     config = mapping.moe_config(num_experts_per_tok, str(stored))
     table("read by", ("", ""), [("transformers", "yes"), *served_by(config)])
-    say("read: every tensor is what transformers reads from the folder")
-    say(f"exact: logits with equal experts are the dense model's (difference {difference:.0e} of the largest)")
+    tell("read: every tensor is what transformers reads from the folder")
+    tell(f"exact: logits with equal experts are the dense model's (difference {difference:.0e} of the largest)")
     return mapping
 
 
@@ -76,7 +76,7 @@ def check_source(mapping: Mapping, reader: ModelReader) -> float:
 
 
 def say_text_part(reader: ModelReader, keeps: bool = False) -> None:
-    """What of a wrapper of more than text is taken, and what is left out or, if the MoE keeps it, stays as it is."""
+    """Which part of a multimodal wrapper is taken, and what is left out or, if the MoE keeps it, stays as it is."""
     wrapper = wrapper_in(reader.folder)
     if wrapper is None:
         return

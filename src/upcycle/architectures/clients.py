@@ -75,10 +75,10 @@ def _tied(config: Config) -> bool:
     return bool(config["tie_word_embeddings"])
 
 
-ACTIVATION = "with another activation than SiLU"
+ACTIVATION = "with an activation other than SiLU"
 LIMITS = (
     *(
-        Limit("vllm", moe, "computes SiLU all the same", _other_activation, True, ACTIVATION)
+        Limit("vllm", moe, "computes SiLU anyway", _other_activation, True, ACTIVATION)
         for moe in (
             "mixtral",
             "qwen3_moe",
@@ -95,7 +95,7 @@ LIMITS = (
         Limit("vllm", moe, "refuses it", _other_activation, where=ACTIVATION)
         for moe in ("qwen2_moe", "glm4_moe", "granitemoehybrid")
     ),
-    Limit("mistralrs", "granitemoehybrid", "computes SiLU all the same", _other_activation, True, ACTIVATION),
+    Limit("mistralrs", "granitemoehybrid", "computes SiLU anyway", _other_activation, True, ACTIVATION),
     Limit("vllm", "granitemoe", "drops the attention biases", _biases, True, "with attention biases"),
     Limit("vllm", "qwen2_moe", "ignores the sliding windows", _windows, True, "with windows"),
     Limit("vllm", "cohere2_moe", "has windows one token longer", _windows, True, "with windows"),
@@ -104,11 +104,13 @@ LIMITS = (
         "vllm", "lfm2_moe", "on a CPU rotates queries wrongly (right with custom_ops -rotary_embedding)", silent=True
     ),
     Limit("llamacpp", "mixtral", "ignores the sliding window", _window, True, "with a window"),
-    Limit("llamacpp", "qwen2_moe", "does not renormalise the router's weights (nor load it tied)", silent=True),
+    Limit(
+        "llamacpp", "qwen2_moe", "does not renormalise the router's weights (and does not load it tied)", silent=True
+    ),
     Limit("llamacpp", "flex_olmo", UNKNOWN),
     Limit("llamacpp", "mixtral", "takes the long factors for short texts too", _longrope, True, "with longrope"),
     *(
-        Limit("llamacpp", moe, "computes SiLU all the same", _other_activation, True, ACTIVATION)
+        Limit("llamacpp", moe, "computes SiLU anyway", _other_activation, True, ACTIVATION)
         for moe in ("mixtral", "qwen3_moe", "granitemoe")
     ),
     *(
@@ -116,9 +118,9 @@ LIMITS = (
         for moe in ("qwen2_moe", "qwen3_moe")
     ),
     Limit("llamacpp", "mellum", "does not load it", _tied, where="with tied embeddings"),
-    Limit("llamacpp", "hunyuan_v1_moe", "converts with Hunyuan's own tokenizer alone, which is remote code"),
+    Limit("llamacpp", "hunyuan_v1_moe", "converts only with Hunyuan's own tokenizer, which is remote code"),
     Limit("llamacpp", "granitemoehybrid", "differs by 0.15 in a log-probability (cause not found)", silent=True),
-    Limit("mistralrs", "mixtral", "scales positions otherwise", _longrope, True, "with longrope"),
+    Limit("mistralrs", "mixtral", "scales positions differently", _longrope, True, "with longrope"),
     Limit(
         "mistralrs",
         "mixtral",
@@ -126,7 +128,7 @@ LIMITS = (
         _own_head_dim,
         where="with its own head_dim",
     ),
-    Limit("mistralrs", "hunyuan_v1_moe", "gives other tokens (cause not found)", silent=True),
+    Limit("mistralrs", "hunyuan_v1_moe", "gives different tokens (cause not found)", silent=True),
     Limit("mistralrs", "deepseek_v3", "refuses the shapes", _narrow_values, where="with values narrower than queries"),
     *(Limit(client, "beam", UNKNOWN) for client in CLIENTS),
     *(
@@ -153,9 +155,9 @@ UNTRIED = (
         f"{NOT_TRIED} with its latent attention, which has no fp32 on a CPU (right without, see docs/families.md)",
     ),
     Limit("vllm", "nemotron_h", f"{NOT_TRIED} (its experts without a gate need a GPU)"),
-    Limit("llamacpp", "glm4_moe", f"{NOT_TRIED} (it converts with GLM's own tokenizer alone)"),
-    Limit("llamacpp", "ernie4_5_moe", f"{NOT_TRIED} (it converts with ERNIE's own tokenizer alone)"),
-    Limit("llamacpp", "gemma4_text", f"{NOT_TRIED} (it converts with Gemma's own tokenizer alone)"),
+    Limit("llamacpp", "glm4_moe", f"{NOT_TRIED} (it converts only with GLM's own tokenizer)"),
+    Limit("llamacpp", "ernie4_5_moe", f"{NOT_TRIED} (it converts only with ERNIE's own tokenizer)"),
+    Limit("llamacpp", "gemma4_text", f"{NOT_TRIED} (it converts only with Gemma's own tokenizer)"),
     Limit("llamacpp", "qwen3_5_moe_text", f"{NOT_TRIED} (its converter stops at the missing layers for speculation)"),
 )
 """What nobody has given a client."""

@@ -108,9 +108,9 @@ def _check_dense(config: Config, where: str) -> None:
     if count := expert_counts(text)[0]:
         field = next(name for name in EXPERTS_FIELDS if text.get(name) == count)
         raise UpcycleError(
-            f"{where}: config.json says {field}={count}: {model_type} is a mixture of {count} experts already, "
-            "but a base must be dense; upcycling a mixture to more experts (arXiv 2604.19835) is not built, see "
-            "docs/decisions/0005-moe-as-a-base.md; take a dense model (`upcycle families` lists them)"
+            f"{where}: config.json says {field}={count}: {model_type} is a mixture of {count} experts already, but a "
+            "base must be dense; upcycling a mixture to more experts (arXiv 2604.19835) is not implemented "
+            "(docs/decisions/0005-moe-as-a-base.md); use a dense model (`upcycle families` lists them)"
         )
 
 
@@ -138,7 +138,7 @@ def moe_of(moe_config: Config) -> Moe:
     model_type = str(moe_config.get("model_type"))
     if model_type not in MOES:
         listed = ", ".join(sorted(MOES))
-        raise UpcycleError(f"'{model_type}' is not a mixture-of-experts model made here; known: {listed}")
+        raise UpcycleError(f"'{model_type}' is not a mixture of experts that Upcycle writes; known: {listed}")
     return MOES[model_type]
 
 
@@ -237,7 +237,7 @@ def _no_row(config: Config, where: str) -> NoTwinError:
     model_type = config.get("model_type")
     reason = WRONG.get(str(model_type), "there is no row for it")
     if "text_config" in config:
-        reason = "it is a model of more than text"
+        reason = "it is a multimodal model"
     listed = "`upcycle families` lists what has one"
     message = f"{where}: '{model_type}' has no exact mixture-of-experts twin here: {reason}; {listed}"
     return NoTwinError(message, reason, config)

@@ -153,7 +153,7 @@ def _cut_mapping(mapping: Mapping) -> Mapping:
 
 def _finite(values: Tensor, region: Region, where: Path) -> Tensor:
     if not values.isfinite().all():
-        raise UpcycleError(f"{where}: {region.tensor} holds NaN or Inf; this model is damaged, take another copy")
+        raise UpcycleError(f"{where}: {region.tensor} holds NaN or Inf, so this model is damaged; use another copy")
     return values
 
 

@@ -58,7 +58,7 @@ MODELS = {
 """What people call the models, by `model_type`."""
 PARTIAL = {"no": "none", "first": "the first", "any": "any"}
 ADAPTERS = {"olmo", "gemma2", "exaone4", "glm4", "apertus", "starcoder2", "jais2", "nemotron", "stablelm", "phi"}
-"""Of those without a twin: every layer has an FFN that LoRA experts know (`experts.structure.problem_of`)."""
+"""Without a twin, but every layer has an FFN that LoRA experts know (`experts.structure.problem_of`)."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def tables() -> dict[str, Table]:
             "dense models and the mixture of experts that each becomes, by the model_type of config.json",
             ("dense", "models", "mixture", "exact for", "layers without experts"),
         ),
-        "programs": ("who serves the mixture, as `make clients` found", ("mixture", *CLIENTS.values())),
+        "programs": ("programs that serve the mixture, as `make clients` found", ("mixture", *CLIENTS.values())),
         "without_moe": (
             "dense models without an exact mixture (prepare.train=lora: a mixture of LoRA experts on the dense model)",
             ("dense", "models", "reason", "what works"),

@@ -154,7 +154,7 @@ def check_granularity(size: int, granularity: int, where: Path) -> None:
         raise UpcycleError(
             f"{where}: assemble.granularity is {granularity}, which does not divide the FFN's {size} channels "
             "(intermediate_size) into a multiple of "
-            f"{SLICE_MULTIPLE} each, as grouped products need; take a smaller one"
+            f"{SLICE_MULTIPLE} each, as grouped products need; use a smaller one"
         )
 
 

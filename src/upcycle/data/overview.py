@@ -6,7 +6,7 @@ from itertools import groupby
 
 from rich.text import Text
 
-from upcycle.console import console, say, table
+from upcycle.console import console, table, tell
 from upcycle.data.chat import Sample
 from upcycle.data.samples import by_domain, lengths, num_answer_tokens
 from upcycle.routing.batch import IGNORED
@@ -26,7 +26,7 @@ def overview(train: Sequence[Sample], tokenizer: Tokenizer) -> None:
     if len(rows) > 1:
         rows.append(_row("all", train))
     table("training rows", COLUMNS, rows)
-    say(f"{sum(lengths(train)):,} tokens an epoch, of which {num_answer_tokens(train):,} are learned")
+    tell(f"{sum(lengths(train)):,} tokens an epoch, of which {num_answer_tokens(train):,} are learned")
     for sample in _some(train, parts):
         how = "in colour" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"
         console.print(f"\n{sample.where} ({sample.domain}), learned {how}:", style="bold", markup=False)

@@ -155,7 +155,7 @@ def files_of(name: str) -> list[Path]:
 def _readable(paths: list[Path], where: str) -> list[Path]:
     found = [path for path in paths if _kind(path) in READERS]
     if not found:
-        raise UpcycleError(f"there is no file {where} that can be read; expected {', '.join(READERS)}, plain or packed")
+        raise UpcycleError(f"no readable file {where}; expected {', '.join(READERS)}, plain or compressed")
     return found
 
 
@@ -181,7 +181,7 @@ def decoded_rows(name: str) -> Decoded:
 
 
 def read_jsonl(path: Path) -> Decoded:
-    """The decoded lines of a JSONL file, plain or packed, each with its place; empty lines are passed over.
+    """The decoded lines of a JSONL file, plain or compressed, each with its place; empty lines are passed over.
 
     Raises:
         UpcycleError: no such file, a line that is not JSON, or a file that is not UTF-8.
@@ -263,7 +263,7 @@ def _opened(path: Path, what: str) -> Iterator[IO[str]]:
     import fsspec
 
     if not path.is_file():  # a pipe or a device would never end
-        raise UpcycleError(f"{path} is not a file that can be read")
+        raise UpcycleError(f"{path} is not a readable file")
     try:
         with fsspec.open(str(path), "rt", encoding="utf-8-sig", newline="", compression=_compression(path)) as file:
             yield file
@@ -278,7 +278,7 @@ def _compression(path: Path) -> str | None:
 
     name = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}.get(path.suffix.lower())
     if name is not None and name not in compr:
-        raise UpcycleError(f"{path} is packed with {name}, which this Python cannot read")
+        raise UpcycleError(f"{path} is compressed with {name}, which this Python cannot read")
     return name
 
 

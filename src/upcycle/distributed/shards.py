@@ -93,8 +93,8 @@ def check_resumable(checkpoint: Path, sharded: bool) -> None:
         return
     written = f"by {parts} processes, each with a part of the model (devices.fsdp)" if parts else "without devices.fsdp"
     raise UpcycleError(
-        f"{checkpoint} was written {written}, and its optimizer cannot be divided otherwise; go on in the same way, or "
-        "remove the folder to train this stage anew"
+        f"{checkpoint} was written {written}, and its optimizer state cannot be divided differently; continue with "
+        "the same setup, or remove the folder to train this stage again"
     )
 
 

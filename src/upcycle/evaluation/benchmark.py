@@ -73,7 +73,7 @@ def benchmark(
 
     Args:
         tasks: name to a configuration of ours, or to a name that lm-eval knows.
-        limit: only so many rows of each task.
+        limit: use only the first rows of each task.
         chat_template: ask as a chat; without, as plain text.
 
     Raises:
@@ -224,9 +224,9 @@ def check_names(names: Sequence[str]) -> None:
         if name in manager.all_subtasks:
             continue
         if name in manager.all_tasks:
-            raise UpcycleError(f"{name} is a group of lm-eval's tasks; name the tasks of it that you want")
+            raise UpcycleError(f"{name} is a group of lm-eval tasks; name the tasks in it that you want")
         near = ", ".join(get_close_matches(name, manager.all_subtasks)) or "see `lm-eval ls tasks`"
-        raise UpcycleError(f"lm-eval has no task {name}; near to it: {near}; for files of your own give --task-folder")
+        raise UpcycleError(f"lm-eval has no task {name}; similar names: {near}; for your own files use --task-folder")
 
 
 def _why_not(task: str, error: Exception) -> str:
@@ -244,15 +244,15 @@ def _check_template(contender: Contender, tokenizer: Tokenizer, chat: bool) -> N
         return
     if not tokenizer.chat_template:
         raise UpcycleError(
-            f"{contender.folder} has no chat template; ask it as plain text with --no-chat-template, or give the model "
-            f"folder a {TEMPLATE}"
+            f"{contender.folder} has no chat template; use --no-chat-template to ask in plain text, or give the "
+            f"model folder a {TEMPLATE}"
         )
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # jinja2 raises its own and the template's exceptions
         raise UpcycleError(
-            f"the chat template of {contender.folder} cannot render a question: {error}; mend it, or ask as plain text "
-            "with --no-chat-template"
+            f"the chat template of {contender.folder} cannot render a question: {error}; correct it, or use "
+            "--no-chat-template to ask in plain text"
         ) from None
 
 

@@ -78,8 +78,8 @@ def _not_started(process: subprocess.Popen[bytes]) -> UpcycleError:
     if process.returncode != sandbox.NO_ISOLATION:
         return UpcycleError(f"the process for a model's program could not start (exit {process.returncode}): {said}")
     return UpcycleError(
-        "programs that a model writes can be run on Linux alone (5.13 or newer, x86_64 or aarch64) with seccomp "
-        "and Landlock; this machine lacks one of them: leave the task out"
+        "running programs that a model writes needs Linux (5.13 or newer, x86_64 or aarch64) with seccomp "
+        "and Landlock; this machine lacks one of them; leave the task out"
     )
 
 

@@ -74,21 +74,21 @@ def read_tasks(folder: Path, names: Sequence[str] = (), allow_code: bool = False
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
         name = path.name.removesuffix(".gz").removesuffix(".jsonl")
         if name in files:
-            raise UpcycleError(f"{folder} has {files[name].name} and {path.name}; a task needs a name of its own")
+            raise UpcycleError(f"{folder} has {files[name].name} and {path.name}; every task needs its own name")
         files[name] = path
     if unknown := sorted(set(names) - files.keys()):
         raise UpcycleError(f"{folder} has no task {unknown[0]}; it has {', '.join(files) or 'no *.jsonl files'}")
     try:
         rows = {name: read_rows(path) for name, path in files.items() if not names or name in names}
     except UpcycleError as error:
-        raise UpcycleError(f"{error} (if it is no task: --tasks says which files are)") from None
+        raise UpcycleError(f"{error} (if this file is not a task, name the tasks with --tasks)") from None
     running = [name for name in rows if kind_of(rows[name][0]) == "code"]
     if running and allow_code:
         warn(WARNING)
     elif names and running:
-        raise UpcycleError(f"{files[running[0]]} asks for programs, which would be run: give --allow-code if they may")
+        raise UpcycleError(f"{files[running[0]]} runs programs that the model writes; use --allow-code to permit that")
     elif running:
-        say(f"{', '.join(running)} left out: they run programs that the model writes; --allow-code says that they may")
+        say(f"{', '.join(running)} left out: they run programs that the model writes; --allow-code permits that")
     return {name: task_of(name, rows[name]) for name in rows if allow_code or name not in running}
 
 
@@ -96,9 +96,9 @@ def read_rows(path: Path) -> list[Row]:
     """The checked rows of a task file."""
     rows = [check_row(value, where) for value, where in read_jsonl(path)]
     if not rows:
-        raise UpcycleError(f"{path} is empty; expected a JSON object a line")
+        raise UpcycleError(f"{path} is empty; expected one JSON object per line")
     if len(kinds := {kind_of(row) for row in rows}) > 1:
-        raise UpcycleError(f"{path} mixes {' and '.join(sorted(kinds))} rows; make a file of each kind")
+        raise UpcycleError(f"{path} mixes {' and '.join(sorted(kinds))} rows; use one file for each kind")
     return rows
 
 

@@ -52,7 +52,7 @@ def check_adapter_agreement(base: Path, folder: Path, updates: dict[str, LowRank
         except UpcycleError:
             raise
         except Exception as error:  # wrong fields and shapes surface as several kinds
-            raise UpcycleError(f"{folder} cannot be loaded by PEFT, so it is not taken: {error}") from None
+            raise UpcycleError(f"{folder} cannot be loaded by PEFT, so it is refused: {error}") from None
     state = {name.removeprefix(PREFIX): tensor for name, tensor in model.state_dict().items()}
     linears = _by_linear(updates, reader)
     for name, update in linears.items():

@@ -175,13 +175,14 @@ def _check_kind(folder: Path, config: Config) -> None:
     for field, found in config.items():
         if field not in HONOURED | INERT and found not in OFF:
             raise UpcycleError(
-                f"{folder / CONFIG}: {field} is {brief(found)}, which is not honoured here: what it adds would be "
-                "lost; merge the adapter into a model of its own and take that as a checkpoint (prepare.train=ffn)"
+                f"{folder / CONFIG}: {field} is {brief(found)}, which Upcycle does not support: what it adds would "
+                "be lost; merge the adapter into a separate model and use that as a checkpoint (prepare.train=ffn)"
             )
     if (start := config.get("init_lora_weights", True)) not in SAME_BASE:
         raise UpcycleError(
-            f"{folder / CONFIG}: init_lora_weights is {brief(start)}, which changed the base too, so the adapter adds "
-            "to another model; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{folder / CONFIG}: init_lora_weights is {brief(start)}, which changed the base too, so the adapter "
+            "belongs to a different model; convert it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
 
 
@@ -197,12 +198,12 @@ def _updates(
 ) -> dict[str, LowRank]:
     """Of the weights in the linear layer `name`, which is `expected` (outputs, inputs), from its factors."""
     if pair.keys() != {"A", "B"}:
-        raise UpcycleError(f"{folder / WEIGHTS}: {name} has lora_{next(iter(pair))} alone, expected lora_A and lora_B")
+        raise UpcycleError(f"{folder / WEIGHTS}: {name} has only lora_{next(iter(pair))}, expected lora_A and lora_B")
     a, b = pair["A"], pair["B"]
     if expected is None or (b.shape[0], a.shape[1]) != expected or b.shape[1] != a.shape[0]:
         raise UpcycleError(
             f"{folder / WEIGHTS}: {name} has factors {tuple(b.shape)} and {tuple(a.shape)}, the base's weight is "
-            f"{expected or 'not there'}; the adapter belongs to another model"
+            f"{expected or 'not there'}; the adapter belongs to a different model"
         )
     weights = weights_in(name)
     scaling = scale.of(name) / (math.sqrt(len(a)) if scale.use_rslora else len(a))

@@ -1,6 +1,6 @@
 """Whole FFNs as experts: dense checkpoints go side by side into a plain MoE, in one streaming pass.
 
-No child is ever a dense model on disk, and memory is that of a few pieces of tensors.
+No child is ever a dense model on disk, and peak memory is a few tensor chunks, whatever the model's size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -107,7 +107,7 @@ def check_precision(base: Base, first: Path, checkpoint: Path) -> None:
         if wrong:
             raise UpcycleError(
                 f"{checkpoint}: its weights are {dtypes[checkpoint]}, those of {other} {dtypes[other]}; the rounding "
-                f"would be taken for what training changed: convert {other} to {dtypes[checkpoint]}, or save "
+                f"would look like a change by training; convert {other} to {dtypes[checkpoint]}, or save "
                 "checkpoints in its dtype"
             )
 
@@ -328,7 +328,7 @@ def router_keys(model: Model) -> list[str]:
 
 def no_fold(source: Path, _target: Path, _dtype: str, _base: str | None) -> None:
     """Raises UpcycleError: there is nothing to fold."""
-    raise UpcycleError(f"{source} is a plain model already; leave out --fold")
+    raise UpcycleError(f"{source} is already a plain model; leave out --fold")
 
 
 def describe(folder: Path) -> Description:
@@ -347,7 +347,7 @@ def describe(folder: Path) -> Description:
 
 
 def _beside(folder: Path) -> str:
-    """What a folder of more than text has around the text model."""
+    """What a multimodal folder has around the text model."""
     wrapper = wrapper_in(folder)
     if wrapper is None:
         return ""

@@ -117,6 +117,6 @@ def name_the_culprit(readers: Sequence[ModelReader], region: Region) -> None:
         if not values.isfinite().all():
             bad = int((~values.isfinite()).sum())
             raise UpcycleError(
-                f"{reader.folder}: {bad} of the {region.count} values of {region.tensor} are NaN or Inf; this model is "
-                "damaged (a training that diverged?), leave it out or take an earlier one"
+                f"{reader.folder}: {bad} of the {region.count} values of {region.tensor} are NaN or Inf; this model "
+                "is damaged (diverged training?); leave it out or use an earlier one"
             )

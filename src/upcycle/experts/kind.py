@@ -60,7 +60,7 @@ class Assemble(Protocol):
 class Kind:
     """A kind of expert: what is done with it in each stage, and on disk.
 
-    Functions raise UpcycleError for what a user can mend.
+    Functions raise UpcycleError for user-facing errors.
     """
 
     peft_types: tuple[str, ...]
@@ -96,7 +96,7 @@ class Kind:
     load: Callable[[Load], Model]
     """A model folder of this kind, in evaluation mode."""
     save: Callable[[Model, Path, Path], None]
-    """(model, folder, the folder that it was loaded from): write a trained MoE as a folder that stands alone. Of
+    """(model, folder, the folder that it was loaded from): write a trained MoE as a standalone folder. Of
     several processes the first writes; all must come."""
     save_checkpoint: Callable[[Model, Path], None] | None
     """Write what a resume needs of the model; None: as the Trainer does."""

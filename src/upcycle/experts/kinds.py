@@ -111,7 +111,7 @@ def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str, devi
 
 
 def save_model(model: Model, folder: Path, initial: Path) -> None:
-    """Write a trained MoE so that its folder stands alone like the `initial` one."""
+    """Write a trained MoE as a standalone folder like the `initial` one."""
     kind_of(model).save(model, folder, initial)
 
 

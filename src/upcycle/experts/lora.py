@@ -116,8 +116,8 @@ def read_base(base: Base, recipe: Recipe) -> PlainMapping | Dense:
         return mapping
     except NoTwinError as error:
         warn(
-            f"{base.config['model_type']} has no exact plain MoE ({error.reason}): this mixture of adapters will be "
-            "served by upcycle and transformers alone, and `upcycle export --fold` will refuse it"
+            f"{base.config['model_type']} has no exact plain MoE ({error.reason}): only upcycle with transformers "
+            "can serve this mixture of adapters, and `upcycle export --fold` will refuse it"
         )
         return checked_dense(base)
 
@@ -174,7 +174,7 @@ def target_linears(model: Model, targets: Sequence[str]) -> list[str]:
         if not set(targets).issuperset(weights):
             raise UpcycleError(
                 f"lora.targets is {list(targets)}, but this base has {' and '.join(weights)} in one layer, {name}, "
-                "which PEFT adapts as a whole: name both or none"
+                "which PEFT adapts as a whole; name both or none"
             )
     return list(chosen)
 
@@ -315,7 +315,7 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
         mapping = map_model(base, reader, config.num_experts)
         check_routing(mapping.family, mapping.config, config.num_experts_per_tok)
     except NoTwinError as error:
-        raise UpcycleError(f"{error}; export {source} without --fold: upcycle and its base serve it") from None
+        raise UpcycleError(f"{error}; export {source} without --fold, for use with upcycle and its base") from None
     experts, kept = expert_updates(source, config), read_tensors(source)
 
     def expert(number: int, region: Region) -> Tensor:
@@ -343,7 +343,7 @@ def check_same_base(source: Path, base: Path) -> None:
     manifest = MANIFEST.known(source)
     if manifest is not None and manifest.inputs.get("base") != hash_model(base, manifest.algorithm):
         raise UpcycleError(
-            f"{base} is not the base that {source} was trained on (its files have other hashes); give --base"
+            f"{base} is not the base that {source} was trained on (their hashes differ); name the right one with --base"
         )
 
 

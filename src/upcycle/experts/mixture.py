@@ -219,7 +219,7 @@ def check_ranks(config: MixtureConfig, tensors: Mapping[str, Tensor], folder: Pa
         if rank not in sizes.get(expert, ()):
             raise UpcycleError(
                 f"{folder / CONFIG}: expert_ranks[{expert}] is {rank}, but expert {expert} has no tensor of that rank "
-                f"in {WEIGHTS}; the mixture is incomplete, make it again"
+                f"in {WEIGHTS}; the mixture is incomplete; rebuild it"
             )
 
 
@@ -241,12 +241,12 @@ def put_tensors(model: Model, tensors: dict[str, Tensor], folder: Path) -> None:
     """
     for name, part in _views(model):
         if name not in tensors:
-            raise UpcycleError(f"{folder / WEIGHTS} has no {name}; the mixture is incomplete, make it again")
+            raise UpcycleError(f"{folder / WEIGHTS} has no {name}; the mixture is incomplete; rebuild it")
         found = tensors.pop(name)
         if found.shape != part.shape:
             raise UpcycleError(
-                f"{folder / WEIGHTS}: {name} has shape {tuple(found.shape)}, expected {tuple(part.shape)}: the mixture "
-                "belongs to another base, or the file to another configuration"
+                f"{folder / WEIGHTS}: {name} has shape {tuple(found.shape)}, expected {tuple(part.shape)}: the "
+                "mixture belongs to a different base, or the file to a different configuration"
             )
         part.copy_(found)
     if tensors:

@@ -48,7 +48,7 @@ class Parts:
 def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype, verb: str, hint: str) -> Config:
     """Write a MoE's tensors and config.json, and compare its logits with the dense models'.
 
-    Memory is that of a few pieces of tensors.
+    Peak memory is a few tensor chunks, whatever the model's size.
 
     Args:
         stored: dtype of what is written.

@@ -97,7 +97,7 @@ def check_base(base: Base) -> None:
         family_of(base.config, str(base.folder))
         instead = "use prepare.train=ffn"
     except NoTwinError as error:
-        instead = f"nor has it an exact plain MoE ({error.reason}), so take another base"
+        instead = f"nor has it an exact plain MoE ({error.reason}), so use a different base"
     raise UpcycleError(f"{base.folder}: this {base.config.get('model_type')} model {problem}; {WANTED}; {instead}")
 
 
@@ -126,7 +126,7 @@ def check_routing(family: Family, config: Config, num_experts_per_tok: int) -> N
         return
     how = "normalises what it routes by" if routing == "normed" else "weighs experts by sigmoids"
     reason = f"{family.moe.model_type} {how}, the mixture by a softmax"
-    raise NoTwinError(f"{family} would give other logits with several experts: {reason}", reason, config)
+    raise NoTwinError(f"{family} would give different logits with several experts: {reason}", reason, config)
 
 
 def may_have_twin(name: str, num_experts_per_tok: int) -> bool:
@@ -148,7 +148,7 @@ def problem_of(config: Config) -> str | None:
     It is built without values, and every layer's FFN must compute what a mixture takes it to compute.
     """
     if "text_config" in config:
-        return "is one of more than text"
+        return "is multimodal"
     try:
         model = without_values(config)
     except UpcycleError as error:
@@ -183,7 +183,7 @@ def without_values(config: Config) -> Model:
 
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UpcycleError("is no causal language model that transformers knows")
+        raise UpcycleError("is not a causal language model that transformers knows")
     try:
         with torch.device("meta"):
             made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config), trust_remote_code=False)

@@ -37,7 +37,7 @@ def read_scores(run: Path) -> BenchmarkScores:
         return {}
     if of.posttrain != _posttrained(run):
         path = BENCHMARK_SCORES.of(run)
-        warn(f"{path} is of another model than the run has now and is left out; `upcycle benchmark {run}` scores it")
+        warn(f"{path} is of a different model than the run has now and is ignored; `upcycle benchmark {run}` scores it")
         return {}
     return scores
 

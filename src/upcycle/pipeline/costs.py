@@ -48,7 +48,7 @@ def _known_costs(run: Path) -> dict[str, Cost]:
     try:
         return read_costs(run)
     except UpcycleError as error:
-        warn(f"{error}: its costs are recorded anew")
+        warn(f"{error}: starting a new record of costs")
         return {}
 
 

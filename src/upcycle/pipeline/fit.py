@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from upcycle.console import say, table, warn
+from upcycle.console import say, table, tell, warn
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe, load_recipe
@@ -127,7 +127,7 @@ def say_fit(run: Run, base: "upcycle.architectures.mapping.Mapping | upcycle.exp
     accelerator = pick_device().type != "cpu"
     there = memory()
     for stage, found in forecasts(run.recipe, base, lengths(run.splits.train), world_size(), accelerator):
-        say(f"{stage}: needs {found}; {there / 1e9:.1f} GB are there")
+        say(f"{stage}: needs {found}; {there / 1e9:.1f} GB are available")
         certain = found.weights + found.gradients + found.optimizer
         if accelerator and certain > there:
             raise UpcycleError(
@@ -163,7 +163,7 @@ def show_fit(model: str, mapping: "upcycle.architectures.mapping.Mapping", k: in
     title = f"{devices.count} x {devices.name}, {devices.gigabytes:g} GB each: GB on each card ({batch}, "
     heads = ("what", "settings", "prepare", "posttrain", "fits", "host GB")
     table(f"{title}rows of {recipe.data.max_length} tokens)", heads, rows)
-    _say_the_rest(mapping, k, devices)
+    _tell_the_rest(mapping, k, devices)
 
 
 def _recipe(model: str, m: int, k: int, devices: Devices, overrides: list[str]) -> Recipe:
@@ -178,19 +178,19 @@ def _recipe(model: str, m: int, k: int, devices: Devices, overrides: list[str]) 
     return load_recipe("upit", [f"base={model}", "data.train=rows.jsonl", *chosen])
 
 
-def _say_the_rest(mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:
+def _tell_the_rest(mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:
     total, dense = mapping.num_parameters(), mapping.num_dense
     half = 2 * total / 1e9
     where = "one card" if 2 * total <= devices.usable else "several cards of one machine (the first process uses them)"
-    say(f"route, evaluate, benchmark: {half:,.1f} GB in bf16, on {where}")
-    say(
+    tell(f"route, evaluate, benchmark: {half:,.1f} GB in bf16, on {where}")
+    tell(
         f"disk: {4 * dense / 1e9:,.1f} GB for each checkpoint of preparation in fp32, {12 * total / 1e9:,.1f} GB for "
         "one of the MoE (weights and optimizer) and twice that while a newer one is written"
     )
     if devices.teraflops:
         speed = devices.count * devices.teraflops * 1e12 * USED
         hours = [6 * count * TOKENS / speed / 3600 for count in (dense, mapping.num_parameters(k))]
-        say(
+        tell(
             f"time for {TOKENS / 1e6:.0f}M training tokens, if {USED:.0%} of the cards' bf16 FLOP/s are used: prepare "
             f"{hours[0]:.2g} h, posttrain {hours[1]:.2g} h"
         )

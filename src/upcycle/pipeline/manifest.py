@@ -74,19 +74,19 @@ def open_partial(folder: Path, inputs: Inputs, update: bool) -> Path:
     """The working folder of a stage; what an interrupted run left in it is kept if it had the same inputs.
 
     Raises:
-        UpcycleError: it was left by a run with other inputs. With `update` it is set aside instead.
+        UpcycleError: it was left by a run with different inputs. With `update` it is set aside instead.
     """
     partial = partial_of(folder)
     left = _left_inputs(partial, inputs) if partial.exists() else dict(inputs)
     if left != dict(inputs):
         if not update:
             raise UpcycleError(
-                f"{partial} was left by a run with other inputs ({changed_inputs(left, inputs)} changed); rerun with "
-                "--update to set it aside and start this stage anew, or go back to those inputs to resume it"
+                f"{partial} was left by a run with different inputs ({changed_inputs(left, inputs)} changed); rerun "
+                "with --update to set it aside and start this stage again, or restore those inputs to resume it"
             )
         aside = _unused(partial)
         partial.rename(aside)
-        say(f"{partial} was left by a run with other inputs: set aside as {aside.name}")
+        say(f"{partial} was left by a run with different inputs: set aside as {aside.name}")
     partial.mkdir(parents=True, exist_ok=True)
     INPUTS.write(partial, dict(inputs))
     return partial

@@ -1,4 +1,4 @@
-"""Run the stages: what is done already, what is outdated, what is resumed.
+"""Run the stages: what is already done, what is outdated, what is resumed.
 
 A stage runs if its folder is missing or was made from other inputs; inputs are compared by the hashes of their content.
 """
@@ -126,7 +126,7 @@ def _begin(run: Run, stage: Stage, update: bool) -> _Work | None:
     folder = run.folder / stage.name
     if _is_current(run, stage, inputs, update):
         clear_up(folder)
-        say(f"{stage.name}: done already, {folder}")
+        say(f"{stage.name}: already done, {folder}")
         return None
     working = open_partial(folder, inputs, update)
     resumed = any(path.name != INPUTS.name for path in working.iterdir())
@@ -194,17 +194,17 @@ def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) ->
         return False
     if manifest is None:
         if folder.exists():  # finished stages replace their folder
-            raise UpcycleError(f"{folder} is there but was not made by upcycle; move it away, or use another --run")
+            raise UpcycleError(f"{folder} exists but was not made by upcycle; move it away, or use a different --run")
         return False
     if manifest.inputs == inputs:
         return True
     changed = changed_inputs(manifest.inputs, inputs)
     if not update:
         raise UpcycleError(
-            f"{folder} was made from other inputs ({changed} changed); rerun with --update to build it and "
-            "what follows again (it replaces the folder), or use another --run"
+            f"{folder} was made from different inputs ({changed} changed); rerun with --update to rebuild it and the "
+            "stages after it (this replaces the folder), or use a different --run"
         )
-    say(f"{stage.name}: {changed} changed, building it again")
+    say(f"{stage.name}: {changed} changed, rebuilding")
     return False
 
 
@@ -219,8 +219,8 @@ def _claim(run: Run, update: bool) -> None:
         if not update:
             listed = "\n".join(f"  {change}" for change in changes)
             raise UpcycleError(
-                f"{run.folder} was made by another recipe:\n{listed}\nUse another --run, or --update to accept "
-                "the change and run the stages that it concerns again"
+                f"{run.folder} was made by a different recipe:\n{listed}\nUse a different --run, or accept the "
+                "change with --update and rebuild the stages that it affects"
             )
     write_text(path, dump_recipe(run.recipe))
 

@@ -55,10 +55,12 @@ def open_run(folder: Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
     if not is_run(folder):
         raise UpcycleError(f"{folder} is not a run: it has no {RECIPE.name}")
     if DELETED.of(folder).exists():
-        raise UpcycleError(f"the models of {folder} were deleted once they were measured (--no-keep-models)")
+        raise UpcycleError(f"the models of {folder} were deleted after scoring (--no-keep-models)")
     for stage in needs:
         if verified(folder / stage) is None:
-            raise UpcycleError(f"{folder} is not finished: it has no {stage}/{MANIFEST.name}; go on with `upcycle run`")
+            raise UpcycleError(
+                f"{folder} is not finished: it has no {stage}/{MANIFEST.name}; continue with `upcycle run`"
+            )
     return Run(load_recipe(str(RECIPE.of(folder))), folder)
 
 

@@ -46,14 +46,14 @@ def _prepare(run: Run, out: Path) -> None:
     say_text_part(ModelReader(base.folder), recipe.assemble.keep_vision)
     say_fit(run, run.kind.read_base(base, recipe))
     if not recipe.prepares:
-        say("prepare: nothing is taken from a checkpoint, so there is nothing to train (expand.copies_of=base)")
+        say("prepare: no expert comes from a checkpoint, so there is nothing to train (expand.copies_of=base)")
         on_main(lambda: CHECKPOINTS.write(out, []))
     elif recipe.prepare.checkpoints:
         on_main(lambda: adopt(run.kind, base, run.given_checkpoints, out) and None)
         if base.layers is not None:
             warn(
                 f"prepare: {len(ffn_layers(base.config)) - len(base.layers)} layers keep one FFN, that of "
-                f"assemble.shared={recipe.assemble.shared}: an expert alone is not its checkpoint then"
+                f"assemble.shared={recipe.assemble.shared}, so a single expert differs from its checkpoint"
             )
     else:
         from upcycle.stages.expert_preparation.prepare import tune
@@ -184,7 +184,7 @@ def _less_memory(section: str, last: str) -> str:
 STAGES = (
     Stage(
         name=PREPARE,
-        help="Stage 1, expert preparation: instruction-tune the base and keep checkpoints, or take existing ones.",
+        help="Stage 1, expert preparation: fine-tune the base and keep checkpoints, or use existing ones.",
         needs=(),
         run=_prepare,
         by_all=True,
@@ -198,14 +198,14 @@ STAGES = (
     ),
     Stage(
         name=EXPAND,
-        help="Stage 2, expert expansion: plan m experts from the n checkpoints (most dissimilar parents, DARE).",
+        help="Stage 2, expert expansion: plan m experts from n checkpoints by merging the most dissimilar ones.",
         needs=(PREPARE,),
         run=_expand,
         settings=_section(EXPAND),
     ),
     Stage(
         name=ASSEMBLE,
-        help="Stage 4, first half, before stage 3: write the MoE, every expert's FFN side by side, in one pass.",
+        help="Stage 4, first half, runs before stage 3: write the MoE from the experts in one streaming pass.",
         needs=(PREPARE, EXPAND),
         run=_assemble,
         settings=_assembled,
@@ -213,7 +213,7 @@ STAGES = (
     ),
     Stage(
         name=ROUTE,
-        help="Stage 3, router initialization: give seed data to experts and start the router from them.",
+        help="Stage 3, router initialization: assign seed data to experts and initialize the router from them.",
         needs=(ASSEMBLE,),
         run=_route,
         by_all=True,
@@ -226,7 +226,7 @@ STAGES = (
     ),
     Stage(
         name=POSTTRAIN,
-        help="Stage 4, model upcycling: train the MoE with top-k routing and a load-balancing loss.",
+        help="Stage 4, second half, model upcycling: train the MoE with top-k routing and a load-balancing loss.",
         needs=(ASSEMBLE, ROUTE),
         run=_posttrain,
         by_all=True,
@@ -239,7 +239,7 @@ STAGES = (
     ),
     Stage(
         name=EVALUATE,
-        help="Score base, checkpoints and MoE on held-out rows, by domain.",
+        help="Score the base, the checkpoints and the MoE on held-out rows, by domain.",
         needs=(PREPARE, ASSEMBLE, ROUTE, POSTTRAIN),
         run=_evaluate,
         by_all=True,

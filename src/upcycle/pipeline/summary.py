@@ -1,6 +1,6 @@
 """What a run made, on the terminal."""
 
-from upcycle.console import say, table
+from upcycle.console import table, tell
 from upcycle.experts.kinds import kind_in
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.run import Run
@@ -18,10 +18,10 @@ def show_summary(run: Run) -> None:
     result = RESULT.of(run.folder)
     made = kind_in(result).describe(result)
     how = "a plain Hugging Face folder" if made.plain else f"compact: needs {run.recipe.base} and upcycle"
-    say(f"mixture of experts: {result}  ({how})")
-    say(f"                    {made.what}")
+    tell(f"mixture of experts: {result}  ({how})")
+    tell(f"                    {made.what}")
     if made.folds:
-        say(f"as a plain MoE:     upcycle export {run.folder} --fold --to FOLDER")
-    say(f"scores:             {SCORES.of(run.folder)}")
-    say(f"experts' lineage:   {PLAN.of(run.folder)}")
-    say(f"seed data, router:  {ROUTE_REPORT.of(run.folder)}")
+        tell(f"as a plain MoE:     upcycle export {run.folder} --fold --to FOLDER")
+    tell(f"scores:             {SCORES.of(run.folder)}")
+    tell(f"experts' lineage:   {PLAN.of(run.folder)}")
+    tell(f"seed data, router:  {ROUTE_REPORT.of(run.folder)}")

@@ -44,7 +44,7 @@ class RecordFile(Place, Generic[T]):
 
     kind: Any = field(kw_only=True)
     """The type of what it holds."""
-    mend: str = field(default="restore it, or make it again", kw_only=True)
+    remedy: str = field(default="restore it, or rebuild it", kw_only=True)
     """What to do if it is damaged."""
 
     def write(self, folder: Path, value: T) -> None:
@@ -57,7 +57,7 @@ class RecordFile(Place, Generic[T]):
         Raises:
             UpcycleError: it is missing or damaged; names the file and the field.
         """
-        found: T = read_record(folder / self.name, self.kind, self.mend)
+        found: T = read_record(folder / self.name, self.kind, self.remedy)
         return found
 
     def read_of(self, run: Path) -> T:
@@ -80,7 +80,7 @@ POSTTRAIN, EVALUATE = "posttrain", "evaluate"
 RECIPE = Place("", "recipe.yaml")
 LOCK = Place("", ".lock")
 COSTS: RecordFile[dict[str, Cost]] = RecordFile(
-    "", "costs.json", kind=dict[str, Cost], mend="restore it, or remove it: nothing else is made from it"
+    "", "costs.json", kind=dict[str, Cost], remedy="restore it, or remove it: nothing else is made from it"
 )
 DELETED = Place("", "models-deleted")
 """Says that only the scores of a run were kept."""
@@ -89,7 +89,7 @@ REPORT = Place("", "report.html")
 
 # of every stage
 MANIFEST: RecordFile[Manifest] = RecordFile(
-    "", "manifest.json", kind=Manifest, mend="restore it, or rerun with --update to rebuild the stage"
+    "", "manifest.json", kind=Manifest, remedy="restore it, or rerun with --update to rebuild the stage"
 )
 INPUTS: RecordFile[dict[str, str]] = RecordFile("", "inputs.json", kind=dict[str, str])
 """Marks a working folder with the inputs of the run that left it."""

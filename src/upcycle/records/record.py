@@ -62,11 +62,11 @@ def write_record(path: Path, value: Any) -> None:
     write_json(path, to_jsonable_python(value, inf_nan_mode="constants"))
 
 
-def read_record(path: Path, kind: Any, mend: str = "restore it, or make it again") -> Any:
+def read_record(path: Path, kind: Any, remedy: str = "restore it, or rebuild it") -> Any:
     """The value of type `kind` in a file.
 
     Args:
-        mend: what to do if it is damaged.
+        remedy: what to do if it is damaged.
 
     Raises:
         UpcycleError: it is missing, not JSON, or not of that type; names the file and the first field that is wrong.
@@ -74,7 +74,7 @@ def read_record(path: Path, kind: Any, mend: str = "restore it, or make it again
     try:
         return TypeAdapter(kind).validate_json(read_bytes(path, most_bytes=None))
     except ValidationError as error:
-        raise UpcycleError(f"{path} is damaged: {first_problem(error)}; {mend}") from None
+        raise UpcycleError(f"{path} is damaged: {first_problem(error)}; {remedy}") from None
 
 
 def first_problem(error: ValidationError) -> str:

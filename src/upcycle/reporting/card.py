@@ -45,7 +45,7 @@ def licence_of(base: Path) -> str | None:
     try:
         licence = ModelCard.load(path).data.license if path.is_file() else None
     except Exception as error:  # its metadata are YAML that anyone may have written
-        warn(f"{path} is no model card that can be read ({brief(str(error))}): the licence of the base is not known")
+        warn(f"{path} is not a readable model card ({brief(str(error))}): the licence of the base is not known")
         return None
     return str(licence) if licence else None
 
@@ -114,7 +114,7 @@ def _use(made: Description) -> str:
         return (
             "Fold it into a plain mixture of experts first: `upcycle export FOLDER --fold --to PLAIN` (with its base)."
         )
-    return "It loads with upcycle alone, on its base: no plain model computes the same."
+    return "It loads only with upcycle, on its base: no plain model computes the same."
 
 
 def _source(recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from upcycle.console import say
+from upcycle.console import tell
 from upcycle.disk import write_text
 from upcycle.pipeline.costs import read_costs
 from upcycle.records.comparison import METRICS, Comparison, Found, Measures, Spread, Summary, Sweep
@@ -46,7 +46,7 @@ def write_comparison_report(found: Comparison | Sweep, folder: Path, out: Path) 
         **vars(summarise(found)),
     )
     write_text(out, page)
-    say(f"report: {out}")
+    tell(f"report: {out}")
 
 
 @dataclass(frozen=True)

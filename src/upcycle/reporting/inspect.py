@@ -6,7 +6,7 @@ import numpy as np
 from rich.text import Text
 from rich.tree import Tree
 
-from upcycle.console import console, say, table
+from upcycle.console import console, table, tell
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.manifest import read_manifest, verified
 from upcycle.records.description import Description
@@ -36,7 +36,7 @@ def inspect(path: Path, figure: Path, made: Description | None = None) -> None:
     rows = [(label, *map(_cell, row)) for label, row in zip(plan.labels, plan.similarities, strict=True)]
     table(f"similarity of experts ({plan.similarity} of FFN task vectors)", ("", *names), rows)
     similarity_figure(plan, figure)
-    say(f"heat map and dendrogram: {figure}")
+    tell(f"heat map and dendrogram: {figure}")
     draw_routing(path, figure)
 
 
@@ -47,11 +47,11 @@ def draw_routing(run: Path, figure: Path) -> None:
         shares = [entry.expert_share for entry in scores.values() if entry.expert_share is not None]
         place = figure.with_name(f"{figure.stem}-routing.png")
         routing_figure(shares[-1], place)
-        say(f"share of tokens per expert, by domain and layer: {place}")
+        tell(f"share of tokens per expert, by domain and layer: {place}")
     if record is not None:
         place = figure.with_name(f"{figure.stem}-load.png")
         load_figure(record.log, place)
-        say(f"load of the experts over training: {place}")
+        tell(f"load of the experts over training: {place}")
 
 
 def find_plan(path: Path) -> ExpansionPlan:
@@ -87,9 +87,9 @@ def describe(path: Path, made: Description | None) -> None:
     if manifest is not None:
         made_of = ", ".join(f"{name} {content[:10]}" for name, content in manifest.inputs.items())
         version = manifest.versions.get("upcycle", "of an unknown version")
-        say(f"{path}: stage {manifest.stage}, seed {manifest.seed}, upcycle {version}; from {made_of}")
+        tell(f"{path}: stage {manifest.stage}, seed {manifest.seed}, upcycle {version}; from {made_of}")
     if made is not None:
-        say(f"{path}: {made.what}")
+        tell(f"{path}: {made.what}")
 
 
 def lineage_tree(plan: ExpansionPlan) -> Tree:

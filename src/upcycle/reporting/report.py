@@ -1,4 +1,4 @@
-"""`upcycle report`: one HTML file that stands alone and says what a run made, whether it helped, and what it cost."""
+"""`upcycle report`: a standalone HTML file that says what a run made, whether it helped, and what it cost."""
 
 import html
 import json
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from upcycle.architectures.clients import commands
-from upcycle.console import say
+from upcycle.console import tell
 from upcycle.disk import write_text
 from upcycle.pipeline.benchmarks import read_scores
 from upcycle.pipeline.costs import read_costs
@@ -69,7 +69,7 @@ def write_report(run: Path, recipe: Recipe, made: Description, texts: Sequence[R
         comparison=summarise(comparison) if comparison else None,
     )
     write_text(out, page)
-    say(f"report: {out}")
+    tell(f"report: {out}")
 
 
 def _tree(plan: ExpansionPlan) -> str:

@@ -166,7 +166,9 @@ def _known(run: Run, keep_models: bool, kept: Path | None) -> Cell | None:
     if not DELETED.of(run.folder).exists():
         return None
     if keep_models:
-        raise UpcycleError(f"the models of {run.folder} were deleted; go on with --no-keep-models, or elsewhere")
+        raise UpcycleError(
+            f"the models of {run.folder} were deleted; continue with --no-keep-models, or use a different --out"
+        )
     return _keep(_of_this_run(MEASURES.read(run.folder), run, run.folder), kept)
 
 
@@ -178,10 +180,13 @@ def _of_this_run(found: Cell, run: Run, where: Path) -> Cell:
     """
     if changes := differences(parse_recipe(found.recipe, str(where)), run.recipe):
         raise UpcycleError(
-            f"{where} was made by another recipe ({'; '.join(changes)}); move it away, or name the variant otherwise"
+            f"{where} was made by a different recipe ({'; '.join(changes)}); move it away, or give the variant a "
+            "different name"
         )
     if found.data != run.data_hash:
-        raise UpcycleError(f"{where} was made from other data; move it away, or take another --out and --results")
+        raise UpcycleError(
+            f"{where} was made from different data; move it away, or use a different --out and --results"
+        )
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from upcycle.console import say, table
+from upcycle.console import table, tell
 from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError, nearest
 from upcycle.pipeline.run import Run
@@ -24,7 +24,7 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
     """Run every variant with every seed and write `comparison.json`; resumable.
 
     Args:
-        force: compare all the same if variants saw other data or another number of training tokens (or FLOPs).
+        force: compare even if variants saw different data or different training budgets (tokens or FLOPs).
         against: label of the variant that the others are compared with; none given: the first.
         match: `flops` scales the epochs of the others to the training FLOPs of the first.
 
@@ -44,7 +44,7 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
 
     def refuse(cells: Cells) -> None:
         if problems := differences(cells, match):
-            raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little (--force makes it all the same)")
+            raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little; --force runs it anyway")
 
     cells = run_cells(study, (lambda _: None) if force else refuse)
     rows = summary(cells, names, against=names.index(against) if against else 0)
@@ -114,4 +114,4 @@ def show(found: Comparison) -> None:
         heads = ("variant", "mean", "std", f"against {found.reference}", "p (paired)", "p (Holm)", "tokens", "FLOPs")
         table(f"{metric.replace('_', ' ')} of the MoE, {found.over}", heads, lines)
     for problem in found.not_comparable:
-        say(f"NOT COMPARABLE: {problem}")
+        tell(f"NOT COMPARABLE: {problem}")

@@ -25,7 +25,7 @@ def load_balancing_loss(
 
     Args:
         share: f, of these tokens or of more (the whole step: Qiu et al. 2025, arXiv 2501.11873).
-        group: so many successive experts count as one: the slices of an expert.
+        group: this many successive experts, the slices of one expert, count as one.
         num_tokens: that P is the mean over, where others have a part of them; none given: the unmasked ones here.
     """
     losses = []

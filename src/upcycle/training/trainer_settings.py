@@ -101,5 +101,5 @@ def _check_model_kwargs(section: str, settings: TrainingSettings) -> None:
     if odd := sorted(set(given) - {ATTENTION}):
         raise UpcycleError(
             f"{section}.trainer.model_init_kwargs.{odd[0]} is not for a recipe: models are loaded in the dtype and on "
-            f"the device that they train in; {ATTENTION} alone can be set"
+            f"the device that they train in; only {ATTENTION} can be set"
         )

@@ -81,7 +81,8 @@ class Base:
             if token is not None and token >= known:
                 raise UpcycleError(
                     f"{self.words}: the tokenizer's {name} {getattr(tokenizer, name)!r} has the id {token}, but the "
-                    f"model knows {known} tokens (vocab_size); resize its embeddings, or give the tokenizer another"
+                    f"model knows {known} tokens (vocab_size); resize its embeddings, or give the tokenizer a "
+                    "different one"
                 )
         return tokenizer
 

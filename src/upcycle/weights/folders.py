@@ -62,7 +62,7 @@ def find_model(name: str) -> Path:
 
 
 def read_config(folder: Path) -> Config:
-    """The decoded config.json; of a wrapper of more than text its text model's.
+    """The decoded config.json; of a multimodal wrapper its text model's.
 
     Raises:
         UpcycleError: it is missing or not a JSON object, or that of a wrapper of which nothing is known.
@@ -131,7 +131,7 @@ def four_bit_config(dtype: torch.dtype) -> Any:
 
     missing = "a GPU" if not torch.cuda.is_available() else "the package bitsandbytes"
     if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
-        raise UpcycleError(f"lora.four_bit needs {missing}, which is not here; set lora.four_bit=false")
+        raise UpcycleError(f"lora.four_bit needs {missing}, which is not available; set lora.four_bit=false")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -290,8 +290,8 @@ def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
     written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())  # by a run that is being resumed
     if needed - written > free:
         raise UpcycleError(
-            f"{what} needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; make room, take "
-            f"another --run, or {hint}"
+            f"{what} needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; make room, "
+            f"use a different --run, or {hint}"
         )
 
 

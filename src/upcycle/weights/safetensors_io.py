@@ -61,7 +61,7 @@ def plain_name(name: str) -> str:
 class ModelReader:
     """The tensors of a model folder, single file or sharded, by name; nothing is read before it is used.
 
-    Of a wrapper of more than text the text model's tensors, under their names in a folder of their own.
+    For a multimodal wrapper: the text model's tensors, under their names in a folder of their own.
 
     Args:
         whole: show a wrapper's file as it is.

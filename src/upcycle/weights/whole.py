@@ -53,19 +53,20 @@ def check_keeps(folder: Path, moe: str, expert_size: int) -> None:
     wrapper = wrapper_in(folder)
     if wrapper is None:
         raise UpcycleError(
-            f"assemble.keep_vision: {folder} is a model of text alone, it has nothing to keep; leave the setting out"
+            f"assemble.keep_vision: {folder} is a text-only model, so there is nothing to keep; leave the setting out"
         )
     if moe not in wrapper.keeps:
         able = ", ".join(f"{w.model_type} ({' or '.join(w.keeps)})" for w in WRAPPERS.values() if w.keeps)
         raise UpcycleError(
             f"assemble.keep_vision: {folder} is a {wrapper.model_type} model whose text model becomes {moe}, which "
-            f"cannot take its place there; known: {able}. For a MoE of text leave the setting out"
+            f"cannot take its place there; known: {able}. For a text-only MoE leave the setting out"
         )
     whole, hidden = WRAPPERS[wrapper.keeps[moe]], read_config(folder)["hidden_size"]
     if whole.stacks and hidden in (expert_size, 2 * expert_size):
         raise UpcycleError(
-            f"assemble.keep_vision: experts of {expert_size} channels beside hidden_size={hidden} make square tensors, "
-            f"of which transformers cannot tell how they lie in a {whole.model_type} model; change assemble.granularity"
+            f"assemble.keep_vision: experts of {expert_size} channels beside hidden_size={hidden} make square "
+            f"tensors, whose orientation transformers cannot detect in a {whole.model_type} model; change "
+            "assemble.granularity"
         )
 
 

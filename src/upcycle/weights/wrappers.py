@@ -1,4 +1,4 @@
-"""Folders of more than text (images, video, sound): which of their tensors and fields are the text model's.
+"""Multimodal folders (images, video, sound): which of their tensors and fields are the text model's.
 
 A wrapper's config.json has the text model's as a part, and its file has the text model's tensors under a prefix. Here
 such a folder is its text model: `folders.read_config` gives that part and `safetensors_io.ModelReader` those tensors,
@@ -88,8 +88,8 @@ def wrapper_of(config: Config, where: Path) -> Wrapper | None:
     if TEXT_CONFIG not in config:
         return None
     raise UpcycleError(
-        f"{where}: '{model_type}' is a model of more than text ({TEXT_CONFIG}), and where its text model's tensors lie "
-        f"is known of {', '.join(WRAPPERS)} alone; give a folder of the text model itself"
+        f"{where}: '{model_type}' is a multimodal model ({TEXT_CONFIG}), and the layout of its text model is known "
+        f"only for {', '.join(WRAPPERS)}; give a folder with the text model itself"
     )
 
 

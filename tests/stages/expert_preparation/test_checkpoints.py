@@ -49,7 +49,7 @@ def with_other_eps(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (in_bfloat16, r"odd: its weights are torch.bfloat16, those of .* torch.float32; the rounding would be taken"),
+        (in_bfloat16, r"odd: its weights are torch.bfloat16, those of .* torch.float32; the rounding would look like"),
         (in_float64, r"odd: its weights are torch.float64, those of .*checkpoint-1 torch.float32"),
         (
             with_another_token,
@@ -99,7 +99,7 @@ def test_what_the_last_checkpoint_has_otherwise_is_said(
     (last / "chat_template.jinja").write_text("{{ messages }}")
     (last / "generation_config.json").write_text('{"eos_token_id": 7}')
     differ = "the chat template; eos_token_id 7 of generation_config.json (2 in the base)"
-    assert f"otherwise than the base: {differ}; the MoE gets the base's" in said(as_base(base), folders, capsys)
+    assert f"differs from the base in: {differ}; the MoE gets the base's" in said(as_base(base), folders, capsys)
     taken = said(Base(base, "base", last=last), folders, capsys)
     assert f"the MoE gets from last, which differs from the base in them: {differ}" in taken
     assert "chat template" not in said(Base(base, "base", "{{ mine }}", last), folders, capsys)

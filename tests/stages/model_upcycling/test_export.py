@@ -28,7 +28,7 @@ def test_a_plain_moe_is_copied_without_what_is_ours_alone(base: Path, checkpoint
     assert torch.equal(logits(made), logits(tmp_path / "out"))
     with pytest.raises(UpcycleError, match="out is not empty; give --to a new folder"):
         export(made, tmp_path / "out", False, "source")
-    with pytest.raises(UpcycleError, match="is a plain model already; leave out --fold"):
+    with pytest.raises(UpcycleError, match="is already a plain model; leave out --fold"):
         export(made, tmp_path / "other", True, "source")
     with pytest.raises(UpcycleError, match="holds no model; expected a finished run"):
         export(tmp_path, tmp_path / "other", False, "source")

@@ -161,7 +161,7 @@ def _choose_parents(
         pairs = [pair for pair in pairs if pair not in used]
     if not pairs:
         raise UpcycleError(
-            f"expand: every pair of experts has a child already at {len(similarity)} experts; lower "
+            f"expand: every pair of experts already has a child at {len(similarity)} experts; lower "
             "expand.num_experts or set expand.repeat_pairs=allow"
         )
     if settings.parents == "random":

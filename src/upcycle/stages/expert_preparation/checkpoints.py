@@ -58,7 +58,7 @@ def say_what_differs(base: Base, last: Path) -> None:
         say(f"prepare: the MoE gets from {last.name}, which differs from the base in them: {'; '.join(found)}")
     elif found:
         warn(
-            f"{last} has otherwise than the base: {'; '.join(found)}; the MoE gets the base's (the checkpoint's with "
+            f"{last} differs from the base in: {'; '.join(found)}; the MoE gets the base's (the checkpoint's with "
             "assemble.shared=last)"
         )
 
@@ -121,7 +121,7 @@ def check_same_tokenizer(base: Base, checkpoint: Path) -> None:
     if difference := other_ids(expected, found):
         raise UpcycleError(
             f"{checkpoint}: its tokenizer is not that of the base {base.folder}: {difference}; the checkpoints of one "
-            "run have the base's tokenizer, so take checkpoints and base that belong together"
+            "run have the base's tokenizer, so use checkpoints and a base that belong together"
         )
     known, added = base.config["vocab_size"], found.get_added_vocab()
     for token in sorted(added.keys() - expected.get_added_vocab().keys()):

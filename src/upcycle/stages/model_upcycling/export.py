@@ -1,11 +1,11 @@
-"""The finished model as a folder that stands alone: a mixture of LoRA experts is folded into a plain MoE."""
+"""The finished model as a standalone folder: a mixture of LoRA experts is folded into a plain MoE."""
 
 import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from upcycle.console import say
+from upcycle.console import tell
 from upcycle.disk import check_new, scratch_folder, sync_files
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import holds_model, kind_in
@@ -58,4 +58,4 @@ def export(
         shutil.rmtree(scratch, ignore_errors=True)
     made = kind_in(target).describe(target)
     needs = "" if made.plain else " (compact: it needs its base and upcycle)"
-    say(f"export: {target}{needs}{'; --fold makes a plain MoE' if made.folds else ''}")
+    tell(f"export: {target}{needs}{'; --fold makes a plain MoE' if made.folds else ''}")

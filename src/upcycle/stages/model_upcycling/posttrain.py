@@ -55,7 +55,8 @@ def posttrain(
         begin = recipe.dense_share if recipe.dense_share < 1 else 0.0
         if recipe.prepare.checkpoints:
             say(
-                "posttrain: a schedule of its own, with a warm-up: given checkpoints do not say how far theirs had come"
+                "posttrain: its own schedule, with a warm-up, because given checkpoints do not say how far theirs "
+                "had come"
             )
         trainer = out_dir / TRAINER
         begun = partial(moments, model, trainer / "moments") if moments else None

@@ -81,7 +81,7 @@ def assign(losses: Losses, samples: Sequence[Sample], rule: str, seed: int) -> E
     if rule == "domain" and len(set(domains)) < 2:
         raise UpcycleError(
             f"route.assignment=domain: the {len(samples)} seed rows have one domain, '{domains[0]}'; give rows a field "
-            "`domain`, or take another assignment"
+            "`domain`, or use a different assignment"
         )
     return ASSIGNMENTS[rule](losses, domains, seed)
 

@@ -163,7 +163,7 @@ def condition_numbers(vectors: Sequence[Float[Tensor, "E H"]]) -> list[float]:
     if bad:
         warn(
             f"route: the routers of {len(bad)} layers (first: {bad[:4]}) hardly tell some experts apart (condition "
-            f"number up to {max(found):.0e}); take another route.start, or more seed data "
+            f"number up to {max(found):.0e}); use a different route.start, or more seed data "
             "(route.min_samples_per_expert)"
         )
     return found
@@ -214,7 +214,7 @@ def _show_buckets(buckets: Sequence[Bucket], difference: Difference) -> None:
     low, high = difference.interval
     verdict = "experts differ by more than noise" if difference.more_than_noise else "this may be noise"
     say(
-        "route: an expert per domain, chosen on other samples, beats the best single expert by "
+        "route: an expert per domain, chosen on separate samples, beats the best single expert by "
         f"{difference.gain:.4f} (95% of resamples: {low:.4f} to {high:.4f}): {verdict}"
     )
     if max(b.samples for b in buckets) == sum(b.samples for b in buckets):
