@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +15,10 @@ from upcycle.records.files import COMPARISON, MANIFEST, RESULT, SWEEP, run_of
 from upcycle.records.record import ALL
 from upcycle.records.scores import BASE
 from upcycle.reporting.charts import bar_chart, interval_chart, point_chart, with_error
+from upcycle.reporting.course import course_chart
+from upcycle.reporting.dense import dense_variant
 from upcycle.reporting.page import Chart, Table, made_with, render, safe
+from upcycle.reporting.verdict import ONE_SEED, Verdict, of_variant
 from upcycle.studies.statistics import over_seeds, p_text
 
 SECTIONS = (("scores", "Scores"), ("detail", "Detail"), ("cost", "Cost"), ("reproduce", "Reproduce"))
@@ -33,6 +36,8 @@ def write_comparison_report(found: Comparison | Sweep, folder: Path, out: Path) 
     Args:
         folder: where its runs lie.
     """
+    short = vars(summarise(found)) | vars(_verdict(folder, found))
+    course = _course(folder, found)
     page = render(
         "comparison.html.j2",
         title=f"{folder.resolve().name}: {len(found.summary)} variants, {found.over}",
@@ -43,10 +48,71 @@ def write_comparison_report(found: Comparison | Sweep, folder: Path, out: Path) 
         command=_command(found),
         versions=_versions(folder),
         data_hashes=", ".join(sorted({run.data[:12] for runs in found.variants.values() for run in runs})),
-        **vars(summarise(found)),
+        course=[course] if course else [],
+        **short,
     )
     write_text(out, page)
     say(f"report: {out}")
+
+
+def verdict_of_run(run: Path, found: Comparison | Sweep) -> Verdict | None:
+    """Of a run that is a cell, over all seeds of its variant; None if it is no cell."""
+    number = _number(run, found)
+    if number is None:
+        return None
+    dense = dense_variant(run.parent, found)
+    return of_variant(found, number, dense, f"“{found.summary[number].label}”")
+
+
+def dense_run_beside(run: Path, found: Comparison | Sweep) -> Path | None:
+    """The run of the dense variant that has the same seed as a cell."""
+    dense = dense_variant(run.parent, found)
+    if dense is None or _number(run, found) in (None, dense):
+        return None
+    return run_of(run.parent, dense, int(run.name.rpartition("-seed")[2]))
+
+
+def _number(run: Path, found: Comparison | Sweep) -> int | None:
+    """Place of the variant that a run folder is of."""
+    for number, runs in enumerate(found.variants.values()):
+        if run in [run_of(run.parent, number, cell.seed) for cell in runs]:
+            return number
+    return None
+
+
+def _first_seed(found: Found) -> int:
+    return next(iter(found.variants.values()))[0].seed
+
+
+def _subject(folder: Path, found: Comparison) -> int | None:
+    """Place of the variant that the first screen is about: the best that is not the dense one."""
+    dense = dense_variant(folder, found)
+    means = {n: row.metric("loss").mean for n, row in enumerate(found.summary) if n != dense}
+    return min((n for n in means if math.isfinite(means[n])), key=means.__getitem__, default=None)
+
+
+def _verdict(folder: Path, found: Comparison | Sweep) -> Verdict:
+    """Where none is known to be dense tuning, the lead is about the best of all."""
+    number = _subject(folder, found) if isinstance(found, Comparison) else None
+    if number is None:
+        return Verdict(_lead(found), "", ())
+    dense, label = dense_variant(folder, found), found.summary[number].label
+    verdict = of_variant(found, number, dense, f"“{label}”")
+    if dense is None:
+        return replace(verdict, lead=_lead(found), noise=ONE_SEED if found.seeds == 1 else "")
+    others = len(found.summary) - 2
+    chosen = f" It is the best of {others + 1} variants beside the dense one, chosen by this figure." if others else ""
+    return replace(verdict, lead=verdict.lead + chosen)
+
+
+def _course(folder: Path, found: Comparison | Sweep) -> Chart | None:
+    """Of the first seed of the variant that the first screen is about."""
+    number = _subject(folder, found) if isinstance(found, Comparison) else None
+    if number is None or not (run := run_of(folder, number, _first_seed(found))).is_dir():
+        return None
+    course = course_chart(run, dense_run_beside(run, found))
+    title = f"“{found.summary[number].label}”: loss over training tokens, seed {_first_seed(found)}"
+    return course and replace(course, title=title)
 
 
 @dataclass(frozen=True)
@@ -59,7 +125,6 @@ class InShort:
     """Why the variants are not comparable, if they are not."""
     charts: Sequence[Chart]
     """One per metric."""
-    note: str
 
 
 def summarise(found: Comparison | Sweep) -> InShort:
@@ -71,7 +136,6 @@ def summarise(found: Comparison | Sweep) -> InShort:
         lead=_lead(found),
         problems=problems,
         charts=[chart for metric in found.metrics for chart in _charts(found, metric)],
-        note=f"Of the MoE; mean ± standard deviation over {found.over}.",
     )
 
 
@@ -116,11 +180,24 @@ def _best(rows: Sequence[Summary], metric: str) -> int:
 
 def _charts(found: Comparison | Sweep, metric: str) -> list[Chart]:
     """Scores, and how sure the differences to the reference are."""
-    charts = [Chart(TITLES[metric], safe(_draw(found, metric)))]
+    charts = [Chart(TITLES[metric], safe(_draw(found, metric)), _how_to_read(found))]
     if drawn := differences_chart(found.summary, metric):
-        title = f"Difference to {found.reference}, with its 95% interval (coloured: zero is outside)"
-        charts.append(Chart(title, safe(drawn)))
+        title, caption = f"Difference to {found.reference}", INTERVALS.format(reference=found.reference)
+        charts.append(Chart(title, safe(drawn), caption))
     return charts
+
+
+INTERVALS = (
+    "The upright line is {reference}. A dot is the mean difference, its bar the 95% interval. Where the bar misses the "
+    "line (then it is orange), noise alone would hardly give such a difference; p after Holm counts all tests."
+)
+
+
+def _how_to_read(found: Comparison | Sweep) -> str:
+    shown = "A dot" if isinstance(found, Sweep) else "A bar"
+    spread = ", with the standard deviation over them" if found.seeds > 1 else ""
+    best = "" if isinstance(found, Sweep) else " The best one is orange."
+    return f"{shown} is the mean of the MoE over {found.over}{spread}.{best}"
 
 
 def differences_chart(rows: Sequence[Summary], metric: str) -> str:
@@ -155,7 +232,7 @@ def _lines(found: Sweep, rows: Sequence[Summary], metric: str) -> str:
         label = ", ".join(f"{name}={row.setting(name)}" for name in others) or first
         value = row.metric(metric)
         lines.setdefault(label, []).append((places[row.setting(first)], value.mean, _error(value)))
-    return point_chart(list(lines.items()), [(place, name) for name, place in places.items()])
+    return point_chart(list(lines.items()), [(place, name) for name, place in places.items()], dotted=lines)
 
 
 def _places(names: Sequence[str]) -> dict[str, float]:
