@@ -38,21 +38,22 @@ def bar_chart(bars: Sequence[Bar], pattern: str, best: int) -> str:
     return _group("; ".join(f"{n}: {with_error(pattern, v, e)}" for n, v, e in bars), rows)
 
 
-def interval_chart(rows: Sequence[Interval], reference: str) -> str:
+def interval_chart(rows: Sequence[Interval], reference: str, pattern: str = "{:+.4f}") -> str:
     """Differences with their intervals, on both sides of a line that stands for the reference."""
+    texts = [f"{pattern} ({pattern} to {pattern})".format(*values) for _, *values in rows]
     low, high = min(0.0, *(low for _, _, low, _ in rows)), max(0.0, *(high for *_, high in rows))
 
     def at(value: float) -> float:
         return 2 + 96 * (value - low) / ((high - low) or 1.0)
 
     drawn = []
-    for name, value, begin, end in rows:
+    for (name, value, begin, end), text in zip(rows, texts, strict=True):
         colour = f"var(--{'best' if begin > 0 or end < 0 else 'bar'})"
         inner = _line(at(0), 0, at(0), 20, "var(--soft)")
         inner += _whiskers(at(begin), at(end), 10, colour)
         inner += f'<circle cx="{at(value):.2f}%" cy="10" r="5" fill="{colour}"/>'
-        drawn.append(_row(name, f"{value:+.4f} ({begin:+.4f} to {end:+.4f})", inner, 20))
-    described = "; ".join(f"{name}: {value:+.4f} ({low:+.4f} to {high:+.4f})" for name, value, low, high in rows)
+        drawn.append(_row(name, text, inner, 20))
+    described = "; ".join(f"{name}: {text}" for (name, *_), text in zip(rows, texts, strict=True))
     return _group(f"Against {reference}: {described}", drawn)
 
 
@@ -97,9 +98,10 @@ def point_chart(
         parts.append(_line(LEFT - 1, down(value), 100, down(value), "var(--line)"))
     parts.extend(_ticks([(across(x), text) for x, text in ticks]))
     parts.append(f'<svg width="100%" height="{BOTTOM}" viewBox="0 0 100 {BOTTOM}" preserveAspectRatio="none">')
-    for number, (_, line) in enumerate(lines):
+    for number, (name, line) in enumerate(lines):
         places = " ".join(f"{across(x):.2f},{down(y):.1f}" for x, y, _ in line)
-        parts.append(f'<polyline points="{places}" vector-effect="non-scaling-stroke" {_stroke(_colour(number))}/>')
+        stroke = _stroke(_colour(number)) + ' stroke-opacity="0.5"' * (name in dotted)
+        parts.append(f'<polyline points="{places}" vector-effect="non-scaling-stroke" {stroke}/>')
     parts.append("</svg>")
     if mark:
         parts.extend(_mark(across(mark[0]), mark[1]))

@@ -60,8 +60,10 @@ def verdict_of_run(run: Path, found: Comparison | Sweep) -> Verdict | None:
     number = _number(run, found)
     if number is None:
         return None
-    dense = dense_variant(run.parent, found)
-    return of_variant(found, number, dense, f"“{found.summary[number].label}”")
+    verdict = of_variant(found, number, dense_variant(run.parent, found), f"“{found.summary[number].label}”")
+    runs = {run_of(run.parent, number, cell.seed): cell for cell in list(found.variants.values())[number]}
+    own = f" This run alone, with seed {runs[run].seed}: {runs[run].loss[ALL]:.4f}." if len(runs) > 1 else ""
+    return replace(verdict, noise=verdict.noise + own)
 
 
 def dense_run_beside(run: Path, found: Comparison | Sweep) -> Path | None:
@@ -209,7 +211,7 @@ def differences_chart(rows: Sequence[Summary], metric: str) -> str:
         if value.difference is not None and value.interval and math.isfinite(value.interval[0])
     ]
     reference = next((label for label, value in found if value.difference is None), "")
-    return interval_chart(known, reference) if known else ""
+    return interval_chart(known, reference, METRICS[metric].replace(":", ":+")) if known else ""
 
 
 def _draw(found: Comparison | Sweep, metric: str) -> str:
@@ -254,7 +256,9 @@ def _against_reference(found: Found, metric: str) -> Table:
         lines.append([row.label, pattern.format(value.mean), error, gap, interval(pattern, value), *ps])
     against = f"against {found.reference}"
     heads = ["variant", "mean", f"std ({found.over})", against, "95% interval", "p (paired t-test)", "p (Holm)"]
-    return Table(TITLES[metric], heads, lines, [_best(rows, metric)])
+    told = [place for place in range(len(heads)) if any(row[place] for row in lines)]  # one seed has no spread
+    cells = [[row[place] for place in told] for row in lines]
+    return Table(TITLES[metric], [heads[place] for place in told], cells, [_best(rows, metric)])
 
 
 def signed(pattern: str, value: float) -> str:

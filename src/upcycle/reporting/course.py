@@ -28,7 +28,7 @@ def course_chart(run: Path, dense: Path | None = None) -> Chart | None:
     lines, start = _lines(run), starts(run)
     if dense is not None:
         beside = _lines(dense)
-        lines |= {DENSE: beside[DENSE], f"dense tuning: {HELD_OUT}": beside[HELD_OUT][-1:]}
+        lines |= {DENSE: beside.get(DENSE, []), f"dense tuning: {HELD_OUT}": beside.get(HELD_OUT, [])[-1:]}
     lines = {name: line for name, line in lines.items() if line}
     if not lines:
         return None
@@ -39,8 +39,11 @@ def course_chart(run: Path, dense: Path | None = None) -> Chart | None:
     dotted = [name for name in lines if HELD_OUT in name]
     losses = [loss for _, loss, _ in points]
     logarithmic = axis(min(losses), max(losses))[1]
+    steps = max(
+        per_point(len(record.log)) for place in filter(None, (run, dense)) for record in _records(place).values()
+    )
     svg = point_chart(list(lines.items()), ticks, dotted, mark)
-    return Chart("Loss over training tokens", safe(svg), _caption(run, bool(dotted), upcycled, logarithmic))
+    return Chart("Loss over training tokens", safe(svg), _caption(steps, bool(dotted), upcycled, logarithmic))
 
 
 def starts(run: Path) -> dict[str, int]:
@@ -64,16 +67,20 @@ def _lines(run: Path) -> Lines:
     """Training loss of each stage, held-out loss of every model whose place is known, the Trainer's own evaluations."""
     lines: Lines = {}
     start, evaluated = starts(run), []
-    records = {stage: record for stage in stage_names() if (record := LOG.known(run / stage)) is not None}
+    records = _records(run)
     for stage, record in records.items():
         name = DENSE if _is_dense(run) else NAMES.get(stage, f"{stage}: training loss")
         values = [(_at(record, n, start[stage]), e.loss, 0.0) for n, e in enumerate(record.log, 1)]
-        lines[name] = thinned(_drawable(values))
+        lines.setdefault(name, []).extend(thinned(_drawable(values)))
         evaluated += [(_at(record, e.step, start[stage]), e.loss, 0.0) for e in record.evaluations or ()]
     if (scores := SCORES.known_of(run)) is not None:
         lines[HELD_OUT] = _drawable(_held_out(run, scores, records, start[POSTTRAIN]))
     lines[f"{HELD_OUT}, as the Trainer evaluated it"] = _drawable(evaluated)
     return lines
+
+
+def _records(run: Path) -> dict[str, TrainingRecord]:
+    return {stage: record for stage in stage_names() if (record := LOG.known(run / stage)) is not None}
 
 
 def _at(record: TrainingRecord, step: int, start: int) -> float:
@@ -102,12 +109,11 @@ def _is_dense(run: Path) -> bool:
     return plan is not None and is_dense(plan)
 
 
-def _caption(run: Path, dotted: bool, upcycled: bool, logarithmic: bool) -> str:
-    steps = max((per_point(len(r.log)) for stage in stage_names() if (r := LOG.known(run / stage))), default=1)
+def _caption(steps: int, dotted: bool, upcycled: bool, logarithmic: bool) -> str:
     return " ".join(
         [
             "From left to right: training tokens seen. Lower is better.",
-            f"Lines without dots: loss of the training batches{f', a point for {steps} steps' * (steps > 1)}.",
+            f"Lines without dots: loss of the training batches{f', averaged over up to {steps} steps' * (steps > 1)}.",
             *["Dots: loss on rows that no training saw."] * dotted,
             *["The dashed line is where the dense model became a mixture of experts."] * upcycled,
             *["The upright axis is logarithmic: equal steps are equal ratios."] * logarithmic,

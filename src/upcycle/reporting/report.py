@@ -55,6 +55,7 @@ def write_report(run: Path, recipe: Recipe, made: Description, texts: Sequence[R
     plan, scores, asked = PLAN.read_of(run), SCORES.read_of(run), read_scores(run)
     place = run.resolve()
     comparison = find_comparison(place.parent)  # of a run that is a cell of one
+    short = summarise(comparison) if comparison else None
     verdict = verdict_of_run(place, comparison) if comparison else None
     course = course_chart(run, dense_run_beside(place, comparison) if comparison else None)
     page = render(
@@ -75,8 +76,8 @@ def write_report(run: Path, recipe: Recipe, made: Description, texts: Sequence[R
         **_cost(run),
         use=_use(run, made),
         warnings=made.warnings,
-        comparison=summarise(comparison) if comparison else None,
-        problems=(),
+        comparison=short,
+        problems=short.problems if short else (),
     )
     write_text(out, page)
     say(f"report: {out}")

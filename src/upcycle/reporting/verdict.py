@@ -12,7 +12,11 @@ from upcycle.studies.statistics import over_seeds, p_text, summary, values
 
 WORDS = {"loss": "held-out loss", "exact_match": "exact match", "benchmark": "mean over benchmarks"}
 ALPHA = 0.05
-ONE_SEED = "There is one seed, so this cannot be told from noise; five would tell (upcycle compare ... --seeds 5)."
+ENOUGH = 5
+"""Seeds that a comparison should have."""
+ONE_SEED = (
+    f"There is one seed, so this cannot be told from noise; {ENOUGH} would tell (upcycle compare ... --seeds {ENOUGH})."
+)
 
 
 @dataclass(frozen=True)
@@ -128,32 +132,35 @@ def is_sure(own: Spread) -> bool:
 
 
 def noise(metric: str, own: Spread) -> str:
-    """Whether a difference is more than noise, with its interval and p; empty where no test could be made."""
+    """Whether a difference is more than noise, with interval and p of the paired test; empty without a test."""
     if own.interval is None or own.p is None or math.isnan(own.p):
         return ""
     ends = " to ".join(f"{end:+.4f}" if metric == "loss" else f"{100 * end:+.1f}" for end in own.interval)
     holm = own.p_corrected
     corrected = "" if holm is None or holm == own.p else f", {p_text(holm)} after Holm"
     verdict = "more than noise" if is_sure(own) else "not more than noise"
-    return f"{verdict}: 95% interval of the difference {ends}, p {p_text(own.p)}{corrected} (paired by seed)"
+    return f"{verdict}: 95% interval {ends}, p {p_text(own.p)}{corrected}"
 
 
-def sentence(name: str, card: Card, than: str) -> str:
+def sentence(name: str, card: Card) -> str:
     """`UpIT has a held-out loss of 0.3310, 0.0016 lower than dense tuning.`"""
-    first = card.lines[0]
-    value, gap = first.values.split(",")[0], first.gap
-    if gap == "diverged":
-        return f"{name} or {than} has no finite held-out loss: a training diverged."
-    than = f"the same as {than}" if gap == "no difference" else f"{gap} than {than}"
+    first, other = card.lines[0], card.heading.removeprefix("Against ")
+    value = first.values.split(",")[0]
+    if first.gap == "diverged":
+        return f"{name} or {other} has no finite held-out loss: a training diverged."
+    than = f"the same as {other}" if first.gap == "no difference" else f"{first.gap} than {other}"
     return f"{name} has a held-out loss of {value}, {than}."
 
 
 def noise_sentence(card: Card, seeds: int) -> str:
-    """Of the first screen."""
+    """Whether that is noise."""
     if seeds == 1:
         return ONE_SEED
     said = card.lines[0].noise
-    return f"Over {seeds} seeds that is {said}." if said else "No paired test could be made of these seeds."
+    if not said:
+        return "No paired test could be made of these seeds."
+    few = "" if seeds >= ENOUGH else f" So few seeds show large differences only; --seeds {ENOUGH} shows smaller ones."
+    return f"Over {seeds} seeds, paired, that is {said}.{few}"
 
 
 def of_variant(found: Found, number: int, dense: int | None, name: str) -> Verdict:
@@ -172,8 +179,10 @@ def of_variant(found: Found, number: int, dense: int | None, name: str) -> Verdi
         label = found.summary[other].label
         heading = f"Against “{label}”" if dense is None else f"Against dense tuning (“{label}”)"
         cards.append(against_variant(found, number, other, heading))
+    if not cards:
+        return Verdict(f"{name} has a held-out loss of {found.summary[number].metric('loss').mean:.4f}.", "", cards)
     cards.reverse()
-    return Verdict(sentence(name, cards[0], _than(cards[0])), noise_sentence(cards[0], len(runs)), cards)
+    return Verdict(sentence(name, cards[0]), noise_sentence(cards[0], len(runs)), cards)
 
 
 def of_run(measures: Measures, dense: bool, command: str) -> Verdict:
@@ -184,7 +193,7 @@ def of_run(measures: Measures, dense: bool, command: str) -> Verdict:
         command: that would compare it with dense tuning.
     """
     cards = on_the_way([measures])[::-1]
-    lead = sentence("The model" if dense else "The MoE", cards[0], _than(cards[0]))
+    lead = sentence("The model" if dense else "The MoE", cards[0])
     if dense:
         return Verdict(f"{lead} It has one expert: this is dense tuning.", ONE_SEED, cards)
     missing = Card(
@@ -192,8 +201,3 @@ def of_run(measures: Measures, dense: bool, command: str) -> Verdict:
     )
     lead += f" That model saw fewer than the MoE's {measures.total_tokens:,} training tokens: what upcycling itself "
     return Verdict(f"{lead}gave is not known without dense tuning for as many.", ONE_SEED, [*cards, missing])
-
-
-def _than(card: Card) -> str:
-    """What a card is against, within a sentence."""
-    return card.heading.removeprefix("Against ")
