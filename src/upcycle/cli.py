@@ -341,6 +341,10 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="The HTML file; default: report.html in the folder.")
     ] = None,
+    watch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="SECONDS", help="While a run goes on, show how far it is, anew every SECONDS."),
+    ] = None,
 ) -> None:
     """Write one HTML file that stands alone: what was made, whether it helped, who reads what, cost, how to repeat it.
 
@@ -355,6 +359,11 @@ def report(
         with _writing(out.parent):
             write_comparison_report(found, folder, out)
         return
+    if watch is not None:
+        from upcycle.reporting import progress
+
+        with _writing(out.parent):
+            progress.watch(folder, watch, out)
     run = open_run(folder, dict.fromkeys((POSTTRAIN, EVALUATE, *stage_names())))
     _quiet_libraries()
     from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens

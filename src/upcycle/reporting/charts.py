@@ -5,7 +5,9 @@ shows them as large as a desk does. Lines and words take the page's own colours.
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from html import escape
 
 Bar = tuple[str, float, float]
@@ -16,6 +18,8 @@ Interval = tuple[str, float, float, float]
 """(label, value, low end, high end)"""
 Tick = tuple[float, str]
 """A place on an axis, and the text there."""
+ROW = 20
+"""Height of an interval, in pixels."""
 MOST_POINTS = 90
 """Of a line; more of them are averaged."""
 TOP, BOTTOM = 22, 210
@@ -34,27 +38,46 @@ def bar_chart(bars: Sequence[Bar], pattern: str, best: int) -> str:
         drawn = f'<rect y="2" width="{max(0.3, 100 * value / most):.2f}%" height="12" fill="{colour}"/>'
         if error > 0:
             drawn += _whiskers(100 * (value - error) / most, 100 * (value + error) / most, 8, "var(--ink)")
-        rows.append(_row(name, with_error(pattern, value, error), drawn, 16))
-    return _group("; ".join(f"{n}: {with_error(pattern, v, e)}" for n, v, e in bars), rows)
+        rows.append(Row(name, with_error(pattern, value, error), drawn))
+    return _group(rows, 16)
 
 
 def interval_chart(rows: Sequence[Interval], reference: str, pattern: str = "{:+.4f}") -> str:
     """Differences with their intervals, on both sides of a line that stands for the reference."""
-    texts = [f"{pattern} ({pattern} to {pattern})".format(*values) for _, *values in rows]
+    return _group(_intervals(rows, pattern), ROW, f"Against {reference}: ")
+
+
+def interval_picture(rows: Sequence[Interval], reference: str, pattern: str = "{:+.4f}") -> str:
+    """The same as an image that stands alone."""
+    found, parts = _intervals(rows, pattern), []
+    for number, row in enumerate(found):
+        y = number * 2 * (ROW + 2)
+        parts.append(f'<text x="2" y="{y + 15}">{escape(row.name)}</text>')
+        parts.append(f'<text x="100%" dx="-2" y="{y + 15}" text-anchor="end">{escape(row.value)}</text>')
+        parts.append(f'<svg y="{y + ROW}" width="100%" height="{ROW}">{row.drawn}</svg>')
+    height = 2 * (ROW + 2) * len(found) + ROW
+    zero = _across(rows, 0.0)
+    anchor, shift = ("start", -2) if zero < 50 else ("end", 2)
+    parts.append(
+        f'<text x="{zero:.2f}%" dx="{shift}" y="{height - 8}" text-anchor="{anchor}">{escape(reference)}</text>'
+    )
+    return "".join([_open(f"Against {reference}: {_described(found)}", height, "640"), *parts, "</svg>"])
+
+
+def _across(rows: Sequence[Interval], value: float) -> float:
+    """Percent of the width, between the ends of all intervals and zero."""
     low, high = min(0.0, *(low for _, _, low, _ in rows)), max(0.0, *(high for *_, high in rows))
+    return 2 + 96 * (value - low) / ((high - low) or 1.0)
 
-    def at(value: float) -> float:
-        return 2 + 96 * (value - low) / ((high - low) or 1.0)
 
-    drawn = []
-    for (name, value, begin, end), text in zip(rows, texts, strict=True):
+def _intervals(rows: Sequence[Interval], pattern: str) -> "list[Row]":
+    at, found = partial(_across, rows), []
+    for name, value, begin, end in rows:
         colour = f"var(--{'best' if begin > 0 or end < 0 else 'bar'})"
-        inner = _line(at(0), 0, at(0), 20, "var(--soft)")
-        inner += _whiskers(at(begin), at(end), 10, colour)
-        inner += f'<circle cx="{at(value):.2f}%" cy="10" r="5" fill="{colour}"/>'
-        drawn.append(_row(name, text, inner, 20))
-    described = "; ".join(f"{name}: {text}" for (name, *_), text in zip(rows, texts, strict=True))
-    return _group(f"Against {reference}: {described}", drawn)
+        drawn = _line(at(0), 0, at(0), ROW, "var(--ink)") + _whiskers(at(begin), at(end), ROW // 2, colour)
+        drawn += f'<circle cx="{at(value):.2f}%" cy="{ROW // 2}" r="5" fill="{colour}"/>'
+        found.append(Row(name, f"{pattern} ({pattern} to {pattern})".format(value, begin, end), drawn))
+    return found
 
 
 def line_chart(lines: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
@@ -145,18 +168,31 @@ def with_error(pattern: str, value: float, error: float) -> str:
     return pattern.format(value) + (f" ± {pattern.format(error)}" if error > 0 else "")
 
 
-def _row(name: str, value: str, drawn: str, height: int) -> str:
-    words = f'<div class="row"><span>{escape(name)}</span> <span>{escape(value)}</span></div>'
-    return f'{words}<svg width="100%" height="{height}" aria-hidden="true">{drawn}</svg>'
+@dataclass(frozen=True)
+class Row:
+    """A name and a value, and what is drawn under them across the page."""
+
+    name: str
+    value: str
+    drawn: str
 
 
-def _group(description: str, rows: Iterable[str]) -> str:
-    return f'<div class="bars" role="img" aria-label="{escape(description, quote=True)}">{"".join(rows)}</div>'
+def _described(rows: Sequence[Row]) -> str:
+    return "; ".join(f"{row.name}: {row.value}" for row in rows)
 
 
-def _open(description: str, height: int) -> str:
+def _group(rows: Sequence[Row], height: int, before: str = "") -> str:
+    """Names and values as text of the page, which breaks where it is narrow."""
+    parts = [f'<div class="bars" role="img" aria-label="{escape(before + _described(rows), quote=True)}">']
+    for row in rows:
+        parts.append(f'<div class="row"><span>{escape(row.name)}</span> <span>{escape(row.value)}</span></div>')
+        parts.append(f'<svg width="100%" height="{height}" aria-hidden="true">{row.drawn}</svg>')
+    return "".join([*parts, "</div>"])
+
+
+def _open(description: str, height: int, width: str = "100%") -> str:
     label = escape(description, quote=True)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="100%" height="{height}" role="img" aria-label="{label}">'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img" aria-label="{label}">'
 
 
 def _colour(number: int) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +14,7 @@ from upcycle.records.comparison import METRICS, Comparison, Found, Measures, Spr
 from upcycle.records.files import COMPARISON, MANIFEST, RESULT, SWEEP, run_of
 from upcycle.records.record import ALL
 from upcycle.records.scores import BASE
-from upcycle.reporting.charts import bar_chart, interval_chart, point_chart, with_error
+from upcycle.reporting.charts import Interval, bar_chart, interval_chart, point_chart, with_error
 from upcycle.reporting.course import course_chart
 from upcycle.reporting.dense import dense_variant
 from upcycle.reporting.page import Chart, Table, made_with, render, safe
@@ -202,7 +202,9 @@ def _how_to_read(found: Comparison | Sweep) -> str:
     return f"{shown} is the mean of the MoE over {found.over}{spread}.{best}"
 
 
-def differences_chart(rows: Sequence[Summary], metric: str) -> str:
+def differences_chart(
+    rows: Sequence[Summary], metric: str, draw: Callable[[Sequence[Interval], str, str], str] = interval_chart
+) -> str:
     """Every variant's difference to the reference; empty where there are no intervals (one seed)."""
     found = [(row.label, row.metric(metric)) for row in rows]
     known = [
@@ -211,7 +213,7 @@ def differences_chart(rows: Sequence[Summary], metric: str) -> str:
         if value.difference is not None and value.interval and math.isfinite(value.interval[0])
     ]
     reference = next((label for label, value in found if value.difference is None), "")
-    return interval_chart(known, reference, METRICS[metric].replace(":", ":+")) if known else ""
+    return draw(known, reference, METRICS[metric].replace(":", ":+")) if known else ""
 
 
 def _draw(found: Comparison | Sweep, metric: str) -> str:

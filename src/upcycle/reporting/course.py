@@ -73,7 +73,7 @@ def _lines(run: Path) -> Lines:
         values = [(_at(record, n, start[stage]), e.loss, 0.0) for n, e in enumerate(record.log, 1)]
         lines.setdefault(name, []).extend(thinned(_drawable(values)))
         evaluated += [(_at(record, e.step, start[stage]), e.loss, 0.0) for e in record.evaluations or ()]
-    if (scores := SCORES.known_of(run)) is not None:
+    if (scores := SCORES.known_of(run)) is not None and POSTTRAIN in records:
         lines[HELD_OUT] = _drawable(_held_out(run, scores, records, start[POSTTRAIN]))
     lines[f"{HELD_OUT}, as the Trainer evaluated it"] = _drawable(evaluated)
     return lines
