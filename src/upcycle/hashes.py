@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -39,6 +39,17 @@ State = tuple[int, int, int, int, int]
 def verify_in_full() -> None:
     """From here on this process, and those that it starts, read every file whose hash they need."""
     os.environ[VERIFY] = "1"
+
+
+@contextmanager
+def every_file_read() -> Iterator[None]:
+    """Inside, no hash is remembered."""
+    before = os.environ.get(VERIFY, "0")
+    verify_in_full()
+    try:
+        yield
+    finally:
+        os.environ[VERIFY] = before
 
 
 def hash_files(paths: Sequence[Path], algorithm: str = SHA256) -> Iterator[str]:
