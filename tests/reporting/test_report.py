@@ -6,6 +6,7 @@ import shlex
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,11 +16,11 @@ from upcycle.cli import app
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
-from upcycle.records.files import COMPARISON, LOG, SCORES
+from upcycle.records.files import COMPARISON, LOG, ROUTE_REPORT, SCORES
 from upcycle.records.scores import standard_error
 from upcycle.reporting.charts import axis, bar_chart, interval_chart, line_chart, point_chart, thinned
 from upcycle.reporting.course import course_chart, starts
-from upcycle.reporting.dense import dense_overrides
+from upcycle.reporting.dense import comparing_command, dense_overrides
 
 PROBE = """<script>{
 const slider = document.getElementById("layer");
@@ -100,6 +101,13 @@ def test_its_command_compares_with_dense_tuning_for_the_same_tokens(recipe: Reci
         assert f"Both saw {moe.tokens:,} training tokens" in said
         assert f"took {moe.flops / dense.flops:.2f} times the training FLOPs" in said
         assert "dense tuning: training loss</span>" in page.read_text()
+
+
+def test_a_start_that_trains_has_the_comparison_forced(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    run = Run(parse_recipe(tiny_recipe | {"route": tiny_recipe["route"] | {"start": "upit"}}, "test"), tmp_path)
+    run_stages(run, ["prepare", "expand", "assemble", "route"])
+    assert ROUTE_REPORT.read_of(run.folder).cost.backward > 0
+    assert comparing_command(run.folder, run.recipe).endswith("--seeds 5 --out FOLDER --force")
 
 
 def test_dense_tuning_for_every_shipped_recipe() -> None:

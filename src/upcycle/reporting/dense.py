@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from upcycle.pipeline.stages import training_tokens
 from upcycle.recipe import Recipe
 from upcycle.records.comparison import Found
-from upcycle.records.files import PLAN, RECIPE, run_of
+from upcycle.records.files import PLAN, RECIPE, ROUTE, run_of
 from upcycle.records.plan import ExpansionPlan
 from upcycle.settings import TrainingSettings
 
@@ -31,10 +32,13 @@ def dense_variant(folder: Path, found: Found) -> int | None:
 
 
 def comparing_command(run: Path, recipe: Recipe) -> str:
-    """That compares a run's recipe with dense tuning for the same training tokens, with several seeds."""
-    path = str(RECIPE.of(run))
+    """That compares a run's recipe with dense tuning for the same training tokens, with several seeds.
+
+    The few tokens that a router's start has trained on are not made up for: such a comparison has to be forced.
+    """
+    path, force = str(RECIPE.of(run)), " --force" if training_tokens(run).get(ROUTE) else ""
     variants = (f"dense: {shlex.join([path, *dense_overrides(recipe)])}", f"MoE: {shlex.quote(path)}")
-    return f"upcycle compare {' '.join(map(shlex.quote, variants))} --seeds 5 --out FOLDER"
+    return f"upcycle compare {' '.join(map(shlex.quote, variants))} --seeds 5 --out FOLDER{force}"
 
 
 def dense_overrides(recipe: Recipe) -> list[str]:

@@ -90,7 +90,7 @@ def against_variant(found: Found, number: int, other: int, heading: str) -> Card
     is_reference = found.summary[other].metric("loss").difference is None
     rows = found.summary if is_reference else summary(found.variants, labels, against=other)
     lines = [line(metric, rows[number].metric(metric), rows[other].metric(metric)) for metric in found.metrics]
-    return Card(heading, lines, _budget(found, number, other))
+    return Card(heading, lines)
 
 
 def _budget(found: Found, number: int, other: int) -> str:
@@ -172,17 +172,18 @@ def of_variant(found: Found, number: int, dense: int | None, name: str) -> Verdi
         name: what the variant is called in a sentence.
     """
     runs = list(found.variants.values())[number]
-    cards = on_the_way(runs)
+    cards, budget = on_the_way(runs), ""
     reference = next(n for n, row in enumerate(found.summary) if row.metric("loss").difference is None)
     other = reference if dense is None else dense
     if other != number:
         label = found.summary[other].label
         heading = f"Against “{label}”" if dense is None else f"Against dense tuning (“{label}”)"
         cards.append(against_variant(found, number, other, heading))
+        budget = f" {_budget(found, number, other)}"
     if not cards:
         return Verdict(f"{name} has a held-out loss of {found.summary[number].metric('loss').mean:.4f}.", "", cards)
     cards.reverse()
-    return Verdict(sentence(name, cards[0]), noise_sentence(cards[0], len(runs)), cards)
+    return Verdict(sentence(name, cards[0]) + budget, noise_sentence(cards[0], len(runs)), cards)
 
 
 def of_run(measures: Measures, dense: bool, command: str) -> Verdict:
