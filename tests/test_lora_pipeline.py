@@ -78,7 +78,7 @@ def test_a_base_with_gate_and_up_in_one_layer(tiny_recipe: dict[str, Any], tmp_p
     """From training the adapters to the folded MoE."""
     base = make_dense(tmp_path / "phi3", model_type="phi3")
     recipe = {**tiny_recipe, "base": str(base)}
-    with pytest.raises(UpcycleError, match=r"has gate_proj and up_proj in one layer, gate_up_proj, .*: name both or"):
+    with pytest.raises(UpcycleError, match=r"has gate_proj and up_proj in one layer, gate_up_proj, .*; name both or"):
         run_stages(Run(shrunk("upit-lora", recipe, lora={"targets": ["up_proj"]}), tmp_path / "half"), ("prepare",))
     run = Run(shrunk("upit-lora", recipe), tmp_path / "run")
     run_stages(run)
