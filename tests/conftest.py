@@ -80,7 +80,7 @@ def make_dense(folder: Path, seed: int = 0, model_type: str = "llama", **changes
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "alpha_p", "alpha_n")):  # xIELU's are learnt
             torch.nn.init.normal_(parameter, std=0.5)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)

@@ -113,7 +113,8 @@ def test_check_prints_json_and_nothing_else(
     [
         ("gemma2", "caps the scores of attention .*; LoRA experts work on it: prepare.train=lora"),
         ("glm4", "normalise queries and keys too.*; LoRA experts work on it: prepare.train=lora"),
-        ("nemotron", "nor do LoRA experts work on it, .* an mlp of up_proj"),
+        ("nemotron", "its norms have biases.*; LoRA experts work on it: prepare.train=lora"),
+        ("persimmon", "nor do LoRA experts work on it, .* an mlp of dense_h_to_4h"),
     ],
 )
 def test_a_model_without_a_plain_moe_is_checked_for_what_else_works(
@@ -179,8 +180,7 @@ def test_an_error_of_the_system_is_one_line(
     capsys: Any,
 ) -> None:
     if "--out" in words:
-        monkeypatch.setattr("upcycle.reporting.comparison.find_comparison", lambda _: None)
-        monkeypatch.setattr(cli, "open_run", lambda *_: write_text(Path("/nowhere/r.html"), ""))
+        monkeypatch.setattr("upcycle.api.report", lambda *_: write_text(Path("/nowhere/r.html"), ""))
     assert call(monkeypatch, *(word.format(run=tmp_path, recipe=recipe_file) for word in words)) == 2
     said = capsys.readouterr().err
     assert message in said

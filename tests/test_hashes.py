@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,31 @@ def test_small_files_are_not_worth_an_entry(tmp_path: Path) -> None:
     path.write_text("{}")
     hash_file(path, XXH3)
     assert not cache_folder().exists()
+
+
+def test_hashes_that_are_left_early_can_be_closed_in_a_thread_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector closes an abandoned generator in whichever thread it runs."""
+    wrong: list[BaseException] = []
+    left, closed = threading.Event(), threading.Event()
+
+    def hashed(path: Path, _: str) -> str:
+        if path.name == "second":
+            left.wait()
+            try:
+                hashes.close()  # type: ignore[attr-defined]
+            except BaseException as error:
+                wrong.append(error)
+            closed.set()
+        return path.name
+
+    monkeypatch.setattr("upcycle.hashes.hash_file", hashed)
+    hashes = hash_files([tmp_path / "first", tmp_path / "second"])
+    assert next(hashes) == "first"
+    left.set()
+    assert closed.wait(10)
+    assert wrong == []
 
 
 def _hash_often(paths: list[Path], expected: list[str]) -> None:

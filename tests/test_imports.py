@@ -50,7 +50,12 @@ MAY_IMPORT = {
     "studies": {"studies", "pipeline", "evaluation", "weights", "distributed", *LEAVES},
     "reporting": {"reporting", "pipeline", "studies.statistics", "architectures.clients", *LEAVES},
     "assets": {"data"},
+    "api": {
+        *("pipeline", "reporting", "evaluation", "experts", "distributed"),
+        *("stages.model_upcycling", *LEAVES),
+    },
     "cli": {
+        "api",
         "studies",
         "reporting",
         "evaluation",
@@ -64,7 +69,7 @@ MAY_IMPORT = {
         *LEAVES,
     },
     "__main__": {"cli", "stopping", "distributed"},
-    "__init__": {"pipeline", *LEAVES},
+    "__init__": {"api", "pipeline", *LEAVES},
 }
 WITHOUT_TORCH = sorted(
     f"upcycle.{'.'.join(path.relative_to(SOURCE).with_suffix('').parts)}"

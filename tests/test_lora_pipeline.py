@@ -12,8 +12,9 @@ import torch
 
 from conftest import make_dense
 from upcycle.errors import UpcycleError
+from upcycle.experts.adapter_files import read_tensors
 from upcycle.experts.gram import adapter_gram
-from upcycle.experts.kinds import load_model
+from upcycle.experts.kinds import KINDS, load_model
 from upcycle.experts.lora import expert_updates
 from upcycle.experts.mixture import MixtureConfig
 from upcycle.pipeline.manifest import read_manifest
@@ -86,6 +87,24 @@ def test_a_base_with_gate_and_up_in_one_layer(tiny_recipe: dict[str, Any], tmp_p
     assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
     export(run.folder / "posttrain", tmp_path / "plain", True, "source")
     torch.testing.assert_close(logits(tmp_path / "plain"), logits(run.folder / "posttrain"), rtol=0, atol=1e-5)
+
+
+def test_a_base_without_a_gate(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """From training the adapters to the mixture, whose activation has parameters of its own."""
+    base = make_dense(tmp_path / "apertus", model_type="apertus")
+    recipe = {**tiny_recipe, "base": str(base)}
+    gated = shrunk("upit-lora", recipe, lora={"targets": ["gate_proj", "down_proj"]})
+    with pytest.raises(UpcycleError, match=r"has no gate_proj, only up_proj and down_proj: name of these, or leave"):
+        run_stages(Run(gated, tmp_path / "gated"), ("prepare",))
+    run = Run(shrunk("upit-lora", recipe), tmp_path / "run")
+    run_stages(run)
+    scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
+    assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
+    trained = sum(factor.numel() for factor in read_tensors(run.checkpoint_folders[-1]).values())
+    assert KINDS["lora"].addition(run.base.config, run.recipe) == trained
+    active = run.kind.active(run.base, run.recipe)
+    routers = 2 * 32 * run.recipe.expand.num_experts
+    assert active.moe - active.dense == trained * (run.recipe.assemble.num_experts_per_tok - 1) + routers
 
 
 def test_the_same_seed_gives_the_same_bytes(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -17,16 +17,15 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from upcycle import __version__
+from upcycle import __version__, api
 from upcycle.console import hide_progress, tell
 from upcycle.disk import check_new, check_writable
 from upcycle.distributed import world
 from upcycle.errors import RelayedError, UpcycleError
 from upcycle.hashes import verify_in_full
 from upcycle.pipeline.benchmarks import own_folder
-from upcycle.pipeline.manifest import verified
 from upcycle.pipeline.resume import run_stages, status
-from upcycle.pipeline.run import Run, is_run, open_run
+from upcycle.pipeline.run import Run, is_run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import STAGES, stage_names
 from upcycle.reading import brief
@@ -36,9 +35,7 @@ from upcycle.records.files import (
     COMPARISON,
     COMPARISON_PICTURE,
     EVALUATE,
-    POSTTRAIN,
     REPORT,
-    RESULT,
     SWEEP,
     SWEEP_PICTURE,
 )
@@ -366,24 +363,8 @@ def report(
     """
     if out is not None:
         check_writable(out)
-    out = out or REPORT.of(folder)
-    from upcycle.reporting.comparison import find_comparison, write_comparison_report
-
-    if (found := find_comparison(folder)) is not None:
-        with _writing(out.parent):
-            write_comparison_report(found, folder, out)
-        return
-    run = open_run(folder, dict.fromkeys((POSTTRAIN, EVALUATE, *stage_names())))
-    from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
-    from upcycle.experts.kinds import kind_in, load_for_scoring
-    from upcycle.reporting.report import write_report
-
-    result = RESULT.of(folder)
-    model = load_for_scoring(result, run.base.folder)
-    samples = one_of_each_domain(run.splits.validation, at_most=12, longest=400)
-    texts = routed_tokens(model, run.base.tokenizer, samples)
-    with _writing(out.parent):
-        write_report(folder, run.recipe, kind_in(result).describe(result), texts, out)
+    with _writing((out or REPORT.of(folder)).parent):
+        api.report(folder, out)
 
 
 @app.command(rich_help_panel=SHARE)
@@ -402,21 +383,9 @@ def export(
     check_new(to, "--to")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise UpcycleError(f"--push is {brief(push)}, expected OWNER/NAME")
-    from upcycle.experts.kinds import kind_in
-    from upcycle.reporting.card import write_card
-    from upcycle.stages.model_upcycling.export import export
-
-    verify_in_full()  # what leaves has to be what was made
-    run = open_run(source) if is_run(source) else None
-    verified(source / EVALUATE if run else source)
-
-    def card(folder: Path) -> None:
-        if run:
-            write_card(folder, to.name, source, run.recipe, run.base.folder, kind_in(folder).describe(folder))
-
     with _writing(to):
-        export(RESULT.of(source) if run else source, to, fold, dtype, base, card)
-    if run:
+        api.export(source, to, fold=fold, dtype=dtype, base=base)
+    if CARD.of(to).exists():
         print(f"model card: {CARD.of(to)}")
     if push:
         _push(to, push)

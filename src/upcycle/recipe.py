@@ -238,7 +238,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UpcycleError: no such recipe, not YAML, an unknown field, a value of the wrong type or range.
     """
-    values = _read(name)
+    values = read_values(name)
     for override in overrides:
         _apply(values, override)
     return parse_recipe(values, where=name)
@@ -293,7 +293,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _read(name: str) -> dict[str, Any]:
+def read_values(name: str) -> dict[str, Any]:
+    """What a recipe says, as plain values: of a YAML file, or of a recipe in the package.
+
+    Raises:
+        UpcycleError: no such recipe, or not YAML of sections.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.exists():

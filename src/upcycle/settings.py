@@ -270,7 +270,7 @@ class LoraSettings(Settings):
     targets: list[Literal["gate_proj", "up_proj", "down_proj"]] = Field(
         ["gate_proj", "up_proj", "down_proj"], min_length=1
     )
-    """Which FFN weights get adapters in preparation."""
+    """Which FFN weights get adapters in preparation; all three mean all that the base has."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on an adapter's input, in preparation only."""
     four_bit: bool = False

@@ -55,12 +55,33 @@ def test_gate_and_up_in_one_layer_have_its_a_and_halves_of_its_b(base: Path, tmp
     assert torch.equal(up.a, factors[a])
     assert torch.equal(torch.cat([gate.b, up.b]), factors[b])
     assert gate.scaling == up.scaling == 0.75
-    with pytest.raises(UpcycleError, match="cannot be loaded by PEFT"):
+    with pytest.raises(UpcycleError, match=r"gate_up_proj has factors .*, the base's weight is not there; the adapter"):
         compare(base, folder)  # which has gate and up apart
     apart = {a.replace("gate_up", "up"): gate.a, b.replace("gate_up", "up"): gate.b}
     save_file({**factors, **apart}, folder / WEIGHTS)
-    with pytest.raises(UpcycleError, match=r"layers\.1\.mlp\.up_proj occurs twice, by itself and in gate_up_proj"):
+    with pytest.raises(UpcycleError, match=r"layers\.1\.mlp\.up_proj has factors .*, the base's weight is not there"):
         compare(phi3, folder)
+
+
+@pytest.mark.parametrize(("dense", "linear"), [("starcoder2", "c_fc"), ("apertus", "up_proj"), ("phi", "fc1")])
+def test_without_a_gate_the_layer_under_its_own_name_is_up_proj(
+    dense: str, linear: str, base: Path, tmp_path: Path
+) -> None:
+    ungated = make_dense(tmp_path / dense, model_type=dense)
+    scaled = {"alpha_pattern": {f"layers.1.mlp.{linear}": 3}}
+    folder = make_adapter(ungated, tmp_path / "adapter", 1, **scaled)
+    compare(ungated, folder)
+    updates = read_adapter(folder, read_config(ungated))
+    assert {name.rpartition(".")[2] for name in updates} == {"up_proj", "down_proj"}
+    assert updates[f"{MLP}up_proj"].scaling == 0.75
+    assert torch.equal(
+        updates[f"{MLP}up_proj"].b, load_file(folder / WEIGHTS)[f"base_model.model.{MLP}{linear}.lora_B.weight"]
+    )
+    with pytest.raises(UpcycleError, match=rf"is not a LoRA factor of {linear} or .* target_modules=\['{linear}', "):
+        compare(ungated, make_adapter(ungated, tmp_path / "attention", 1, target_modules=["q_proj"]))
+    if dense != "apertus":  # whose names a gated FFN has too
+        with pytest.raises(UpcycleError, match=r"the base's weight is not there; the adapter belongs to a different model"):
+            compare(base, folder)
 
 
 @pytest.mark.parametrize("name", ["base_model.model._orig_mod.", "default"])

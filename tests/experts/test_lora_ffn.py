@@ -1,4 +1,4 @@
-"""The mixture's FFN block against its definition, forward and backward, in both ways to compute it."""
+"""The mixture's FFN block against its definition, forward and backward, in all ways to compute it."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from upcycle.experts.lora_ffn import BLOCK, Factors, lora_ffn, slot_products
+from upcycle.experts.lora_ffn import BLOCK, Factors, UngatedFactors, lora_ffn, slot_products
 
 T, H, WIDE, E, R = 500, 16, 24, 5, 8
 
@@ -50,8 +50,8 @@ def ours(
 ) -> Tensor:
     gate, up, down = (partial(torch.nn.functional.linear, weight=weight) for weight in dense)
     both = partial(torch.nn.functional.linear, weight=torch.cat(dense[:2]))
-    gate_and_up = (lambda x: both(x).chunk(2, dim=-1)) if fused else lambda x: (gate(x), up(x))
-    ffn = SimpleNamespace(gate_and_up=gate_and_up, down_proj=down, act_fn=silu)
+    inner = (lambda x: both(x).chunk(2, dim=-1)) if fused else lambda x: (gate(x), up(x))
+    ffn = SimpleNamespace(inner=inner, down=down, act_fn=silu)
     return lora_ffn(x, ffn, weights, chosen, f, scaling, grouped)
 
 
@@ -68,6 +68,34 @@ def test_outputs_and_gradients_are_those_of_full_experts(grouped: bool, fused: b
     for mine, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max()))
     assert not any(gradient[-1].any() for gradient in gradients[0][5:])  # of the expert without a token
+
+
+@pytest.mark.parametrize(("dtype", "near", "of_gradients"), [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 0.02, 0.1)])
+def test_without_a_gate_outputs_and_gradients_are_those_of_full_experts_with_the_base_s_biases(
+    dtype: torch.dtype, near: float, of_gradients: float
+) -> None:
+    x, (_, up, down), f, weights, chosen, scaling = world(dtype)
+    biases = [torch.linspace(-1, 1, size, dtype=dtype) for size in (WIDE, H)]
+    factors = UngatedFactors(f.a_in[:, :R].detach().requires_grad_(), f.b_up, f.a_down, f.b_down)
+    inputs = [x, weights, *vars(factors).values()]
+    shares = torch.softmax(weights, dim=1)
+    ffn = SimpleNamespace(
+        inner=lambda x: (torch.nn.functional.linear(x, up, biases[0]),),
+        down=lambda hidden: torch.nn.functional.linear(hidden, down, biases[1]),
+        act_fn=silu,
+    )
+    found = lora_ffn(x, ffn, shares, chosen, factors, scaling)
+    assert found.dtype is dtype
+    expected = torch.zeros(T, H)
+    for e in range(E):
+        a_up, b_up, a_down, b_down = (matrix[e].float() for matrix in vars(factors).values())
+        inner = x.float() @ (up.float() + scaling[e] * b_up.T @ a_up).T + biases[0].float()
+        output = silu(inner) @ (down.float() + scaling[e] * b_down.T @ a_down).T + biases[1].float()
+        expected = expected + (shares.float() * (chosen == e)).sum(dim=1, keepdim=True) * output
+    assert (found.float() - expected).norm() < near * expected.norm()
+    gradients = [torch.autograd.grad(y.float().square().sum(), inputs, retain_graph=True) for y in (found, expected)]
+    for mine, reference in zip(*gradients, strict=True):
+        assert (mine.float() - reference.float()).norm() < of_gradients * reference.float().norm()
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from test_families import assert_rows_see_themselves_alone, greedy
+from transformers.models.arcee.modeling_arcee import ArceeMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
@@ -13,11 +14,13 @@ from conftest import make_dense
 from upcycle.errors import NoTwinError, UpcycleError
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.experts.structure import checked_dense, may_have_twin, problem_of
+from upcycle.records.plan import ExpansionPlan, Expert
+from upcycle.routing.routers import freeze
 from upcycle.settings import DevicesSettings, TrainingSettings
 from upcycle.training.forecast import forecast
 from upcycle.training.packing import can_pack
 from upcycle.weights.folders import read_config
-from worlds import IDS, as_base, forced_logits, logits, make_adapter, mixture, shrunk
+from worlds import IDS, as_base, assemble, forced_logits, logits, make_adapter, mixture, plan_of, shrunk
 
 WINDOWS: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 NARROW = {**WINDOWS, "head_dim": 8}
@@ -68,9 +71,20 @@ BASES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {}),
     ("glm", {"head_dim": 8}),
     ("glm4", {"head_dim": 8}),
+    ("llama", {"mlp_bias": True}),
+    ("phi3", {"hidden_act": "gelu"}),
+    ("arcee", {}),
+    ("arcee", {"mlp_bias": True}),
+    ("nemotron", {}),
+    ("jais2", {"mlp_bias": True}),
+    ("starcoder2", {"use_bias": True}),
+    ("apertus", {}),
+    ("phi", {}),
+    ("nanochat", {}),
 ]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 WITHOUT_TWIN = ("llama", "gemma2", "olmo", "olmo3", "exaone4", "ministral3", "cohere", "cohere2", "stablelm", "glm4")
+WITHOUT_TWIN += ("nemotron", "jais2", "starcoder2", "apertus", "phi", "nanochat")
 
 
 @pytest.mark.parametrize(("dense", "changes"), BASES, ids=lambda v: v if isinstance(v, str) else "")
@@ -78,7 +92,7 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
     dense: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     base = as_base(make_dense(tmp_path / "dense", model_type=dense, **changes))
-    if dense in WITHOUT_TWIN:
+    if dense in WITHOUT_TWIN or "mlp_bias" in changes:
         with pytest.raises(NoTwinError, match=r"LoRA experts work on it: prepare\.train=lora"):
             KINDS["ffn"].check_base(base)
     for kind in ("lora", "bottleneck"):
@@ -96,6 +110,8 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
         assert (expected - plain).abs().max() > 0.02 * largest
         difference = (forced_logits(model, [expert] * 2, 2) - expected).abs().max()
         assert difference <= (2e-5 if "hidden_size_per_layer_input" in changes else 1e-5) * largest
+    fresh = assemble("bottleneck", base, [], copies_of_the_base(2), tmp_path / "bottleneck", router_std=0.5)
+    assert (logits(fresh) - plain).abs().max() <= 1e-5 * plain.abs().max()
     assert len(greedy(made)) == len(IDS)
     if can_pack(model):
         assert_rows_see_themselves_alone(load_model(made, torch.float32).train())
@@ -104,14 +120,38 @@ def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
     assert needs.weights == 4 * (sum(p.numel() for p in load_model(base.folder, torch.float32).parameters()) + 1000)
 
 
+def copies_of_the_base(count: int) -> ExpansionPlan:
+    copies = tuple(Expert(name=f"copy-{i}", kind="base") for i in range(count))
+    return plan_of(count, adapters="average", experts=copies)
+
+
+@pytest.mark.parametrize("dense", ["apertus", "starcoder2"])
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_without_a_gate_it_trains_in_bf16_beside_fp32_parameters(kind: str, dense: str, tmp_path: Path) -> None:
+    """As on a GPU; those of an activation widen what they multiply."""
+    base = make_dense(tmp_path / "dense", model_type=dense)
+    made = assemble(kind, base, [], copies_of_the_base(2), tmp_path / "mixture", router_std=0.5)
+    model, expected = load_model(made, torch.float32).train(), logits(made)
+    freeze(model, KINDS[kind].frozen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(IDS, labels=IDS)
+    output.loss.backward()
+    assert (output.logits.float() - expected).norm() < 0.05 * expected.norm()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {n for n, _ in model.named_parameters() if ".mlp.experts." in n or ".mlp.gate." in n}
+
+
 @pytest.mark.parametrize(
     ("dense", "changes", "problem", "instead"),
     [
-        ("llama", {"mlp_bias": True}, r"gate_proj\.bias \(48,\)", "nor has it an exact plain MoE .*mlp_bias=True"),
-        ("arcee", {}, r"an mlp of up_proj\.weight \(48, 32\), down_proj\.weight \(32, 48\)", "use prepare.train=ffn"),
-        ("starcoder2", {}, r"an mlp of c_fc", "use a different base"),
-        ("nemotron", {}, r"an mlp of up_proj", "use a different base"),
-        ("apertus", {}, r"act_fn\.alpha_p", "use a different base"),
+        ("bitnet", {}, r"an mlp of gate_proj\.weight .*, ffn_sub_norm\.weight \(48,\)", "use a different base"),
+        ("persimmon", {}, r"an mlp of dense_h_to_4h", "use a different base"),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": "M-"},
+            "keeps its layers elsewhere than in",
+            "use prepare.train=ffn",
+        ),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "no mlp but conv, feed_forward", "use prepare.train=ffn"),
         ("gpt2", {}, "keeps its layers elsewhere than in model.layers", "its FFN has no gate"),
         ("qwen2_vl", {"text_config": {}}, "is multimodal", "a multimodal model"),
@@ -164,6 +204,10 @@ def test_an_ffn_that_computes_something_else_of_the_same_weights_is_found(
     monkeypatch.setattr(Phi3MLP, "forward", up_before_gate)
     assert problem_of(phi3).startswith("has in layer 0 an mlp that computes something else than down_proj(")
     right = LlamaMLP.forward
+    arcee = resolved({"model_type": "arcee", **SIZES})
+    assert problem_of(arcee) is None
+    monkeypatch.setattr(ArceeMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    assert problem_of(arcee) == "has in layer 0 an mlp that computes something else than down_proj(act_fn(up_proj(x)))"
     for wrong in (lambda self, x: 2 * right(self, x), lambda self, x, places: right(self, x)):
         monkeypatch.setattr(LlamaMLP, "forward", wrong)
         assert problem_of(config).startswith("has in layer 0 an mlp that computes something else than down_proj(")
@@ -190,7 +234,7 @@ def test_only_what_has_a_plain_moe_is_said_to_fold(base: Path, tmp_path: Path) -
 
 
 def test_a_mixture_folds_into_weights_that_are_rewritten_or_split(tmp_path: Path) -> None:
-    for dense in ("gemma", "helium", "phi3"):
+    for dense in ("gemma", "helium", "phi3", "arcee"):
         base = make_dense(tmp_path / dense, model_type=dense, head_dim=8)
         adapters = [make_adapter(base, tmp_path / f"{dense}-{i}", i) for i in (1, 2)]
         made, plain = mixture(base, adapters, tmp_path / f"{dense}-mixture"), tmp_path / f"{dense}-plain"

@@ -57,8 +57,8 @@ MODELS = {
 }
 """What people call the models, by `model_type`."""
 PARTIAL = {"no": "none", "first": "the first", "any": "any"}
-ADAPTERS = {"olmo", "gemma2", "exaone4", "glm4", "stablelm"}
-"""Without a twin, but every layer has the gated FFN, in two or three weights without biases, that LoRA experts need."""
+ADAPTERS = {"olmo", "gemma2", "exaone4", "glm4", "apertus", "starcoder2", "jais2", "nemotron", "stablelm", "phi"}
+"""Without a twin, but every layer has an FFN that LoRA experts know (`experts.structure.problem_of`)."""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from upcycle.experts.structure import mapping_of, read_dense
 from upcycle.recipe import Recipe
+from upcycle.types import Config
 from upcycle.weights.base import Base
 
-Addition = Callable[[int, int, Recipe], int]
-"""(hidden size, the FFN's inner size, recipe): parameters of an expert in a layer."""
+Addition = Callable[[Config, Recipe], int]
+"""(the dense model's configuration, recipe): parameters of an expert that is an addition to its FFNs."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,13 @@ def active_ffns(base: Base, recipe: Recipe) -> Active:
     return Active(mapping.num_dense - mapping.lookup, used - mapping.moe_lookup)
 
 
-def active_additions(per_layer: Addition) -> Callable[[Base, Recipe], Active]:
+def active_additions(addition: Addition) -> Callable[[Base, Recipe], Active]:
     """Where every expert is an addition to the base's FFN."""
 
     def active(base: Base, recipe: Recipe) -> Active:
         found = read_dense(base)
-        layers, hidden, inner = (
-            base.config[field] for field in ("num_hidden_layers", "hidden_size", "intermediate_size")
-        )
-        dense, expert = found.num_dense - found.lookup, layers * per_layer(hidden, inner, recipe)
-        routers = layers * hidden * recipe.expand.num_experts
+        dense, expert = found.num_dense - found.lookup, addition(base.config, recipe)
+        routers = base.config["num_hidden_layers"] * base.config["hidden_size"] * recipe.expand.num_experts
         return Active(dense + expert, dense + recipe.assemble.num_experts_per_tok * expert + routers)
 
     return active

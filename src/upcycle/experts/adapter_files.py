@@ -14,7 +14,8 @@ from torch import Tensor
 
 from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
-from upcycle.experts.linears import FFN_WEIGHTS, LINEARS, weights_in
+from upcycle.experts.linears import LINEARS, Shapes, weights_in
+from upcycle.experts.structure import structure_in
 from upcycle.merging.low_rank import LowRank
 from upcycle.reading import brief, read_json
 from upcycle.records.record import first_problem
@@ -111,24 +112,23 @@ def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
     config = read_adapter_config(folder)
     _check_kind(folder, config)
     scale = _scale_in(folder, config)
+    structure = structure_in(base)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(folder).items():
         match = NAME.fullmatch(plain_name(name).replace(".default.weight", ".weight"))
         if match is None:
             raise UpcycleError(
-                f"{folder / WEIGHTS}: {name} is not a LoRA factor of gate_proj, up_proj or down_proj; an expert is an "
+                f"{folder / WEIGHTS}: {name} is not a LoRA factor of {' or '.join(structure.linears)}; an expert is an "
                 "FFN block, so an adapter that changes anything else cannot be one: train it with "
-                f"target_modules={list(FFN_WEIGHTS)} (gate_up_proj where that is both)"
+                f"target_modules={list(structure.linears)}"
             )
         if not tensor.isfinite().all():
             raise UpcycleError(f"{folder / WEIGHTS}: {name} holds NaN or Inf; leave this adapter out")
         pairs.setdefault(match[1], {})[match[2]] = tensor
+    shapes = _in_every_layer(base, structure.shapes(base["hidden_size"], base["intermediate_size"]))
     updates: dict[str, LowRank] = {}
     for name, pair in sorted(pairs.items()):
-        found = _updates(folder, name, pair, scale, base)
-        if twice := updates.keys() & found.keys():
-            raise UpcycleError(f"{folder / WEIGHTS}: {min(twice)} occurs twice, by itself and in gate_up_proj")
-        updates |= found
+        updates |= _updates(folder, name, pair, scale, shapes.get(name))
     return updates
 
 
@@ -159,12 +159,14 @@ def name_base(folder: Path, name: str) -> None:
     write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def ffn_shapes(base: Config) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of every FFN weight of a dense model, by the name of its module."""
-    hidden, channels = base["hidden_size"], base["intermediate_size"]
-    shapes = {"gate_proj": (channels, hidden), "up_proj": (channels, hidden), "down_proj": (hidden, channels)}
+def ffn_shapes(base: Config) -> Shapes:
+    """Of every FFN weight of a dense model, by the name of its module."""
+    return _in_every_layer(base, structure_in(base).weight_shapes(base["hidden_size"], base["intermediate_size"]))
+
+
+def _in_every_layer(base: Config, shapes: Shapes) -> Shapes:
     layers = range(base["num_hidden_layers"])
-    return {f"model.layers.{layer}.mlp.{weight}": shapes[weight] for layer in layers for weight in FFN_WEIGHTS}
+    return {f"model.layers.{layer}.mlp.{name}": shape for layer in layers for name, shape in shapes.items()}
 
 
 def _check_kind(folder: Path, config: Config) -> None:
@@ -191,18 +193,19 @@ def _scale_in(folder: Path, config: Config) -> Scale:
         raise UpcycleError(f"{folder / CONFIG}: {first_problem(error)}; restore the file as PEFT wrote it") from None
 
 
-def _updates(folder: Path, name: str, pair: dict[str, Tensor], scale: Scale, base: Config) -> dict[str, LowRank]:
-    """Of the weights in the linear layer `name`, from its factors."""
+def _updates(
+    folder: Path, name: str, pair: dict[str, Tensor], scale: Scale, expected: tuple[int, int] | None
+) -> dict[str, LowRank]:
+    """Of the weights in the linear layer `name`, which is `expected` (outputs, inputs), from its factors."""
     if pair.keys() != {"A", "B"}:
         raise UpcycleError(f"{folder / WEIGHTS}: {name} has only lora_{next(iter(pair))}, expected lora_A and lora_B")
     a, b = pair["A"], pair["B"]
-    shapes, weights = ffn_shapes(base), weights_in(name)
-    expected = (sum(shapes[w][0] for w in weights), shapes[weights[0]][1]) if weights[0] in shapes else None
     if expected is None or (b.shape[0], a.shape[1]) != expected or b.shape[1] != a.shape[0]:
         raise UpcycleError(
             f"{folder / WEIGHTS}: {name} has factors {tuple(b.shape)} and {tuple(a.shape)}, the base's weight is "
             f"{expected or 'not there'}; the adapter belongs to a different model"
         )
+    weights = weights_in(name)
     scaling = scale.of(name) / (math.sqrt(len(a)) if scale.use_rslora else len(a))
     return {weight: LowRank(a, rows, scaling) for weight, rows in zip(weights, b.chunk(len(weights)), strict=True)}
 

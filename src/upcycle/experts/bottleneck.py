@@ -20,9 +20,11 @@ from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_files import PREFIX
 from upcycle.experts.gram import Measure
 from upcycle.experts.kind import Kind, Load, Routers
-from upcycle.experts.lora_ffn import DenseFfn, slot_products
+from upcycle.experts.linears import Shapes
+from upcycle.experts.lora_ffn import slot_products
 from upcycle.experts.mixture import (
     MixtureConfig,
+    MixtureFfn,
     NewExperts,
     load_mixture,
     load_tensors,
@@ -37,7 +39,7 @@ from upcycle.recipe import Recipe
 from upcycle.records.description import Description
 from upcycle.records.plan import ExpansionPlan, Gram
 from upcycle.settings import AssembleSettings, ExpandSettings, LoraSettings
-from upcycle.types import Model
+from upcycle.types import Config, Model
 from upcycle.weights.base import Base
 
 BOTTLENECK_MIXTURE = "UPCYCLE_BOTTLENECK_MOE"
@@ -49,16 +51,16 @@ class BottleneckExperts(nn.Module):
     The paper leaves the activation open; it is the FFN's own.
     """
 
-    def __init__(self, config: MixtureConfig, hidden: int, _channels: int) -> None:
+    def __init__(self, config: MixtureConfig, shapes: Shapes) -> None:
         super().__init__()
+        hidden, _ = shapes["down_proj"]
         self.adapter_down = nn.Parameter(torch.zeros(config.num_experts, config.padded_rank, hidden))
         self.adapter_up = nn.Parameter(torch.zeros(config.num_experts, hidden, config.padded_rank))
 
     def forward(
-        self, ffn: DenseFfn, hidden: Float[Tensor, "T H"], weights: Float[Tensor, "T k"], chosen: Int[Tensor, "T k"]
+        self, ffn: MixtureFfn, hidden: Float[Tensor, "T H"], weights: Float[Tensor, "T k"], chosen: Int[Tensor, "T k"]
     ) -> Float[Tensor, "T H"]:
-        gate, up = ffn.gate_and_up(hidden)
-        output = ffn.down_proj(ffn.act_fn(gate) * up)
+        output = ffn.dense(hidden)
         added = slot_products(output, weights, chosen, self.adapter_down, self.adapter_up, ffn.act_fn)
         total: Tensor = weights.sum(dim=1, keepdim=True) * output + added
         return total
@@ -134,9 +136,9 @@ def describe(folder: Path) -> Description:
     return Description(f"A mixture of {count} bottlenecks (PESC; it needs its base and upcycle)", plain=False)
 
 
-def addition(hidden: int, _inner: int, recipe: Recipe) -> int:
-    """Parameters of an expert in a layer."""
-    return 2 * hidden * recipe.lora.rank
+def addition(config: Config, recipe: Recipe) -> int:
+    """Parameters of an expert."""
+    return int(config["num_hidden_layers"] * 2 * config["hidden_size"] * recipe.lora.rank)
 
 
 BOTTLENECK = Kind(

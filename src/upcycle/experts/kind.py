@@ -111,4 +111,4 @@ class Kind:
     describe: Callable[[Path], Description]
     """What a folder with a MoE of this kind is, in words."""
     addition: Addition | None = None
-    """Parameters of an expert in a layer, if it is an addition to the base's FFN; None: it is an FFN of its own."""
+    """Parameters of an expert, if it is an addition to the base's FFN; None: it is an FFN of its own."""

@@ -33,8 +33,8 @@ from upcycle.experts.adapter_files import (
 )
 from upcycle.experts.gram import Measure, adapter_gram
 from upcycle.experts.kind import Kind, Load, Routers
-from upcycle.experts.linears import FFN_WEIGHTS, structure_of, weights_in
-from upcycle.experts.lora_ffn import DenseFfn, Factors, lora_ffn
+from upcycle.experts.linears import FFN_WEIGHTS, Shapes, structure_of, weights_in
+from upcycle.experts.lora_ffn import DenseFfn, Factors, UngatedFactors, lora_ffn
 from upcycle.experts.mixture import (
     MixtureConfig,
     NewExperts,
@@ -68,26 +68,28 @@ LORA_MIXTURE = "UPCYCLE_LORA_MOE"
 class StackedLora(nn.Module):
     """The low-rank updates of one weight: of all experts, padded to one rank."""
 
-    def __init__(self, num_experts: int, rank: int, inputs: int, outputs: int) -> None:
+    def __init__(self, num_experts: int, rank: int, outputs: int, inputs: int) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.zeros(num_experts, rank, inputs))
         self.lora_B = nn.Parameter(torch.zeros(num_experts, rank, outputs))  # transposed, see Factors
 
 
 class LoraExperts(nn.ModuleDict):
-    """gate_proj, up_proj and down_proj of all experts of a layer."""
+    """gate_proj (if there is a gate), up_proj and down_proj of all experts of a layer."""
 
     scaling: Float[Tensor, " E"]
 
-    def __init__(self, config: MixtureConfig, hidden: int, channels: int) -> None:
-        sizes = {"gate_proj": (hidden, channels), "up_proj": (hidden, channels), "down_proj": (channels, hidden)}
+    def __init__(self, config: MixtureConfig, shapes: Shapes) -> None:
         count, rank = config.num_experts, config.padded_rank
-        super().__init__({name: StackedLora(count, rank, *size) for name, size in sizes.items()})
+        super().__init__({name: StackedLora(count, rank, *shape) for name, shape in shapes.items()})
         self.register_buffer("scaling", torch.tensor(config.expert_scaling), persistent=False)
 
-    def factors(self) -> Factors:
-        gate, up, down = (cast(StackedLora, self[name]) for name in FFN_WEIGHTS)
-        return Factors(torch.cat([gate.lora_A, up.lora_A], dim=1), gate.lora_B, up.lora_B, down.lora_A, down.lora_B)
+    def factors(self) -> Factors | UngatedFactors:
+        *gate, up, down = (cast(StackedLora, stacked) for stacked in self.values())
+        if not gate:
+            return UngatedFactors(up.lora_A, up.lora_B, down.lora_A, down.lora_B)
+        a_in = torch.cat([gate[0].lora_A, up.lora_A], dim=1)
+        return Factors(a_in, gate[0].lora_B, up.lora_B, down.lora_A, down.lora_B)
 
     def forward(
         self, ffn: DenseFfn, hidden: Float[Tensor, "T H"], weights: Float[Tensor, "T k"], chosen: Int[Tensor, "T k"]
@@ -96,8 +98,8 @@ class LoraExperts(nn.ModuleDict):
 
     def on_disk(self, expert: int, rank: int) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of an expert's A and B of each weight, without the padding of their rank."""
-        for weight in FFN_WEIGHTS:
-            stacked = cast(StackedLora, self[weight])
+        for weight, module in self.items():
+            stacked = cast(StackedLora, module)
             yield f"{weight}.lora_A", stacked.lora_A.data[expert, :rank]
             yield f"{weight}.lora_B", stacked.lora_B.data[expert, :rank].T
 
@@ -157,10 +159,16 @@ def target_linears(model: Model, targets: Sequence[str]) -> list[str]:
     """The linear layers in which a dense model has the FFN weights `targets`.
 
     Raises:
-        UpcycleError: one holds another weight too.
+        UpcycleError: there is no such weight, or a layer holds another one too.
     """
     structure = structure_of(model.model.layers[0].mlp)
     assert structure is not None  # see `check_base`
+    missing = sorted(set(targets).difference(structure.weights))
+    if missing and set(targets) != set(FFN_WEIGHTS):  # which are all that there are
+        raise UpcycleError(
+            f"lora.targets is {list(targets)}, but the FFN of this base has no {missing[0]}, only "
+            f"{' and '.join(structure.weights)}: name of these, or leave lora.targets out"
+        )
     chosen = {name: weights for name, weights in structure.linears.items() if not set(targets).isdisjoint(weights)}
     for name, weights in chosen.items():
         if not set(targets).issuperset(weights):
@@ -350,9 +358,10 @@ def describe(folder: Path) -> Description:
     )
 
 
-def addition(hidden: int, inner: int, recipe: Recipe) -> int:
-    """Parameters of an expert in a layer."""
-    return len(recipe.lora.targets) * recipe.lora.rank * (hidden + inner)
+def addition(config: Config, recipe: Recipe) -> int:
+    """Parameters of an expert."""
+    targets = tuple(f".{weight}" for weight in recipe.lora.targets)
+    return sum(recipe.lora.rank * sum(shape) for name, shape in ffn_shapes(config).items() if name.endswith(targets))
 
 
 LORA = Kind(

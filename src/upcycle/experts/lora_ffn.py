@@ -5,6 +5,9 @@ Expert e is the FFN with weights W + s_e B_e A_e. For the k experts of a token x
     g_e = W_gate x + s_e B_e A_e x,   u_e = W_up x + s_e B_e A_e x,   h_e = act(g_e) * u_e    (first terms once a token)
     y = W_down sum_e w_e h_e  +  sum_e w_e s_e B_e A_e h_e                                  (one down projection)
 
+Biases are the dense model's: W x has them, and as the weights w sum to 1, the down projection's comes once.
+An FFN without a gate has h_e = act(u_e).
+
 Tokens are sorted by their first expert before anything is done to them, so that for the first choice nothing as large
 as (T, I) is gathered or scattered. g and u are kept for the backward pass: as much as a dense FFN with LoRA keeps.
 
@@ -31,8 +34,9 @@ BLOCK = 384
 class DenseFfn(Protocol):
     """The dense FFN block that all experts share."""
 
-    gate_and_up: Callable[[Tensor], tuple[Tensor, Tensor]]
-    down_proj: Callable[[Tensor], Tensor]
+    inner: Callable[[Tensor], tuple[Tensor, ...]]
+    """(gate, up), or (up,)."""
+    down: Callable[[Tensor], Tensor]
     act_fn: Callable[[Tensor], Tensor]
 
 
@@ -52,6 +56,16 @@ class Factors:
     """A of gate and, below it, of up."""
     b_gate: Float[Tensor, "E r I"]
     """B of gate, transposed, like all B here: products and gradients then run along rows."""
+    b_up: Float[Tensor, "E r I"]
+    a_down: Float[Tensor, "E r I"]
+    b_down: Float[Tensor, "E r H"]
+
+
+@dataclass(frozen=True)
+class UngatedFactors:
+    """The same where there is no gate."""
+
+    a_up: Float[Tensor, "E r H"]
     b_up: Float[Tensor, "E r I"]
     a_down: Float[Tensor, "E r I"]
     b_down: Float[Tensor, "E r H"]
@@ -126,26 +140,55 @@ def lora_ffn(
     ffn: DenseFfn,
     weights: Float[Tensor, "T k"],
     experts: Int[Tensor, "T k"],
-    factors: Factors,
+    factors: Factors | UngatedFactors,
     scaling: Float[Tensor, " E"],
     grouped: bool | None = None,
 ) -> Float[Tensor, "T H"]:
     """The block's output.
 
     Args:
-        grouped: one grouped product over all experts (default on an accelerator), or blocks that suit a CPU's caches.
+        grouped: one grouped product over all experts (default on an accelerator), or blocks that suit a CPU's caches;
+            without a gate always the first.
     """
     grouped = x.device.type != "cpu" if grouped is None else grouped
     order = experts[:, 0].argsort(stable=True)
     x, weights, experts = x.index_select(0, order), weights.index_select(0, order), experts.index_select(0, order)
-    gate, up = ffn.gate_and_up(x)
-    dtype = gate.dtype
+    inner = ffn.inner(x)
+    dtype = inner[0].dtype
+    x, weights = x.to(dtype), weights.to(dtype)
     low_rank = [matrix.to(dtype) for matrix in vars(factors).values()]
     with torch.autocast(x.device.type, enabled=False):
-        apply: Any = _Mix.apply
-        mixed, low = apply(x.to(dtype), gate, up, weights.to(dtype), experts, scaling, ffn.act_fn, grouped, *low_rank)
-    output = ffn.down_proj(mixed) + low
+        if isinstance(factors, UngatedFactors):
+            (up,), f = inner, UngatedFactors(*low_rank)
+            mixed, low = _mix_ungated(x, up, weights, experts, scaling.to(dtype), ffn.act_fn, f)
+        else:
+            apply: Any = _Mix.apply
+            mixed, low = apply(x, *inner, weights, experts, scaling, ffn.act_fn, grouped, *low_rank)
+    output = ffn.down(mixed) + low
     return torch.empty_like(output).index_copy(0, order, output)
+
+
+def _mix_ungated(
+    x: Float[Tensor, "T H"],
+    inner: Float[Tensor, "T I"],
+    weights: Float[Tensor, "T k"],
+    experts: Int[Tensor, "T k"],
+    scaling: Float[Tensor, " E"],
+    act: Callable[[Tensor], Tensor],
+    f: UngatedFactors,
+) -> tuple[Float[Tensor, "T I"], Float[Tensor, "T H"]]:
+    """What `_Mix` gives, without a gate; its gradients are left to torch."""
+    mixed, low = inner, x  # set by the first choice
+    for number, choice in enumerate(experts.unbind(1)):
+        slots, first = Slots.of(choice, len(scaling)), number == 0
+        given = (x, inner, weights[:, number, None], scaling[choice, None])
+        x_in, u, w, s = given if first else (values.index_select(0, slots.tokens) for values in given)
+        z_up = slots.product(x_in, f.a_up.mT) * s
+        hidden = act(u + slots.product(z_up, f.b_up)).to(x.dtype)  # its parameters may be fp32
+        added = slots.product(slots.product(hidden, f.a_down.mT) * (w * s), f.b_down)
+        mixed = hidden * w if first else mixed.index_add(0, slots.tokens, hidden * w)
+        low = added if first else low.index_add(0, slots.tokens, added)
+    return mixed, low
 
 
 class _Mix(torch.autograd.Function):
@@ -275,7 +318,7 @@ def slot_products(
     total = torch.zeros_like(x)
     for number, choice in enumerate(experts.unbind(1)):
         slots = Slots.of(choice, len(down))
-        inner = act(slots.product(x[slots.tokens], down.to(x.dtype).mT))
+        inner = act(slots.product(x[slots.tokens], down.to(x.dtype).mT)).to(x.dtype)  # its parameters may be fp32
         added = slots.product(inner, up.to(x.dtype).mT) * weights[slots.tokens, number, None].to(x.dtype)
         total = total.index_add(0, slots.tokens, added)
     return total

@@ -21,7 +21,7 @@ from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError
 from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from upcycle.experts.kind import Load, Routers
-from upcycle.experts.linears import structure_of
+from upcycle.experts.linears import Shapes, Structure, structure_of
 from upcycle.records.files import LINEAGE
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import Record, read_record, write_record
@@ -93,10 +93,8 @@ class TopKRouter(nn.Module):
 class MixtureFfn(nn.Module):
     """A dense FFN block with a router and the experts' additions; the dense weights are shared by all experts."""
 
-    def __init__(self, ffn: nn.Module, router: TopKRouter, experts: nn.Module) -> None:
+    def __init__(self, ffn: nn.Module, structure: Structure, router: TopKRouter, experts: nn.Module) -> None:
         super().__init__()
-        structure = structure_of(ffn)
-        assert structure is not None  # see structure.problem_of
         self.structure = structure
         for name in structure.linears:  # as they are: they may be quantized, sharded or hooked
             setattr(self, name, getattr(ffn, name))
@@ -104,9 +102,17 @@ class MixtureFfn(nn.Module):
         self.gate = router
         self.experts = experts
 
-    def gate_and_up(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What the dense block multiplies, before its activation."""
-        return self.structure.gate_and_up(self, hidden)
+    def inner(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """What the dense block computes before its activation."""
+        return self.structure.inner(self, hidden)
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """Its last linear layer."""
+        return self.structure.down(self, hidden)
+
+    def dense(self, hidden: Tensor) -> Tensor:
+        """Its output."""
+        return self.structure.output(self, self.act_fn, hidden)
 
     def forward(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -115,8 +121,8 @@ class MixtureFfn(nn.Module):
         return output.view(hidden.shape)
 
 
-MakeAdditions = Callable[[MixtureConfig, int, int], nn.Module]
-"""(configuration, hidden size, channels): the additions of one layer, all zeros."""
+MakeAdditions = Callable[[MixtureConfig, Shapes], nn.Module]
+"""(configuration, shapes of the FFN weights): the additions of one layer, all zeros."""
 
 
 def load_mixture(how: Load, make: MakeAdditions) -> Model:
@@ -139,9 +145,11 @@ def attach(model: Model, config: MixtureConfig, make: MakeAdditions) -> Model:
     model.requires_grad_(False)
     hidden, channels = model.config.hidden_size, model.config.intermediate_size
     for layer in model.model.layers:
-        device = layer.mlp.down_proj.weight.device
-        router = TopKRouter(config.num_experts, hidden, config.num_experts_per_tok)
-        layer.mlp = MixtureFfn(layer.mlp, router.to(device), make(config, hidden, channels).to(device))
+        structure, device = structure_of(layer.mlp), next(layer.mlp.parameters()).device
+        assert structure is not None  # see structure.problem_of
+        router = TopKRouter(config.num_experts, hidden, config.num_experts_per_tok).to(device)
+        additions = make(config, structure.weight_shapes(hidden, channels)).to(device)
+        layer.mlp = MixtureFfn(layer.mlp, structure, router, additions)
     model.mixture = config
     return model
 

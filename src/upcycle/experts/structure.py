@@ -34,8 +34,8 @@ from upcycle.weights.safetensors_io import ModelReader
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
 """Fields of config.json that are read here."""
 WANTED = (
-    "adapters as experts need an mlp of gate_proj, up_proj (or gate_up_proj) and down_proj without biases in every "
-    "layer, of one size"
+    "adapters as experts need in every layer an mlp of gate_proj, up_proj (or gate_up_proj) and down_proj, or of "
+    "up_proj and down_proj alone (or c_fc and c_proj, or fc1 and fc2), of one size"
 )
 
 
@@ -161,8 +161,16 @@ def problem_of(config: Config) -> str | None:
     for field in SIZES:
         if not isinstance(config.get(field), int):
             return f"has {field} {brief(config.get(field))} in its config.json, expected a number"
-    problems = (_problem(layer, config["hidden_size"], config["intermediate_size"]) for layer in layers)
+    first = structure_of(getattr(layers[0], "mlp", None))
+    problems = (_problem(layer, first, config["hidden_size"], config["intermediate_size"]) for layer in layers)
     return next((f"has in layer {number} {problem}" for number, problem in enumerate(problems) if problem), None)
+
+
+def structure_in(config: Config) -> Structure:
+    """That of the FFNs of a (resolved) dense model, in which `problem_of` finds no problem."""
+    found = structure_of(without_values(config).model.layers[0].mlp)
+    assert found is not None
+    return found
 
 
 def without_values(config: Config) -> Model:
@@ -185,33 +193,41 @@ def without_values(config: Config) -> Model:
     return model
 
 
-def _problem(layer: nn.Module, hidden: int, channels: int) -> str | None:
-    """What a layer has instead of a gated FFN."""
+def _problem(layer: nn.Module, structure: Structure | None, hidden: int, channels: int) -> str | None:
+    """What a layer has instead of an FFN of a structure."""
     ffn = getattr(layer, "mlp", None)
     if not isinstance(ffn, nn.Module):
         return f"no mlp but {', '.join(name for name, _ in layer.named_children())}"
-    structure = structure_of(ffn)
-    shapes = {} if structure is None else structure.shapes(hidden, channels)
     found = {name: tuple(parameter.shape) for name, parameter in ffn.named_parameters()}
-    if structure is None or found != {f"{name}.weight": shape for name, shape in shapes.items()}:
+    if structure is None or structure_of(ffn) is not structure or not _fits(found, structure, hidden, channels):
         return f"an mlp of {', '.join(f'{name} {shape}' for name, shape in found.items())}"
-    if not callable(getattr(ffn, structure.act, None)) or not _is_gated(ffn, structure):
-        return "an mlp that computes something else than down_proj(act_fn(gate_proj(x)) * up_proj(x))"
+    if not callable(getattr(ffn, structure.act, None)) or not _computes(ffn, structure):
+        return f"an mlp that computes something else than {structure.formula}"
     return None
 
 
+def _fits(found: dict[str, tuple[int, ...]], structure: Structure, hidden: int, channels: int) -> bool:
+    """Whether parameters are the weights of the linear layers, perhaps their biases, and the activation's own."""
+    shapes = structure.shapes(hidden, channels)
+    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
+    biases = {f"{name}.bias": (outputs,) for name, (outputs, _) in shapes.items()}
+    rest = {name: shape for name, shape in found.items() if not name.startswith(f"{structure.act}.")}
+    return weights.items() <= rest.items() <= {**weights, **biases}.items()
+
+
 @torch.no_grad()
-def _is_gated(ffn: nn.Module, structure: Structure) -> bool:
-    """Whether the module's own forward is that of a gated FFN: run with small weights in the place of its own."""
+def _computes(ffn: nn.Module, structure: Structure) -> bool:
+    """Whether the module's own forward is the structure's formula: run with small values in the place of its own."""
     small: Any = deepcopy(ffn).eval()
     draw = torch.Generator().manual_seed(0)
     for name, (outputs, inputs) in structure.shapes(4, 6).items():
-        linear = nn.Linear(inputs, outputs, bias=False, device="meta")
-        linear.weight = nn.Parameter(torch.randn(outputs, inputs, generator=draw))
+        linear = nn.Linear(inputs, outputs, bias=ffn.get_submodule(name).bias is not None, device="meta")
         setattr(small, name, linear)
+    small = small.to_empty(device="cpu")
     x = torch.randn(1, 3, 4, generator=draw)
-    gate, up = structure.gate_and_up(small, x)
     try:
-        return torch.allclose(small(x), small.down_proj(getattr(small, structure.act)(gate) * up))
+        for values in (*small.parameters(), *small.buffers()):
+            values.normal_(generator=draw)
+        return torch.allclose(small(x), structure.output(small, getattr(small, structure.act), x))
     except (RuntimeError, TypeError):  # it takes more than x, or more tensors of its own
         return False

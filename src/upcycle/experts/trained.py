@@ -46,8 +46,7 @@ def posttrained(recipe: Recipe, base: Mapping | Dense) -> Trained:
 def _added(recipe: Recipe, config: Config) -> int | None:
     """Parameters of an expert that is an addition to the base."""
     addition = KINDS[recipe.prepare.train].addition
-    layers, hidden, inner = (config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
-    return None if addition is None else layers * addition(hidden, inner, recipe)
+    return None if addition is None else addition(config, recipe)
 
 
 def _part(name: str) -> str:

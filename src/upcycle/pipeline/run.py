@@ -22,9 +22,14 @@ from upcycle.records.files import (
     POSTTRAIN,
     PREPARE,
     RECIPE,
+    RESULT,
+    ROUTE_REPORT,
+    SCORES,
 )
 from upcycle.records.manifest import FORMAT, HASHED_WITH
 from upcycle.records.plan import Checkpoint, ExpansionPlan
+from upcycle.records.route import RouteReport
+from upcycle.records.scores import Scores
 
 if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
     import upcycle.data.splits
@@ -62,9 +67,9 @@ def open_run(folder: Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
 class Run:
     """A recipe and its run folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: str | Path) -> None:
         self.recipe = recipe
-        self.folder = folder
+        self.folder = Path(folder)
         self.verified: set[str] = set()
 
     @cached_property
@@ -168,6 +173,19 @@ class Run:
         """The MoE that the router belongs to: the assembled one, unless its experts moved with the router's start."""
         moved = MOVED.of(self.folder)
         return moved if moved.exists() else self.assembled_moe
+
+    @property
+    def result(self) -> Path:
+        """The finished model."""
+        return RESULT.of(self.folder)
+
+    @property
+    def route_report(self) -> RouteReport:
+        return ROUTE_REPORT.read_of(self.folder)
+
+    @property
+    def scores(self) -> Scores:
+        return SCORES.read_of(self.folder)
 
     @cached_property
     def plan(self) -> ExpansionPlan:

@@ -34,6 +34,7 @@ SETTINGS_FILES = (GENERATION,)
 COMPANIONS = (*TOKENIZER_FILES, *SETTINGS_FILES, LINEAGE.name)
 """What lies beside weights and configuration."""
 FLOAT, NO_JSON_FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
+MOST_LAYERS = 10_000
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 Loaded = tuple[Model, dict[str, Any]]
 """A model, and the keys that did not fit."""
@@ -95,6 +96,9 @@ def _resolved(config: Config, path: Path) -> Config:
             f"{path}: quantization_config is {brief(quantized)}; a quantized model has to be dequantized first, and if "
             "its weights are 16 or 32 bits already, the field is a leftover: remove it"
         )
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # before a list of that many is made
+        raise UpcycleError(f"{path}: num_hidden_layers is {layers}, expected at most {MOST_LAYERS:,}")
     wrapper, model_type = wrapper_of(config, path), config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return config
