@@ -14,13 +14,13 @@ from upcycle.disk import write_text
 from upcycle.records.comparison import METRICS, Cell, Spread, Summary
 from upcycle.records.record import ALL, read_record
 from upcycle.records.scores import BASE
-from upcycle.reporting.charts import with_error
+from upcycle.reporting.charts import interval_picture, with_error
 from upcycle.reporting.comparison import differences_chart, interval, signed
 from upcycle.studies.statistics import p_text, summary
 
 STYLE = (
     "<style>svg{--back:#fff;--ink:#1b1f24;--line:#d8dde3;--bar:#2f6fab;--best:#b4541a;background:#fff;"
-    "font:13px system-ui,sans-serif}</style>"
+    "font:14px system-ui,sans-serif}</style>"
 )
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 BLOCK = re.compile(r"(<!-- (table|models): (\S+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -62,7 +62,7 @@ def models(testbed: str, name: str) -> str:
 def picture(testbed: str, table: str) -> tuple[Path, str]:
     """Where the picture of the differences in loss lies, and what it shows; nothing where no row has an interval."""
     cells = read_cells(testbed, table)
-    drawn = differences_chart(summary(cells, list(cells)), "loss") if cells else ""
+    drawn = differences_chart(summary(cells, list(cells)), "loss", interval_picture) if cells else ""
     return PAGE.parent / "pictures" / f"{testbed}-{table}.svg", drawn.replace(">", f">{STYLE}", 1)
 
 

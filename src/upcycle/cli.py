@@ -356,6 +356,10 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="The HTML file. Default: report.html in the folder.")
     ] = None,
+    watch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="SECONDS", help="While a run goes on, show how far it is, anew every SECONDS."),
+    ] = None,
 ) -> None:
     """Write a standalone HTML report of a run, comparison or sweep: lineage, scores, routing, cost, recipe.
 
@@ -363,8 +367,13 @@ def report(
     """
     if out is not None:
         check_writable(out)
-    with _writing((out or REPORT.of(folder)).parent):
-        api.report(folder, out)
+    page = out or REPORT.of(folder)
+    with _writing(page.parent):
+        if watch is not None:
+            from upcycle.reporting import progress
+
+            progress.watch(folder, watch, page)
+        api.report(folder, page)
 
 
 @app.command(rich_help_panel=SHARE)

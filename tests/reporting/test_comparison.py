@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from browser import CHROMIUM, in_browser
+from browser import CHROMIUM, READABLE, in_browser
 from upcycle.cli import app
 from upcycle.records.comparison import Comparison, Dense, Measures, Sweep
-from upcycle.records.files import COMPARISON, SWEEP
+from upcycle.records.files import COMPARISON, PLAN, SWEEP, run_of
+from upcycle.records.plan import ExpansionPlan, Expert
 from upcycle.reporting.comparison import find_comparison, summarise
 from upcycle.studies.cells import labels
 from upcycle.studies.statistics import summary
-
-FITS = "<script>document.title = document.documentElement.scrollWidth <= innerWidth;</script>"
 
 
 def cells(*losses: float, tokens: int = 1000) -> list[Measures]:
@@ -60,6 +59,50 @@ def test_it_says_which_is_better_and_whether_that_is_noise(tmp_path: Path) -> No
     assert "0123456789ab." in text
 
 
+def plan_of(num_experts: int) -> ExpansionPlan:
+    gram = ((0.0,) * num_experts,) * num_experts
+    experts = (Expert(name="base", kind="base"),) * num_experts
+    settings = {"merge": "dare", "drop_rate": 0.2, "seed": 0, "similarity": "cosine"}
+    return ExpansionPlan(experts=experts, gram=gram, **settings)
+
+
+def with_plans(folder: Path, *num_experts: int) -> None:
+    """Run folders with as many experts."""
+    for number, count in enumerate(num_experts):
+        place = run_of(folder, number, 0) / PLAN.stage
+        place.mkdir(parents=True)
+        PLAN.write(place, plan_of(count))
+
+
+def test_the_first_screen_is_about_the_best_moe_against_dense_tuning(tmp_path: Path) -> None:
+    variants = {"a: x": cells(1.3, 1.4, 2.6), "b: y": cells(1.1, 1.25, 1.3), "sft: z": cells(1.0, 1.1, 1.2)}
+    with_plans(tmp_path, 8, 4, 1)
+    text = comparison(variants, [], tmp_path)
+    head = text[text.index("<header>") : text.index("<nav")]
+    row = summary(variants, labels(list(variants)), against=2)[1].loss
+    assert f"“b” has a held-out loss of 1.2167 ± 0.1041, {row.difference:.4f} higher than dense tuning (“sft”)" in head
+    assert "the best of 2 variants beside the dense one" in head
+    ends = " to ".join(f"{end:+.4f}" for end in row.interval)
+    ps = f"p {row.p:.3f}, {row.p_corrected:.3f} after Holm"
+    assert f"Over 3 seeds, paired, that is more than noise: 95% interval {ends}, {ps}" in head
+    assert "--seeds 5 shows smaller ones" in head
+    assert '<p class="gap worse">0.1167 higher' in head
+    assert "1.2167 ± 0.1041, against 3.0000" in head  # the base
+    assert "1.2167 ± 0.1041, against 1.5000" in head  # the last checkpoint
+    assert "Both saw 2,000 training tokens." in head
+
+
+def test_against_a_dense_reference_it_says_what_the_record_says(tmp_path: Path) -> None:
+    variants = {"sft: z": cells(1.0, 1.1, 1.2), "b: y": cells(0.9, 1.05, 1.2)}
+    with_plans(tmp_path, 1, 4)
+    rows = summary(variants, labels(list(variants)))
+    changed = rows[1].model_copy(update={"loss": rows[1].loss.model_copy(update={"p": 0.123, "p_corrected": 0.456})})
+    COMPARISON.write(tmp_path, Comparison(variants=variants, summary=[rows[0], changed], not_comparable=[]))
+    text = written(tmp_path)
+    assert "that is not more than noise: 95% interval -0.1742 to +0.0742, p 0.123, 0.456 after Holm" in text
+    assert '<p class="gap ">0.0500 lower' in text
+
+
 def test_what_was_forced_is_marked(tmp_path: Path) -> None:
     text = comparison(
         {"a": cells(1.0), "b": cells(0.5, tokens=9)}, ["seed 0: other numbers of training tokens"], tmp_path
@@ -90,7 +133,7 @@ def test_a_sweep_has_a_line_for_each_setting(tmp_path: Path) -> None:
     assert [len(line) for line in lines] == [3, 3]
     across = [float(point.split(",")[0]) for point in lines[0]]
     assert (across[2] - across[1]) / (across[1] - across[0]) == pytest.approx(2, rel=0.01)  # 4, 8, 16 to scale
-    assert "route.start=random</text>" in text
+    assert "route.start=random</span>" in text
     assert "upcycle sweep \\\n  r \\\n  expand.num_experts=4,8,16" in text
 
 
@@ -98,7 +141,8 @@ def test_a_sweep_has_a_line_for_each_setting(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", ["1200,800", "390,800"])
 def test_it_works_in_a_browser(size: str, tmp_path: Path) -> None:
     text = comparison({"sft": cells(1.0, 1.2), f"upit {'long.setting=1 ' * 20}": cells(0.9, 1.0)}, [], tmp_path)
-    assert "<title>true</title>" in in_browser(text.replace("</body>", f"{FITS}</body>"), size, tmp_path)
+    done = in_browser(text.replace("</body>", f"{READABLE}</body>"), size, tmp_path)
+    assert re.search(r"<title>.*\|true\|true</title>", done), done[-500:]
 
 
 def test_a_run_shows_the_comparison_that_it_is_part_of(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import math
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -14,8 +14,11 @@ from upcycle.records.comparison import METRICS, Comparison, Found, Measures, Spr
 from upcycle.records.files import COMPARISON, MANIFEST, RESULT, SWEEP, run_of
 from upcycle.records.record import ALL
 from upcycle.records.scores import BASE
-from upcycle.reporting.charts import bar_chart, interval_chart, point_chart, with_error
+from upcycle.reporting.charts import Interval, bar_chart, interval_chart, point_chart, with_error
+from upcycle.reporting.course import course_chart
+from upcycle.reporting.dense import dense_variant
 from upcycle.reporting.page import Chart, Table, made_with, render, safe
+from upcycle.reporting.verdict import ONE_SEED, Verdict, of_variant
 from upcycle.studies.statistics import over_seeds, p_text
 
 SECTIONS = (("scores", "Scores"), ("detail", "Detail"), ("cost", "Cost"), ("reproduce", "Reproduce"))
@@ -33,6 +36,8 @@ def write_comparison_report(found: Comparison | Sweep, folder: Path, out: Path) 
     Args:
         folder: where its runs lie.
     """
+    short = vars(summarise(found)) | vars(_verdict(folder, found))
+    course = _course(folder, found)
     page = render(
         "comparison.html.j2",
         title=f"{folder.resolve().name}: {len(found.summary)} variants, {found.over}",
@@ -43,10 +48,73 @@ def write_comparison_report(found: Comparison | Sweep, folder: Path, out: Path) 
         command=_command(found),
         versions=_versions(folder),
         data_hashes=", ".join(sorted({run.data[:12] for runs in found.variants.values() for run in runs})),
-        **vars(summarise(found)),
+        course=[course] if course else [],
+        **short,
     )
     write_text(out, page)
     tell(f"report: {out}")
+
+
+def verdict_of_run(run: Path, found: Comparison | Sweep) -> Verdict | None:
+    """Of a run that is a cell, over all seeds of its variant; None if it is no cell."""
+    number = _number(run, found)
+    if number is None:
+        return None
+    verdict = of_variant(found, number, dense_variant(run.parent, found), f"“{found.summary[number].label}”")
+    runs = {run_of(run.parent, number, cell.seed): cell for cell in list(found.variants.values())[number]}
+    own = f" This run alone, with seed {runs[run].seed}: {runs[run].loss[ALL]:.4f}." if len(runs) > 1 else ""
+    return replace(verdict, noise=verdict.noise + own)
+
+
+def dense_run_beside(run: Path, found: Comparison | Sweep) -> Path | None:
+    """The run of the dense variant that has the same seed as a cell."""
+    dense = dense_variant(run.parent, found)
+    if dense is None or _number(run, found) in (None, dense):
+        return None
+    return run_of(run.parent, dense, int(run.name.rpartition("-seed")[2]))
+
+
+def _number(run: Path, found: Comparison | Sweep) -> int | None:
+    """Place of the variant that a run folder is of."""
+    for number, runs in enumerate(found.variants.values()):
+        if run in [run_of(run.parent, number, cell.seed) for cell in runs]:
+            return number
+    return None
+
+
+def _first_seed(found: Found) -> int:
+    return next(iter(found.variants.values()))[0].seed
+
+
+def _subject(folder: Path, found: Comparison) -> int | None:
+    """Place of the variant that the first screen is about: the best that is not the dense one."""
+    dense = dense_variant(folder, found)
+    means = {n: row.metric("loss").mean for n, row in enumerate(found.summary) if n != dense}
+    return min((n for n in means if math.isfinite(means[n])), key=means.__getitem__, default=None)
+
+
+def _verdict(folder: Path, found: Comparison | Sweep) -> Verdict:
+    """Where none is known to be dense tuning, the lead is about the best of all."""
+    number = _subject(folder, found) if isinstance(found, Comparison) else None
+    if number is None:
+        return Verdict(_lead(found), "", ())
+    dense, label = dense_variant(folder, found), found.summary[number].label
+    verdict = of_variant(found, number, dense, f"“{label}”")
+    if dense is None:
+        return replace(verdict, lead=_lead(found), noise=ONE_SEED if found.seeds == 1 else "")
+    others = len(found.summary) - 2
+    chosen = f" It is the best of {others + 1} variants beside the dense one, chosen by this figure." if others else ""
+    return replace(verdict, lead=verdict.lead + chosen)
+
+
+def _course(folder: Path, found: Comparison | Sweep) -> Chart | None:
+    """Of the first seed of the variant that the first screen is about."""
+    number = _subject(folder, found) if isinstance(found, Comparison) else None
+    if number is None or not (run := run_of(folder, number, _first_seed(found))).is_dir():
+        return None
+    course = course_chart(run, dense_run_beside(run, found))
+    title = f"“{found.summary[number].label}”: loss over training tokens, seed {_first_seed(found)}"
+    return course and replace(course, title=title)
 
 
 @dataclass(frozen=True)
@@ -59,7 +127,6 @@ class InShort:
     """Why the variants are not comparable, if they are not."""
     charts: Sequence[Chart]
     """One per metric."""
-    note: str
 
 
 def summarise(found: Comparison | Sweep) -> InShort:
@@ -71,7 +138,6 @@ def summarise(found: Comparison | Sweep) -> InShort:
         lead=_lead(found),
         problems=problems,
         charts=[chart for metric in found.metrics for chart in _charts(found, metric)],
-        note=f"Of the MoE; mean ± standard deviation over {found.over}.",
     )
 
 
@@ -116,14 +182,29 @@ def _best(rows: Sequence[Summary], metric: str) -> int:
 
 def _charts(found: Comparison | Sweep, metric: str) -> list[Chart]:
     """Scores, and how sure the differences to the reference are."""
-    charts = [Chart(TITLES[metric], safe(_draw(found, metric)))]
+    charts = [Chart(TITLES[metric], safe(_draw(found, metric)), _how_to_read(found))]
     if drawn := differences_chart(found.summary, metric):
-        title = f"Difference to {found.reference}, with its 95% interval (coloured: zero is outside)"
-        charts.append(Chart(title, safe(drawn)))
+        title, caption = f"Difference to {found.reference}", INTERVALS.format(reference=found.reference)
+        charts.append(Chart(title, safe(drawn), caption))
     return charts
 
 
-def differences_chart(rows: Sequence[Summary], metric: str) -> str:
+INTERVALS = (
+    "The upright line is {reference}. A dot is the mean difference, its bar the 95% interval. Where the bar misses the "
+    "line (then it is orange), noise alone would hardly give such a difference; p after Holm counts all tests."
+)
+
+
+def _how_to_read(found: Comparison | Sweep) -> str:
+    shown = "A dot" if isinstance(found, Sweep) else "A bar"
+    spread = ", with the standard deviation over them" if found.seeds > 1 else ""
+    best = "" if isinstance(found, Sweep) else " The best one is orange."
+    return f"{shown} is the mean of the MoE over {found.over}{spread}.{best}"
+
+
+def differences_chart(
+    rows: Sequence[Summary], metric: str, draw: Callable[[Sequence[Interval], str, str], str] = interval_chart
+) -> str:
     """Every variant's difference to the reference; empty where there are no intervals (one seed)."""
     found = [(row.label, row.metric(metric)) for row in rows]
     known = [
@@ -132,7 +213,7 @@ def differences_chart(rows: Sequence[Summary], metric: str) -> str:
         if value.difference is not None and value.interval and math.isfinite(value.interval[0])
     ]
     reference = next((label for label, value in found if value.difference is None), "")
-    return interval_chart(known, reference) if known else ""
+    return draw(known, reference, METRICS[metric].replace(":", ":+")) if known else ""
 
 
 def _draw(found: Comparison | Sweep, metric: str) -> str:
@@ -155,7 +236,7 @@ def _lines(found: Sweep, rows: Sequence[Summary], metric: str) -> str:
         label = ", ".join(f"{name}={row.setting(name)}" for name in others) or first
         value = row.metric(metric)
         lines.setdefault(label, []).append((places[row.setting(first)], value.mean, _error(value)))
-    return point_chart(list(lines.items()), [(place, name) for name, place in places.items()])
+    return point_chart(list(lines.items()), [(place, name) for name, place in places.items()], dotted=lines)
 
 
 def _places(names: Sequence[str]) -> dict[str, float]:
@@ -177,7 +258,9 @@ def _against_reference(found: Found, metric: str) -> Table:
         lines.append([row.label, pattern.format(value.mean), error, gap, interval(pattern, value), *ps])
     against = f"against {found.reference}"
     heads = ["variant", "mean", f"std ({found.over})", against, "95% interval", "p (paired t-test)", "p (Holm)"]
-    return Table(TITLES[metric], heads, lines, [_best(rows, metric)])
+    told = [place for place in range(len(heads)) if any(row[place] for row in lines)]  # one seed has no spread
+    cells = [[row[place] for place in told] for row in lines]
+    return Table(TITLES[metric], [heads[place] for place in told], cells, [_best(rows, metric)])
 
 
 def signed(pattern: str, value: float) -> str:

@@ -25,6 +25,8 @@ class Chart:
 
     title: str
     svg: markupsafe.Markup
+    caption: str
+    """How to read it."""
 
 
 def render(template: str, **values: object) -> str:

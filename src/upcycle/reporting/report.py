@@ -13,24 +13,28 @@ from upcycle.disk import write_text
 from upcycle.pipeline.benchmarks import read_scores
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.manifest import read_manifest
-from upcycle.pipeline.stages import stage_names
+from upcycle.pipeline.stages import stage_names, training_tokens
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.records.benchmark import BenchmarkScores, score_table
+from upcycle.records.comparison import Dense, Measures
 from upcycle.records.cost import Cost
 from upcycle.records.description import Description, RoutedText
 from upcycle.records.files import LOG, PLAN, POSTTRAIN, ROUTE_REPORT, SCORES
 from upcycle.records.manifest import Manifest
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import ALL, ByDomain, Shares
-from upcycle.records.scores import BASE, MOE, Scores, best_checkpoint, standard_error
+from upcycle.records.scores import BASE, MOE, Scores, standard_error
 from upcycle.records.training import TrainingRecord
 from upcycle.reporting.charts import bar_chart, line_chart
-from upcycle.reporting.comparison import find_comparison, summarise
+from upcycle.reporting.comparison import dense_run_beside, find_comparison, summarise, verdict_of_run
+from upcycle.reporting.course import course_chart
+from upcycle.reporting.dense import comparing_command, is_dense
 from upcycle.reporting.page import Chart, Table, made_with, render, safe
+from upcycle.reporting.verdict import Verdict, of_run
 
 SECTIONS = (
-    ("lineage", "Lineage"),
     ("scores", "Scores"),
+    ("lineage", "Lineage"),
     ("experts", "Experts"),
     ("training", "Training"),
     ("cost", "Cost"),
@@ -49,11 +53,17 @@ def write_report(run: Path, recipe: Recipe, made: Description, texts: Sequence[R
         texts: samples with their routing.
     """
     plan, scores, asked = PLAN.read_of(run), SCORES.read_of(run), read_scores(run)
-    comparison = find_comparison(run.resolve().parent)  # of a run that is a cell of one
+    place = run.resolve()
+    comparison = find_comparison(place.parent)  # of a run that is a cell of one
+    short = summarise(comparison) if comparison else None
+    verdict = verdict_of_run(place, comparison) if comparison else None
+    course = course_chart(run, dense_run_beside(place, comparison) if comparison else None)
     page = render(
         "report.html.j2",
-        title=f"{run.name}: {recipe.expand.num_experts} experts from {recipe.base}",
+        title=f"{run.name}: {_what(plan)} {recipe.base}",
         sections=SECTIONS,
+        **vars(verdict or _verdict(run, recipe, plan, scores)),
+        course=[course] if course else [],
         recipe=dump_recipe(recipe),
         base=recipe.base,
         top_k=recipe.assemble.num_experts_per_tok,
@@ -66,10 +76,30 @@ def write_report(run: Path, recipe: Recipe, made: Description, texts: Sequence[R
         **_cost(run),
         use=_use(run, made),
         warnings=made.warnings,
-        comparison=summarise(comparison) if comparison else None,
+        comparison=short,
+        problems=short.problems if short else (),
     )
     write_text(out, page)
     tell(f"report: {out}")
+
+
+def _what(plan: ExpansionPlan) -> str:
+    return "dense tuning of" if is_dense(plan) else f"{len(plan.experts)} experts from"
+
+
+def _verdict(run: Path, recipe: Recipe, plan: ExpansionPlan, scores: Scores) -> Verdict:
+    """Of a run that is part of no comparison."""
+    moe = scores[MOE]
+    dense = {n: Dense(loss=e.loss, exact_match=e.exact_match or None) for n, e in scores.items() if not e.expert_share}
+    measures = Measures(
+        seed=recipe.seed,
+        data="",
+        tokens=training_tokens(run),
+        loss=moe.loss,
+        exact_match=moe.exact_match or None,
+        dense=dense,
+    )
+    return of_run(measures, is_dense(plan), comparing_command(run, recipe))
 
 
 def _tree(plan: ExpansionPlan) -> str:
@@ -87,52 +117,36 @@ def _tree(plan: ExpansionPlan) -> str:
 
 
 def _scores(scores: Scores, asked: BenchmarkScores) -> Values:
-    """The lead sentence, a chart per figure, a table per figure by domain."""
+    """A chart per figure, a table per figure by domain."""
     losses = {name: entry.loss for name, entry in scores.items()}
-    charts, tables = [_loss_chart(losses)], [_by_domain("Held-out loss", losses, "{:.3f}", min)]
-    note = "Loss: mean over rows of the mean token loss of the answer."
+    charts, tables = [_loss_chart(losses)], [_by_domain("Held-out loss", losses, "{:.4f}", min)]
     matches = {name: entry.exact_match for name, entry in scores.items() if entry.exact_match}
     rows = scores[MOE].exact_match_rows
     if rows and len(matches) == len(scores):
         charts.append(_match_chart(matches, rows))
         tables.append(_by_domain("Exact match", matches, "{:.1%}", max))
-        note += f" Exact match: greedy answers to {rows} rows, ± one standard error."
     benchmarks = Table("Benchmarks (± one standard error; * the best)", *score_table(asked, "±")) if asked else None
-    return {
-        "lead": _lead(scores),
-        "charts": charts,
-        "score_tables": tables,
-        "score_note": note,
-        "benchmarks": benchmarks,
-    }
+    return {"charts": charts, "score_tables": tables, "benchmarks": benchmarks}
 
 
 def _loss_chart(losses: Mapping[str, ByDomain]) -> Chart:
     bars = [(name, values[ALL], 0.0) for name, values in losses.items() if name != BASE]
     best = min(range(len(bars)), key=lambda i: bars[i][1])
-    title = "Held-out loss (lower is better; the base is left out of the picture)"
-    return Chart(title, safe(bar_chart(bars, "{:.3f}", best)))
+    caption = (
+        "A bar for each model, in the order of training: the mean over rows of the mean token loss of the answer. "
+        f"Shorter is better, the best one is orange. The base, {losses[BASE][ALL]:.4f}, is left out."
+    )
+    return Chart("Held-out loss", safe(bar_chart(bars, "{:.4f}", best)), caption)
 
 
 def _match_chart(matches: Mapping[str, ByDomain], rows: int) -> Chart:
     bars = [(name, values[ALL], standard_error(values[ALL], rows)) for name, values in matches.items()]
     best = max(range(len(bars)), key=lambda i: bars[i][1])
-    return Chart("Exact match", safe(bar_chart(bars, "{:.1%}", best)))
-
-
-def _lead(scores: Scores) -> str:
-    """Did it help, in one sentence; what the sentence cannot say is that the MoE has seen more tokens."""
-    moe = scores[MOE].loss[ALL]
-    start = f"The mixture of experts has a held-out loss of {moe:.3f}"
-    name = best_checkpoint(scores)
-    if name is None:
-        return f"{start}; the base had {scores[BASE].loss[ALL]:.3f}."
-    best = scores[name].loss[ALL]
-    verdict = "below" if moe < best else "not below"
-    return (
-        f"{start}, {verdict} that of its best checkpoint ({name}, {best:.3f}), which has seen fewer training "
-        "tokens; for a fair comparison see `upcycle compare`."
+    caption = (
+        f"Share of {rows} held-out rows whose greedy answer is right, ± one standard error (the thin line): what other "
+        "rows would change. Longer is better, the best one is orange."
     )
+    return Chart("Exact match", safe(bar_chart(bars, "{:.1%}", best)), caption)
 
 
 def _by_domain(
@@ -158,30 +172,29 @@ def _experts(plan: ExpansionPlan, scores: Scores, asked: BenchmarkScores, texts:
 
 
 def _training(run: Path) -> Values:
-    """Loss of every training, load of the experts, the seed samples of each."""
-    records = {stage: record for stage in stage_names() if (record := LOG.known(run / stage)) is not None}
-    curves = [
-        Chart(f"{stage}: training loss", safe(line_chart([("training loss", [e.loss for e in record.log])], "step")))
-        for stage, record in records.items()
-    ]
-    curves.append(_load_chart(records[POSTTRAIN]))
+    """Load of the experts, the seed samples of each."""
     buckets = ROUTE_REPORT.read_of(run).buckets
     domains = sorted({domain for bucket in buckets for domain in bucket.domains})
     rows = [
         [f"E{b.expert} {b.name}", b.samples, *(b.domains.get(d, 0) for d in domains), f"{b.mean_loss:.3f}"]
         for b in buckets
     ]
-    return {"curves": curves, "buckets": Table("seed samples", ["expert", "samples", *domains, "loss on all"], rows)}
+    heads = ["expert", "samples", *domains, "loss on all"]
+    return {"curves": [_load_chart(LOG.read(run / POSTTRAIN))], "buckets": Table("seed samples", heads, rows)}
 
 
 def _load_chart(record: TrainingRecord) -> Chart:
     lines = {
-        "max load": [entry.max_load for entry in record.log],
-        "min load": [entry.min_load for entry in record.log],
+        "load of the most loaded expert": [entry.max_load for entry in record.log],
+        "load of the least loaded expert": [entry.min_load for entry in record.log],
         "balance loss": [entry.balance_loss for entry in record.log],
     }
     known = [(name, [value for value in values if value is not None]) for name, values in lines.items()]
-    return Chart("Load of the experts (1: even)", safe(line_chart(known, "step")))
+    caption = (
+        "Over the steps of post-training. At 1 all experts of a layer read as many tokens; at 2 an expert reads twice "
+        "its share, at 0 none. Of all layers the extreme ones are shown."
+    )
+    return Chart("Load of the experts", safe(line_chart(known, "step")), caption)
 
 
 def _use(run: Path, made: Description) -> str:
