@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long torture results families clients docs release-check setup clean
+.PHONY: demo test test-long torture results families clients docs release-check lock setup clean
 
 demo: $(READY)  ## the whole job on the embedded model, and dense tuning beside it: a few minutes on two cores
 	@echo "== dense tuning, and UpIT (dense model -> checkpoints -> mixture of experts), for the same number of tokens"
@@ -48,6 +48,15 @@ docs: .venv-docs/.ready  ## the documentation site, in site/; fails on a broken 
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install --quiet --constraint constraints.txt mkdocs-material numpy pydantic pyyaml rich typer xxhash
 	@touch .venv-docs/.ready
+
+# uv leaves torch out, whose build depends on the machine; the first lines, which say how to use the file, stay
+lock: $(READY)  ## requirements.lock: every runtime dependency with its hashes
+	$(BIN)/pip install --quiet uv
+	echo torch >.lock-excludes
+	(grep '^#' requirements.lock; $(BIN)/uv pip compile pyproject.toml --constraint constraints.txt --excludes .lock-excludes --quiet \
+	    --generate-hashes --python-version 3.11 --python-platform linux --no-annotate --no-header) >.lock-new
+	mv .lock-new requirements.lock
+	rm .lock-excludes
 
 # pip takes torch and the rest from its cache where it has them
 release-check:  ## wheel and sdist, and a run of the wheel in a fresh environment: a few minutes

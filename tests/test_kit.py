@@ -15,8 +15,14 @@ import upcycle
 
 ROOT = Path(__file__).parents[1]
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+LOCK = (ROOT / "requirements.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+
+
+def plain(name: str) -> str:
+    """A package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def mkdocs_python() -> str | None:
@@ -48,12 +54,27 @@ def test_hooks_have_the_versions_of_the_tests() -> None:
 
 
 def test_every_pin_meets_its_requirement() -> None:
-    named = {re.split(r"[<>=\[]", line)[0].lower().replace("_", "-") for line in PROJECT["dependencies"]}
-    assert named <= {name.lower().replace("_", "-") for name in PINS}
+    named = {plain(re.split(r"[<>=\[]", line)[0]) for line in PROJECT["dependencies"]}
+    assert named <= {plain(name) for name in PINS}
+
+
+def test_the_lock_has_every_requirement_with_hashes_and_the_versions_of_the_tests() -> None:
+    blocks = re.findall(
+        r"^([\w.-]+)(?:\[\w,]+)?==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", LOCK, re.M
+    )
+    locked = {plain(name): version for name, version, _ in blocks}
+    assert len(locked) == len(re.findall(r"==", LOCK.split("pip install --no-deps .")[1]))
+    named = {plain(re.split(r"[<>=\[]", line)[0]) for line in PROJECT["dependencies"]}
+    assert named - {"torch"} <= locked.keys()
+    pins = {plain(name): version for name, version in PINS.items()}
+    assert {name: version for name, version in locked.items() if pins.get(name, version) != version} == {}
 
 
 def test_torch_is_pinned_alike_everywhere() -> None:
-    texts = [(ROOT / name).read_text() for name in ("Makefile", ".github/workflows/ci.yml", "constraints.txt")]
+    texts = [
+        (ROOT / name).read_text()
+        for name in ("Makefile", ".github/workflows/ci.yml", "constraints.txt", "requirements.lock")
+    ]
     assert {version for text in texts for version in re.findall(r"torch==([\w.]+)", text)} == {PINS["torch"]}
 
 
