@@ -156,8 +156,9 @@ def init(
 ) -> None:
     """Write a commented recipe for a model and data: look at both, choose what fits. Asks for what is missing."""
     from upcycle.pipeline.fit import parse_devices
-    from upcycle.pipeline.starting import Wanted, ask, start
+    from upcycle.pipeline.starting import Wanted, ask, check_free, start
 
+    check_free(out)
     cards = parse_devices(devices) if devices is not None else None
     given = {"base": base, "data": data, "validation": validation, "method": method, "checkpoints": checkpoints}
     start(Wanted(**ask(given, typer.prompt), devices=cards), out)

@@ -103,11 +103,19 @@ def ask(given: dict[str, Any], prompt: Callable[..., str]) -> dict[str, Any]:
         question = "Training data (file, folder, pattern or hub dataset)"
         asked["data"] = [prompt(question, default=found[0] if found else None)]
     if not asked["validation"]:
-        asked["validation"] = prompt("Held-out data (empty: hold out a share of the training data)", default="") or None
+        question = "Held-out data (empty: hold out a share of the training data)"
+        asked["validation"] = prompt(question, default="", show_default=False) or None
     if not asked["checkpoints"]:
         question = "Your own checkpoints (Trainer folder or pattern; empty: fine-tune now)"
-        asked["checkpoints"] = prompt(question, default="") or None
+        asked["checkpoints"] = prompt(question, default="", show_default=False) or None
     return asked
+
+
+def check_free(out: Path) -> None:
+    """Raises UpcycleError if a new file cannot be written there, or would replace one."""
+    check_writable(out)
+    if out.exists():
+        raise UpcycleError(f"{out} exists and is not replaced; give --out another file, or remove it")
 
 
 def start(wanted: Wanted, out: Path) -> None:
@@ -118,9 +126,7 @@ def start(wanted: Wanted, out: Path) -> None:
     """
     from upcycle.data.sources import files_of
 
-    check_writable(out)
-    if out.exists():
-        raise UpcycleError(f"{out} exists and is not replaced; give --out another file, or remove it")
+    check_free(out)
     for name in filter(None, (*wanted.data, wanted.validation)):
         files_of(name)  # before a large model is read
     draft, base = _understood(wanted)
@@ -186,7 +192,10 @@ def _checkpoints(given: str | None) -> list[Path]:
     if given is None:
         return []
     if not glob.has_magic(given):
-        return checkpoint_folders(given)
+        try:
+            return checkpoint_folders(given)
+        except UpcycleError as error:
+            raise UpcycleError(str(error).replace("prepare.checkpoints", "--checkpoints")) from None
     pattern = Path(given).expanduser()
     found = [path for path in Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))) if path.is_dir()]
     if not found:
