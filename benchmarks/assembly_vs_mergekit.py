@@ -84,7 +84,7 @@ from upcycle.weights.base import Base
 folder, out, *folders = map(Path, sys.argv[1:])
 base, kind = Base(folder, str(folder)), KINDS["ffn"]
 checkpoints = [Checkpoint(name=f.name, path=str(f)) for f in folders]
-expansion = {"num_experts": %d, "drop_rate": %g}
+expansion = {"num_experts": %d, "drop_rate": %g, "spread": 1}
 recipe = parse_recipe({"base": str(folder), "data": {"train": "none"}, "expand": expansion}, "benchmark")
 plan = expand(kind, base, checkpoints, folders, recipe.expand, 0, out)
 assemble(kind, base, folders, plan, recipe, out)

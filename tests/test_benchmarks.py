@@ -25,6 +25,7 @@ COMMANDS = {
     "lora_mixture_step": "--base BASE --work WORK --rows 1 --length 16 --rank 2 --rounds 1",
     "many_experts": "--work WORK --toy --repeats 1",
     "packing": "RECIPE --rows 8 --rounds 1",
+    "profile_steps": "--work WORK --base BASE --rows 1 --length 16",
     "results": "",
     "routing_share": "RECIPE --out WORK",
     "smollm2_methods": "--base BASE --data DATA --out WORK --size toy --seeds 1",

@@ -95,6 +95,19 @@ def test_a_base_that_is_not_supported_says_what_is(
         assert message in capsys.readouterr().err
 
 
+def test_check_prints_json_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base is the package's: 4 layers, hidden 128, an FFN of 512 in three weights."""
+    assert call(monkeypatch, "check", "builtin:tiny", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    ffn = 4 * 3 * 128 * 512
+    assert found["parameters"] - found["dense_parameters"] == 7 * ffn + 4 * 8 * 128  # and the routers
+    assert found["parameters"] - found["active_parameters"] == 6 * ffn
+    assert (found["dense"], found["moe"], found["programs"]["vllm"]) == ("llama", "mixtral", "yes")
+    assert found["logit_difference"] <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("model_type", "offer"),
     [

@@ -184,6 +184,14 @@ def test_tables_of_families_are_those_of_the_code() -> None:
     subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 
+def test_the_table_of_benchmarks_is_that_of_the_figures_kept() -> None:
+    """`assembly_vs_mergekit.py --keep` has written both."""
+    script = (
+        "import assembly_vs_mergekit as job; text = job.PAGE.read_text(encoding='utf-8'); assert job.page(text) == text"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
+
+
 def test_every_benchmark_imports() -> None:
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
     assert len(names) >= 8

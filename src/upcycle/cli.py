@@ -94,6 +94,7 @@ VerifyOption = Annotated[
     bool,
     typer.Option("--verify", help="Read every file again, also one that has not changed since it was last read."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 KeepModelsOption = Annotated[
     bool, typer.Option(help="Keep every run's weights; --no-keep-models deletes them after scoring.")
 ]
@@ -189,7 +190,7 @@ def settings() -> None:
 
 @app.command(rich_help_panel=LOOK)
 def families(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the MoE that each dense model family becomes, the programs that serve it, and the families without one."""
     from upcycle.architectures.listing import listing, tables
@@ -242,11 +243,14 @@ def check(
     devices: Annotated[
         str | None, typer.Option(help="Also say what fits on these devices, such as 8xH100 or 8x80GB.")
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Say which MoE a dense model would become and what it costs (parameters, FLOPs, memory), or why it cannot."""
     _check_dtype(dtype)
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
+    if as_json and devices:
+        raise UpcycleError("--json has no forecast for --devices; leave one of them out")
     if granularity not in (1, 2, 4, 8):
         raise UpcycleError(f"--granularity is {granularity}, expected 1, 2, 4 or 8")
     from upcycle.architectures.check import check
@@ -255,7 +259,7 @@ def check(
 
     cards = parse_devices(devices) if devices is not None else None
     with offering_adapters():
-        mapping = check(model, num_experts, num_experts_per_tok, dtype, granularity)
+        mapping = check(model, num_experts, num_experts_per_tok, dtype, granularity, as_json)
     if cards:
         show_fit(model, mapping, num_experts_per_tok, cards)
 

@@ -166,7 +166,7 @@ def test_folders_patterns_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UpcycleError, match=r"no readable file in the folder .*; expected \.jsonl"):
         found(tmp_path / "empty")
-    with pytest.raises(UpcycleError, match=r"there is no file of the pattern gone-\*\.jsonl"):
+    with pytest.raises(UpcycleError, match=r"no readable file for the pattern gone-\*\.jsonl"):
         found("gone-*.jsonl")
 
 

@@ -80,9 +80,7 @@ def test_without_a_gate_the_layer_under_its_own_name_is_up_proj(
     with pytest.raises(UpcycleError, match=rf"is not a LoRA factor of {linear} or .* target_modules=\['{linear}', "):
         compare(ungated, make_adapter(ungated, tmp_path / "attention", 1, target_modules=["q_proj"]))
     if dense != "apertus":  # whose names a gated FFN has too
-        with pytest.raises(
-            UpcycleError, match=r"the base's weight is not there; the adapter belongs to a different model"
-        ):
+        with pytest.raises(UpcycleError, match=r"the base's weight is not there; the adapter belongs to a different"):
             compare(base, folder)
 
 

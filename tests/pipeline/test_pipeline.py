@@ -65,7 +65,7 @@ def test_a_complete_run_does_nothing_again(copy: tuple[dict[str, Any], Path], ca
     values, folder = copy
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
     run_stages(make(values, folder))
-    assert capsys.readouterr().out.count("done already") == len(stage_names())
+    assert capsys.readouterr().out.count("already done") == len(stage_names())
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("model.safetensors")}
     assert [todo for _, todo in status(make(values, folder))] == ["done"] * len(stage_names())
 
@@ -96,7 +96,7 @@ def test_update_runs_only_what_the_change_concerns(copy: tuple[dict[str, Any], P
     assert todo["evaluate"] == "run again (an earlier stage changed)"
     run_stages(changed, update=True)
     printed = capsys.readouterr().out
-    assert printed.count("done already") == 4
+    assert printed.count("already done") == 4
     assert read_manifest(folder / "posttrain").settings["posttrain"]["router_aux_loss_coef"] == 0.02
 
 

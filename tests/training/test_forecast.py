@@ -18,6 +18,7 @@ from upcycle.console import console
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import fit
 from upcycle.pipeline.fit import forecasts, parse_devices, say_fit, show_fit
+from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.settings import DevicesSettings, TrainingSettings
@@ -185,3 +186,23 @@ def test_shards_of_mixtral_take_what_torchs_tracker_finds(processes: int, layers
     devices = DevicesSettings(fsdp=8, replicate=processes // 8)
     found = forecast(config, settings, 1024, devices, processes, accelerator=True)
     assert found.device == pytest.approx(int(said.splitlines()[-1]), rel=0.15)
+
+
+def test_the_command_that_trains_says_what_that_needs(
+    tiny_recipe: dict[str, Any],
+    checkpoints: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(fit, "SMALL", 0)
+    given = {**tiny_recipe["prepare"], "checkpoints": [str(folder) for folder in checkpoints]}
+    recipe = parse_recipe({**tiny_recipe, "prepare": given}, "test")
+    run_stages(Run(recipe, tmp_path / "steps"), ("prepare", "expand", "assemble", "route"))
+    assert "posttrain: needs" not in capsys.readouterr().out
+    run_stages(Run(recipe, tmp_path / "steps"), ("posttrain",))
+    assert capsys.readouterr().out.count("posttrain: needs") == 1
+    run_stages(Run(recipe, tmp_path / "whole"), ("prepare", "expand", "assemble", "route", "posttrain"))
+    said = capsys.readouterr().out
+    assert said.count("posttrain: needs") == 1
+    assert said.index("posttrain: needs") < said.index("expand ...")

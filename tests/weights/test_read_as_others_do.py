@@ -121,5 +121,5 @@ def test_nan_in_a_base_is_named(tmp_path: Path) -> None:
     base = make_dense(tmp_path / "base", tie_word_embeddings=False)
     broken = edited(base, tmp_path / "n", lambda t: {**t, "lm_head.weight": t["lm_head.weight"] * float("nan")})
     reader = ModelReader(broken)
-    with pytest.raises(UpcycleError, match=r"n: lm_head\.weight holds NaN or Inf; this model is damaged"):
+    with pytest.raises(UpcycleError, match=r"n: lm_head\.weight holds NaN or Inf, so this model is damaged"):
         check_source(map_model(broken, reader, 4), reader)

@@ -1,13 +1,17 @@
 """What a dense model would become, before anything is spent on it."""
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from typing import Any
+
+import torch
 
 from upcycle.architectures.agreement import check_agreement
-from upcycle.architectures.clients import served_by
+from upcycle.architectures.clients import CLIENTS, served_by
 from upcycle.architectures.families import expert_counts
 from upcycle.architectures.identity import check_identity
 from upcycle.architectures.layouts import channels, ffn_layers
@@ -24,7 +28,10 @@ TRAINING_BYTES = 16
 """Per parameter in fp32 with AdamW: weight, gradient, two moments; activations come on top."""
 
 
-def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, granularity: int = 1) -> Mapping:
+# six parameters: the options of the verb
+def check(
+    name: str, num_experts: int, num_experts_per_tok: int, dtype: str, granularity: int = 1, as_json: bool = False
+) -> Mapping:
     """Say what MoE a model would become and what that needs, once its logits with equal experts are the dense ones.
 
     Raises:
@@ -32,11 +39,15 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, gra
     """
     folder = find_model(name)
     reader = ModelReader(folder)
-    say_text_part(reader)
+    if not as_json:
+        say_text_part(reader)
     mapping = map_model(folder, reader, num_experts, Slicing(granularity))
     difference = check_source(mapping, reader)
     source = reader.spec(mapping.ffn[0].dense.tensor).dtype
     stored = source if dtype == "source" else DTYPE_NAMES[dtype]
+    if as_json:
+        print(json.dumps(_facts(mapping, num_experts_per_tok, stored, difference), indent=2))
+        return mapping
     sliced = f" of {granularity} slices" if granularity > 1 else ""
     title = f"{folder.name}: {mapping.family}, {num_experts} experts{sliced}, top-{num_experts_per_tok}, {stored}"
     table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored.itemsize))
@@ -47,6 +58,28 @@ def check(name: str, num_experts: int, num_experts_per_tok: int, dtype: str, gra
     tell("read: every tensor is what transformers reads from the folder")
     tell(f"exact: logits with equal experts are the dense model's (difference {difference:.0e} of the largest)")
     return mapping
+
+
+def _facts(mapping: Mapping, active: int, stored: torch.dtype, difference: float) -> dict[str, Any]:
+    """What `check` says, for scripts; sizes in bytes."""
+    total, served = mapping.num_parameters(), served_by(mapping.moe_config(active, str(stored)))
+    return {
+        "model": str(mapping.where),
+        "dense": mapping.family.dense,
+        "moe": mapping.family.moe.model_type,
+        "num_experts": mapping.num_experts,
+        "num_experts_per_tok": active,
+        "granularity": mapping.granularity,
+        "dtype": str(stored).removeprefix("torch."),
+        "dense_parameters": mapping.num_dense,
+        "parameters": total,
+        "active_parameters": mapping.num_parameters(active),
+        "flops_over_dense": mapping.flops_over_dense(active),
+        "stored_bytes": total * stored.itemsize,
+        "training_bytes": total * TRAINING_BYTES,
+        "logit_difference": difference,
+        "programs": {"transformers": "yes", **dict(zip(CLIENTS, (said for _, said in served), strict=True))},
+    }
 
 
 def _choices(mapping: Mapping, reader: ModelReader) -> Iterator[tuple[str, ...]]:

@@ -133,7 +133,7 @@ def files_of(name: str) -> list[Path]:
     """The local files that a name means, in order; none for built-in data and for the hub.
 
     Raises:
-        UpcycleError: there is no such file, or none in the folder or of the pattern.
+        UpcycleError: there is no such file, or none in the folder or for the pattern.
     """
     if name.startswith(BUILTIN):
         return []
@@ -146,7 +146,7 @@ def files_of(name: str) -> list[Path]:
         return _readable(sorted(p for p in path.iterdir() if p.is_file()), f"in the folder {name}")
     if glob.has_magic(name) and not HUB.fullmatch(name):
         base, inner = (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (Path(), path)
-        return _readable(sorted(base.glob(str(inner))), f"of the pattern {name}")
+        return _readable(sorted(base.glob(str(inner))), f"for the pattern {name}")
     if HUB.fullmatch(name) and _kind(path) not in READERS and not name.startswith("."):
         return []
     raise UpcycleError(f"data file {name} does not exist (paths are relative to the current folder)")

@@ -6,6 +6,7 @@ and of every file) is written last and the folder is renamed to `<stage>/`: its 
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,14 @@ def seal(
     for path in [p for p in partial.rglob("*") if is_scratch(p)]:  # of a process that was killed while it wrote
         path.unlink()
     paths, algorithm = _files(partial), HASHED_WITH[format]
-    hashes = hash_files(paths, algorithm)
-    files = {
-        str(path.relative_to(partial)): WrittenFile(bytes=path.stat().st_size, **{algorithm: found})
-        for path, found in zip(track(paths, f"sealing {folder.name}"), hashes, strict=True)
-    }
+    with ThreadPoolExecutor(1) as apart:  # the disk writes while the processor hashes
+        synced = apart.submit(sync_files, partial)
+        hashes = hash_files(paths, algorithm)
+        files = {
+            str(path.relative_to(partial)): WrittenFile(bytes=path.stat().st_size, **{algorithm: found})
+            for path, found in zip(track(paths, f"sealing {folder.name}"), hashes, strict=True)
+        }
+        synced.result()
     manifest = Manifest(
         stage=folder.name,
         inputs=dict(inputs),
@@ -128,7 +132,6 @@ def seal(
         files=files,
         format=format,
     )
-    sync_files(partial)
     MANIFEST.write(partial, manifest)
     sync_folder(partial)
     if folder.exists():  # moved, as a folder that is half removed is nobody's

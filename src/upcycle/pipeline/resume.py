@@ -46,6 +46,7 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
             "--nnodes), or set devices.fsdp=1"
         )
     check_shared(run.folder)
+    run.asked = tuple(stage_names() if names is None else names)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(_lock(run.folder)))
         on_main(lambda: _claim(run, update))

@@ -71,6 +71,8 @@ class Run:
         self.recipe = recipe
         self.folder = Path(folder)
         self.verified: set[str] = set()
+        self.asked: tuple[str, ...] = ()
+        """The stages that this process was asked for."""
 
     @cached_property
     def kind(self) -> "upcycle.experts.kind.Kind":

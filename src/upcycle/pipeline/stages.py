@@ -44,7 +44,9 @@ def _prepare(run: Run, out: Path) -> None:
     base, recipe = run.base, run.recipe
     _check_training(recipe)
     say_text_part(ModelReader(base.folder), recipe.assemble.keep_vision)
-    say_fit(run, run.kind.read_base(base, recipe))
+    found = run.kind.read_base(base, recipe)
+    if recipe.tunes or POSTTRAIN in run.asked:  # else nothing is trained yet, and TRL is not waited for
+        say_fit(run, found)
     if not recipe.prepares:
         say("prepare: no expert comes from a checkpoint, so there is nothing to train (expand.copies_of=base)")
         on_main(lambda: CHECKPOINTS.write(out, []))
@@ -107,6 +109,8 @@ def _posttrain(run: Run, out: Path) -> None:
 
     check(POSTTRAIN, run.recipe.posttrain)
     base, recipe, moments = run.base, run.recipe, None
+    if PREPARE not in run.asked:
+        say_fit(run, run.kind.read_base(base, recipe))
     if recipe.carries:
         last = run.checkpoint_folders[-1]
         moments = partial(carried, run.kind, base, MOMENTS.of(run.folder), last, run.plan, recipe)

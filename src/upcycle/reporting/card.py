@@ -71,7 +71,7 @@ def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: str |
 
 # {name}
 
-{made.what}, made of `{recipe.base}`: {_source(recipe)}
+{made.what}, made from `{recipe.base}`: {_source(recipe)}
 
 ## Lineage of the experts
 

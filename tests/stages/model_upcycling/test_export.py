@@ -85,7 +85,7 @@ def test_an_adapter_alone_is_exported_as_it_is(base: Path, tmp_path: Path) -> No
 
 def test_what_cannot_be_folded_leaves_nothing_behind(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     made = assembled(base, checkpoints, tmp_path / "made")
-    with pytest.raises(UpcycleError, match="is a plain model already"):
+    with pytest.raises(UpcycleError, match="is already a plain model"):
         export(made, tmp_path / "out", True, "source")
     assert not (tmp_path / "out.partial").exists()
 
