@@ -184,10 +184,12 @@ def test_what_makes_it_fit_is_chosen(rows: Path, out: Path, tmp_path: Path, caps
     assert "gradient_checkpointing: true" in out.read_text()
     assert "(chosen to fit)" in out.read_text()
     out.unlink()
-    start(Wanted(str(dense), [str(rows)], devices=parse_devices("2x0.0001GB")), out)
+    start(Wanted(str(dense), [str(rows)], devices=parse_devices("3x0.0001GB")), out)
+    posttrain = load_recipe(str(out)).posttrain
+    assert (posttrain.batch_size, posttrain.micro_batch_size) == (15, 1)  # of 16 and 4, which three cannot share
     said = capsys.readouterr().out
-    assert "warning: the trainings will not fit on 2 x 0.0001 GB" in said
-    assert said.rstrip().splitlines()[-1].startswith("    torchrun --nproc-per-node 2 -m upcycle run ")
+    assert "warning: the trainings will not fit on 3 x 0.0001 GB" in said
+    assert said.rstrip().splitlines()[-1].startswith("    torchrun --nproc-per-node 3 -m upcycle run ")
 
 
 def needs_between(dense: Path, rows: Path) -> float:

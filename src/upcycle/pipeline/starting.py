@@ -313,6 +313,7 @@ def _fitted(
     from upcycle.experts.trained import moe_of
 
     devices = wanted or devices_here()
+    draft = draft.having(_shared_batches(draft.recipe(), devices.count), "(chosen for the devices to share)")
     found = list(ways(draft.recipe, base, lengths, devices))
     show_ways(found, draft.recipe(), max(lengths), devices)
     if (mapping := moe_of(draft.recipe(), base)) is not None:
@@ -328,6 +329,17 @@ def _fitted(
     how = f" with {typed(chosen.overrides)}" if chosen.overrides else ""
     said = ", ".join(f"{stage} {needs.device / 1e9:.1f} GB" for stage, needs in chosen.stages.items())
     return draft.having(chosen.overrides, "(chosen to fit)"), devices, f"{said}{how}; fits: {devices}"
+
+
+def _shared_batches(recipe: Recipe, processes: int) -> list[str]:
+    """Settings with which that many processes can share the rows of a step evenly, where the recipe's cannot be."""
+    found = []
+    for stage, settings in ((PREPARE, recipe.prepare), (POSTTRAIN, recipe.posttrain)):
+        if settings.batch_size % processes:
+            own = max(1, settings.batch_size // processes)
+            micro = max(n for n in range(1, settings.micro_batch_size + 1) if own % n == 0)
+            found += [f"{stage}.batch_size={own * processes}", f"{stage}.micro_batch_size={micro}"]
+    return found
 
 
 def _title(method: str) -> str:
