@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long torture results families clients docs release-check lock setup clean
+.PHONY: demo notebook test test-long torture results families clients docs release-check lock setup clean
 
 demo: $(READY)  ## the whole job on the embedded model, and dense tuning beside it: a few minutes on two cores
 	@echo "== dense tuning, and UpIT (dense model -> checkpoints -> mixture of experts), for the same number of tokens"
 	$(BIN)/upcycle compare "dense: quickstart-dense" "UpIT: quickstart" --seeds 1 --out runs/demo
 	$(BIN)/upcycle report runs/demo
 	@echo "== the mixture of experts is in runs/demo/1-seed0/posttrain"
+
+notebook: $(READY)  ## docs/notebook.ipynb from top to bottom: a minute or two; with its pictures in runs/notebook.ipynb
+	mkdir -p runs
+	$(BIN)/jupyter execute --output ../runs/notebook.ipynb docs/notebook.ipynb
+	@echo "== executed; the run is in docs/runs/notebook, the notebook with its output in runs/notebook.ipynb"
 
 test: $(READY)  ## lint, types, tests
 	@echo "== ruff, mypy, pytest"
@@ -94,4 +99,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-docs .release .clients site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-docs .release .clients site runs docs/runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -80,7 +80,7 @@ def test_torch_is_pinned_alike_everywhere() -> None:
 
 def test_the_workflow_runs_what_it_should() -> None:
     commands = "\n".join(step.get("run", "") for job in WORKFLOW["jobs"].values() for step in job["steps"])
-    for command in ("pre-commit run", "pytest", "make docs", "make release-check"):
+    for command in ("pre-commit run", "pytest", "tests/test_notebook.py", "make docs", "make release-check"):
         assert command in commands
     lowest = PROJECT["requires-python"].removeprefix(">=")
     assert WORKFLOW["jobs"]["tests"]["strategy"]["matrix"]["python"][0] == lowest

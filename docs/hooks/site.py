@@ -4,6 +4,7 @@ MkDocs calls `on_files`. Nothing here imports torch, so the site is built in an 
 """
 
 import inspect
+import json
 import posixpath
 import re
 import sys
@@ -57,6 +58,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def pages() -> dict[str, str]:
     made = {name: from_top((ROOT / file).read_text(encoding="utf-8")) for name, file in TOP.items()}
     return made | {
+        "notebook.md": notebook_page((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8")),
         "reference/settings.md": settings_page(),
         "reference/cli.md": cli_page(),
         "reference/recipes.md": recipes_page(),
@@ -77,6 +79,17 @@ def from_top(text: str) -> str:
         return label
 
     return re.sub(r"\[([^\]]*)\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)", link, text)
+
+
+def notebook_page(text: str) -> str:
+    """The notebook's text and code, without output: it is kept without."""
+    heading, *cells = json.loads(text)["cells"]
+    title, _, rest = "".join(heading["source"]).partition("\n")
+    lines = [title, "", "[Download the notebook](notebook.ipynb).", rest]
+    for cell in cells:
+        source = "".join(cell["source"])
+        lines += ["", f"```python\n{source}\n```" if cell["cell_type"] == "code" else source]
+    return "\n".join(lines) + "\n"
 
 
 def settings_page() -> str:

@@ -130,6 +130,41 @@ def run_all(
     _execute(names[: names.index(until) + 1], recipe, run, overrides, dry_run, update, verify)
 
 
+# seven parameters: the options of the verb
+@app.command(rich_help_panel=RUN)
+def init(
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="The dense model: a folder or hub name.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Training data: a file, folder, pattern or hub dataset. May be repeated."),
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Held-out data. Default: a share of the training data.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="A recipe in the package. Default: upit, or upit-lora where only LoRA experts work."),
+    ] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(metavar="FOLDER_OR_PATTERN", help="Your checkpoints: nothing is fine-tuned then.")
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="What it must fit on, such as 1x24GB or 8xH100. Default: what is here.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The new recipe; an existing file is not replaced.")] = Path(
+        "recipe.yaml"
+    ),
+) -> None:
+    """Write a commented recipe for a model and data: look at both, choose what fits. Asks for what is missing."""
+    from upcycle.pipeline.fit import parse_devices
+    from upcycle.pipeline.starting import Wanted, ask, check_free, start
+
+    check_free(out)
+    cards = parse_devices(devices) if devices is not None else None
+    given = {"base": base, "data": data, "validation": validation, "method": method, "checkpoints": checkpoints}
+    start(Wanted(**ask(given, typer.prompt), devices=cards), out)
+
+
 for _stage in STAGES:
     _add_stage(_stage)
 

@@ -21,16 +21,20 @@ COLUMNS = ("domain", "rows", "tokens", "mean", "median", "95% within", "longest"
 
 def overview(train: Sequence[Sample], tokenizer: Tokenizer) -> None:
     """Print tokens by domain of what will be trained on, and three samples with the learned part in colour."""
-    parts = by_domain(train)
-    rows = [_row(domain, samples) for domain, samples in parts.items()]
+    show_domains(train)
+    for sample in _some(train, by_domain(train)):
+        how = "in colour" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"
+        console.print(f"\n{sample.where} ({sample.domain}), learned {how}:", style="bold", markup=False)
+        console.print(coloured(sample, tokenizer))
+
+
+def show_domains(train: Sequence[Sample]) -> None:
+    """Print rows and tokens by domain."""
+    rows = [_row(domain, samples) for domain, samples in by_domain(train).items()]
     if len(rows) > 1:
         rows.append(_row("all", train))
     table("training rows", COLUMNS, rows)
     tell(f"{sum(lengths(train)):,} tokens an epoch, of which {num_answer_tokens(train):,} are learned")
-    for sample in _some(train, parts):
-        how = "in colour" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"
-        console.print(f"\n{sample.where} ({sample.domain}), learned {how}:", style="bold", markup=False)
-        console.print(coloured(sample, tokenizer))
 
 
 def _row(name: str, samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -43,6 +43,22 @@ def posttrained(recipe: Recipe, base: Mapping | Dense) -> Trained:
     return Trained(moe, lambda name: _part(name) != frozen)
 
 
+def outcome(recipe: Recipe, base: Mapping | Dense) -> tuple[str, int, int]:
+    """What the base becomes, in words; its parameters in all, and those that a token uses."""
+    m, k = recipe.expand.num_experts, recipe.assemble.num_experts_per_tok
+    if (moe := moe_of(recipe, base)) is not None:
+        return str(moe.family), moe.num_parameters(), moe.num_parameters(k)
+    added, config = _added(recipe, base.config) or 0, base.config
+    plain = f"folds to {base.family.moe.model_type}" if isinstance(base, Mapping) else "has no exact plain MoE"
+    shared = base.num_dense + m * config["hidden_size"] * config["num_hidden_layers"]  # and routers
+    return f"a mixture of adapters on {config['model_type']}, which {plain}", shared + m * added, shared + k * added
+
+
+def moe_of(recipe: Recipe, base: Mapping | Dense) -> Mapping | None:
+    """The mapping to the MoE that is trained; None where experts are additions to the base."""
+    return base if isinstance(base, Mapping) and _added(recipe, base.config) is None else None
+
+
 def _added(recipe: Recipe, config: Config) -> int | None:
     """Parameters of an expert that is an addition to the base."""
     addition = KINDS[recipe.prepare.train].addition

@@ -1,8 +1,9 @@
 """Will it fit, and how long: what the trainings of a recipe need on given devices, before anything is spent."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from upcycle.console import say, table, tell, warn
@@ -43,9 +44,11 @@ SETTINGS = {
     "activations recomputed": ("{stage}.gradient_checkpointing=true",),
     "fsdp": ("devices.fsdp={fsdp}", "devices.replicate={replicate}"),
     "fsdp, recomputed": ("devices.fsdp={fsdp}", "devices.replicate={replicate}", "{stage}.gradient_checkpointing=true"),
-    "LoRA": ("prepare.train=lora",),
+    "LoRA": ("prepare.train=lora", "expand.spread=1"),
 }
 """What may make it fit, with the settings of each stage."""
+CHOSEN_FIRST = ("as it is", "activations recomputed", "fsdp", "fsdp, recomputed", "8-bit Adam")
+"""What is chosen of it: first what gives the same losses and needs no other package. LoRA is another method."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,27 @@ class Devices:
     name: str
     gigabytes: float
     teraflops: float | None
+    accelerator: bool = True
 
     @property
     def usable(self) -> float:
         """Bytes of one."""
         return ROOM * self.gigabytes * 1e9
+
+    def __str__(self) -> str:
+        if not self.accelerator:
+            return f"{self.name}, {self.gigabytes:.1f} GB"
+        return f"{self.count} x {self.name}, {self.gigabytes:g} GB each"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of `SETTINGS` for a recipe on some devices."""
+
+    name: str
+    overrides: tuple[str, ...]
+    stages: "dict[str, upcycle.training.forecast.Forecast]"
+    fits: bool
 
 
 def parse_devices(text: str) -> Devices:
@@ -138,51 +157,96 @@ def say_fit(run: Run, base: "upcycle.architectures.mapping.Mapping | upcycle.exp
             warn(f"{stage} may not fit; `upcycle check {run.recipe.base} --devices ...` says what would")
 
 
+def devices_here() -> Devices:
+    """What a run in this process would train on."""
+    from upcycle.distributed.device import memory, pick_device
+
+    accelerator, size = pick_device().type != "cpu", round(memory() / 1e9, 1)
+    return Devices(1, "GPU of this machine" if accelerator else "CPU of this machine", size, None, accelerator)
+
+
+def ways(
+    make: Callable[[Sequence[str]], Recipe],
+    base: "upcycle.architectures.mapping.Mapping | upcycle.experts.structure.Dense",
+    lengths: Sequence[int],
+    devices: Devices,
+) -> Iterator[Way]:
+    """Every one of `SETTINGS` that the recipe can have, with what it takes.
+
+    Args:
+        make: the recipe with overrides.
+        lengths: tokens of the rows; a single one is that of all.
+    """
+    plain = make(())
+    slices = plain.expand.num_experts * plain.assemble.granularity
+    fsdp = max(n for n in range(1, devices.count + 1) if devices.count % n == 0 and n <= slices)
+    for name, templates in SETTINGS.items():
+        if (fsdp == 1 and "fsdp" in name) or (not devices.accelerator and "8-bit" in name):
+            continue
+        overrides = _filled(templates, fsdp, devices.count // fsdp)
+        try:
+            recipe = make(overrides)
+        except UpcycleError:  # such as LoRA where experts are slices
+            continue
+        if overrides and recipe == plain:
+            continue
+        found = dict(forecasts(recipe, base, lengths, devices.count, devices.accelerator))
+        fits = all(forecast.device <= devices.usable for forecast in found.values())
+        yield Way(name, tuple(overrides), found, fits)
+
+
+def _filled(templates: Sequence[str], fsdp: int, replicate: int) -> list[str]:
+    overrides = [
+        template.format(stage=stage, fsdp=fsdp, replicate=replicate)
+        for template in templates
+        for stage in ((PREPARE, POSTTRAIN) if "{stage}" in template else ("",))
+    ]
+    return [setting for setting in overrides if setting != "devices.replicate=1"]
+
+
+def show_ways(found: Sequence[Way], recipe: Recipe, length: int, devices: Devices) -> None:
+    """A table of them: memory of each stage on a card, and whether it fits."""
+    stages = list(found[0].stages)
+    rows = []
+    for way in found:
+        sizes = [f"{way.stages[stage].device / 1e9:,.1f}" for stage in stages]
+        host = [f"{max(forecast.host for forecast in way.stages.values()) / 1e9:,.0f}"] if devices.accelerator else []
+        rows.append((way.name, typed(way.overrides), *sizes, "yes" if way.fits else "no", *host))
+    batch = f"batch_size {recipe.posttrain.batch_size}, micro_batch_size {recipe.posttrain.micro_batch_size}"
+    title = f"{devices}: GB {'on each card' if devices.accelerator else 'of memory'}"
+    heads = ("what", "settings", *stages, "fits", *(["host GB"] if devices.accelerator else []))
+    table(f"{title} ({batch}, rows of {length} tokens)", heads, rows)
+
+
+def typed(overrides: Sequence[str]) -> str:
+    """As on a command line."""
+    return " ".join(f'"{setting}"' if " " in setting else setting for setting in overrides)
+
+
 def show_fit(model: str, mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:
     """A table of settings: memory of each stage on a card, whether it fits, hours."""
-    m, rows = mapping.num_experts, []
-    fsdp = max(n for n in range(1, devices.count + 1) if devices.count % n == 0 and n <= m * mapping.granularity)
-    for name, templates in SETTINGS.items():
-        if fsdp == 1 and "fsdp" in name:
-            continue
-        overrides = [
-            template.format(stage=stage, fsdp=fsdp, replicate=devices.count // fsdp)
-            for template in templates
-            for stage in ((PREPARE, POSTTRAIN) if "{stage}" in template else ("",))
-        ]
-        overrides = [setting for setting in overrides if setting != "devices.replicate=1"]
-        recipe = _recipe(model, m, k, devices, overrides)
-        found = dict(forecasts(recipe, mapping, [recipe.data.max_length], devices.count, accelerator=True))
-        fits = all(forecast.device <= devices.usable for forecast in found.values())
-        sizes = [f"{forecast.device / 1e9:,.1f}" for forecast in found.values()]
-        host = max(forecast.host for forecast in found.values())
-        typed = " ".join(f'"{setting}"' if " " in setting else setting for setting in overrides)
-        rows.append((name, typed, *sizes, "yes" if fits else "no", f"{host / 1e9:,.0f}"))
-    recipe = _recipe(model, m, k, devices, [])
-    batch = f"batch_size {recipe.prepare.batch_size}, micro_batch_size {recipe.prepare.micro_batch_size}"
-    title = f"{devices.count} x {devices.name}, {devices.gigabytes:g} GB each: GB on each card ({batch}, "
-    heads = ("what", "settings", "prepare", "posttrain", "fits", "host GB")
-    table(f"{title}rows of {recipe.data.max_length} tokens)", heads, rows)
-    _tell_the_rest(mapping, k, devices)
+    make = partial(_recipe, model, mapping.num_experts, k, devices)
+    recipe = make(())
+    length = recipe.data.max_length
+    show_ways(list(ways(make, mapping, [length], devices)), recipe, length, devices)
+    tell_the_rest(mapping, k, devices)
 
 
-def _recipe(model: str, m: int, k: int, devices: Devices, overrides: list[str]) -> Recipe:
+def _recipe(model: str, m: int, k: int, devices: Devices, overrides: Sequence[str]) -> Recipe:
     """`upit` with these settings, a batch that all cards can share, and `prepare.train=full`."""
     per_card = max(1, 16 // devices.count) * devices.count
     batch = [f"{s}.batch_size={per_card}" for s in (PREPARE, POSTTRAIN)]
     micro = [f"{s}.micro_batch_size={max(n for n in (1, 2, 4) if per_card % n == 0)}" for s in (PREPARE, POSTTRAIN)]
     experts = [f"expand.num_experts={m}", f"assemble.num_experts_per_tok={k}", "prepare.train=full"]
-    chosen = [*experts, *batch, *micro, *overrides]
-    if "prepare.train=lora" in overrides:
-        chosen.append("expand.spread=1")
-    return load_recipe("upit", [f"base={model}", "data.train=rows.jsonl", *chosen])
+    return load_recipe("upit", [f"base={model}", "data.train=rows.jsonl", *experts, *batch, *micro, *overrides])
 
 
-def _tell_the_rest(mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:
+def tell_the_rest(mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:
+    """What the other stages need, disk, and hours."""
     total, dense = mapping.num_parameters(), mapping.num_dense
-    half = 2 * total / 1e9
     where = "one card" if 2 * total <= devices.usable else "several cards of one machine (the first process uses them)"
-    tell(f"route, evaluate, benchmark: {half:,.1f} GB in bf16, on {where}")
+    weights = f"{2 * total / 1e9:,.1f} GB in bf16, on {where}" if devices.accelerator else f"{4 * total / 1e9:,.1f} GB"
+    tell(f"route, evaluate, benchmark: {weights}")
     tell(
         f"disk: {4 * dense / 1e9:,.1f} GB for each checkpoint of preparation in fp32, {12 * total / 1e9:,.1f} GB for "
         "one of the MoE (weights and optimizer) and twice that while a newer one is written"
