@@ -57,6 +57,8 @@ CONFIG = {
 TOY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 TOY |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 FUNCTIONS, RUN, VERBS, FLOOR, MERGEKIT = "two functions", "`upcycle run`", "three verbs", "`cp`", "mergekit"
+OUTPUTS = ("run", "ours", "copy", "theirs")
+"""Folders in --work that the sides write."""
 KEPT = Path(__file__).parent / "results" / "assembly.json"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 BLOCK = re.compile(r"(<!-- assembly -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -242,7 +244,7 @@ def run_floor(folders: list[Path], moe: Path, scratch: Path, log: Path) -> Cost:
 
 def drop_caches(folders: list[Path]) -> None:
     """Put the models out of the page cache, as far as an unprivileged process can."""
-    for path in (p for folder in folders for p in folder.glob("*.safetensors")):
+    for path in (p for folder in folders for p in folder.rglob("*.safetensors")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -283,6 +285,7 @@ def measure(folders: list[Path], work: Path, repeats: int, cold: bool) -> dict[s
     for cache, prepare in (("cold", drop_caches), ("warm", warm_caches)):
         for _ in range(repeats if cold or cache == "warm" else 0):
             for side, run in sides(folders, work).items():
+                drop_caches([work / name for name in OUTPUTS])  # the kernel would make room for one side alone
                 prepare(folders + [work / "ours"] * (side == FLOOR))
                 name = side if cache == "warm" else f"{side}, cold cache"
                 found.setdefault(name, []).append(run())
@@ -312,6 +315,7 @@ def main() -> None:
         say("mergekit is left out")
     else:
         python = mergekit_python(arguments.mergekit, work)
+        drop_caches([work / name for name in OUTPUTS])
         warm_caches(folders)
         costs[MERGEKIT] = run_mergekit(python, folders, PLAN.read(work / "ours"), work / "theirs", work / "log.txt")
     found = {**circumstances(), "costs": {name: asdict(cost) for name, cost in costs.items()}}
