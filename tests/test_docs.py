@@ -200,11 +200,11 @@ def test_every_benchmark_imports() -> None:
 
 
 def test_nothing_lies_at_the_top_that_the_project_does_not_need() -> None:
-    """Packages that were downloaded, pictures, logs: what a session leaves behind."""
+    """Packages that were downloaded, pictures, logs: what work leaves behind."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
     top = {name for name in listed.stdout.splitlines() if "/" not in name}
     known = {".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt"}
-    kit = {".pre-commit-config.yaml", "CITATION.cff", "SECURITY.md", "mkdocs.yml"}
+    kit = {".pre-commit-config.yaml", "CITATION.cff", "SECURITY.md", "mkdocs.yml", "requirements.lock"}
     assert top == {*known, *kit, "pyproject.toml"}
