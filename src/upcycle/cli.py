@@ -35,6 +35,7 @@ from upcycle.records.files import (
     COMPARISON,
     COMPARISON_PICTURE,
     EVALUATE,
+    RECIPE,
     REPORT,
     SWEEP,
     SWEEP_PICTURE,
@@ -92,7 +93,7 @@ UpdateOption = Annotated[
 ]
 VerifyOption = Annotated[
     bool,
-    typer.Option("--verify", help="Read every file again, also one that has not changed since it was last read."),
+    typer.Option("--verify", help="Read every file again, even if it has not changed since it was last read."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 KeepModelsOption = Annotated[
@@ -393,7 +394,7 @@ def report(
     ] = None,
     watch: Annotated[
         int | None,
-        typer.Option(min=1, metavar="SECONDS", help="While a run goes on, show how far it is, anew every SECONDS."),
+        typer.Option(min=1, metavar="SECONDS", help="Refresh the page every SECONDS until the run is complete."),
     ] = None,
 ) -> None:
     """Write a standalone HTML report of a run, comparison or sweep: lineage, scores, routing, cost, recipe.
@@ -477,6 +478,9 @@ def _execute(
         from upcycle.pipeline.summary import show_summary
 
         world.on_main(lambda: show_summary(run))
+    else:
+        made = folder / stages[-1]
+        world.on_main(lambda: tell(f"{made} is complete; all stages: upcycle run {RECIPE.of(folder)} --run {folder}"))
 
 
 def _show_plan(run: Run, stages: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """Who sees which sample."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,5 +77,10 @@ def test_rows_left_out_are_counted(
 
 
 def test_more_seed_data_than_half_the_rows_is_refused(tiny_recipe: dict[str, Any]) -> None:
-    with pytest.raises(UpcycleError, match=r"asks for \d+ seed rows, more than half .*min_samples_per_expert"):
+    with pytest.raises(UpcycleError, match=r"asks for 80 \+ 34 seed rows .*, more than half .*") as refused:
         split(tiny_recipe, route__min_samples_per_expert=20)
+    found = re.search(r"set route\.min_samples_per_expert=(\d+) \(now 20\)", str(refused.value))
+    assert found
+    split(tiny_recipe, route__min_samples_per_expert=int(found[1]))
+    with pytest.raises(UpcycleError, match="more than half"):
+        split(tiny_recipe, route__min_samples_per_expert=int(found[1]) + 1)

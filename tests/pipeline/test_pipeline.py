@@ -87,6 +87,17 @@ def test_a_folder_of_another_recipe_is_refused_and_named(copy: tuple[dict[str, A
         run_stages(make(values, folder, posttrain={"epochs": 2}))
 
 
+def test_a_run_that_made_nothing_takes_another_recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """It was refused before anything was made: the recipe is mended without --update, and nothing is set aside."""
+    folder = tmp_path / "run"
+    refused = make(tiny_recipe, folder, route={"min_samples_per_expert": 20})
+    with pytest.raises(UpcycleError, match="more than half"):
+        run_stages(refused, ("prepare",))
+    assert [path.name for path in (folder / "prepare.partial").iterdir()] == ["inputs.json"]
+    run_stages(make(tiny_recipe, folder, prepare={"learning_rate": 1e-4}), ("prepare",))
+    assert sorted(path.name for path in folder.glob("prepare*")) == ["prepare"]
+
+
 def test_update_runs_only_what_the_change_concerns(copy: tuple[dict[str, Any], Path], capsys: Any) -> None:
     values, folder = copy
     changed = make(values, folder, posttrain={"router_aux_loss_coef": 0.02})

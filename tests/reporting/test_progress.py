@@ -32,7 +32,7 @@ def test_it_shows_a_run_until_it_is_complete(recipe: Recipe, tmp_path: Path, mon
     assert '<meta http-equiv="refresh" content="7">' in page
     assert "run: 2 of 6 stages are done" in page
     assert "<td>prepare</td><td>done</td>" in page
-    assert "<td>posttrain</td><td>to come</td>" in page
+    assert "<td>posttrain</td><td>pending</td>" in page
     assert "dense preparation: training loss" in page
     assert "upcycled here" not in page
     done = (run.folder / "report.html").read_text()
@@ -62,9 +62,9 @@ def test_a_training_is_shown_up_to_its_last_checkpoint(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(progress.time, "sleep", sleep)
     page = page_with(json.dumps(state))
-    assert "prepare is going on, step 3 of 9 at its last checkpoint." in page
+    assert "prepare has begun, step 3 of 9 at its last checkpoint." in page
     assert "training loss: from 1 to 4" in page
-    assert "prepare is going on." in page_with(json.dumps(state)[:40])  # half written
+    assert "prepare has begun." in page_with(json.dumps(state)[:40])  # half written
 
 
 def test_what_is_no_run_is_not_watched(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path) -> None:
     assert "is not a run: it has no recipe.yaml" in str(result.exception)
     (tmp_path / "recipe.yaml").write_text("base: x")
     result = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert "is not finished: it has no posttrain/manifest.json" in str(result.exception)
+    assert "is not finished: stage posttrain is not complete; continue with `upcycle run" in str(result.exception)
 
 
 def test_charts_show_values_errors_and_names() -> None:

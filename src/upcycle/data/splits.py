@@ -113,6 +113,16 @@ def seed_sizes(num_rows: int, recipe: Recipe) -> tuple[int, int]:
     return fit, round(fit * route.test_fraction / (1 - route.test_fraction))
 
 
+def most_samples_per_expert(num_rows: int, recipe: Recipe) -> int:
+    """The largest `route.min_samples_per_expert` (up to the recipe's) with which half of the rows suffice; 0: none."""
+    route = recipe.route
+    for least in range(route.min_samples_per_expert, 0, -1):
+        lower = recipe.model_copy(update={"route": route.model_copy(update={"min_samples_per_expert": least})})
+        if sum(seed_sizes(num_rows, lower)) <= num_rows // 2:
+            return least
+    return 0
+
+
 def in_hash_order(part: Part, seed: int) -> Part:
     """Shuffled by a keyed hash of the question: independent of file order, equal questions side by side."""
     keys = [hashlib.blake2b(f"{seed}\n{question}".encode()).digest() for question in part.questions]
@@ -200,11 +210,12 @@ def _too_long(table: Encoded, places: Int[np.ndarray, " n"], limit: int, name: s
 
 
 def _seed_data(train: Samples, recipe: Recipe) -> tuple[Samples, Samples]:
-    size = sum(seed_sizes(len(train), recipe))
-    if size > len(train) // 2:
+    fit, test = seed_sizes(len(train), recipe)
+    if fit + test > len(train) // 2:
+        most, now = most_samples_per_expert(len(train), recipe), recipe.route.min_samples_per_expert
+        would = f"set route.min_samples_per_expert={most} (now {now})" if most else "lower expand.num_experts"
         raise UpcycleError(
-            f"the recipe asks for {size} seed rows, more than half of the {len(train)} training rows; lower "
-            f"route.min_samples_per_expert (now {recipe.route.min_samples_per_expert}), route.seed_fraction or "
-            "expand.num_experts, or give more data"
+            f"the recipe asks for {fit} + {test} seed rows (for the router, and to test it), more than half of the "
+            f"{len(train)} training rows; {would}, or give more data"
         )
-    return cut_questions(train, size)
+    return cut_questions(train, fit + test)

@@ -94,13 +94,18 @@ def open_partial(folder: Path, inputs: Inputs, update: bool) -> Path:
 
 
 def _left_inputs(partial: Path, inputs: Inputs) -> dict[str, str]:
-    """Of which inputs a working folder is; an empty one, which a killed process had no time to mark, is of any."""
-    if not [path for path in partial.iterdir() if not is_scratch(path)]:
+    """Of which inputs a working folder is; one in which nothing was made, is of any."""
+    if not made_in(partial):
         return dict(inputs)
     try:
         return INPUTS.known(partial) or {}
     except UpcycleError:
         return {}  # cut short: nobody knows of which
+
+
+def made_in(folder: Path) -> bool:
+    """Whether a stage's folder, a working one too, holds more than the mark that it was begun."""
+    return folder.is_dir() and any(p.name != INPUTS.name and not is_scratch(p) for p in folder.iterdir())
 
 
 def partial_of(folder: Path) -> Path:

@@ -18,7 +18,16 @@ from upcycle.distributed.world import check_shared, is_main, on_main, wait, worl
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import stages
 from upcycle.pipeline.costs import measured
-from upcycle.pipeline.manifest import changed_inputs, clear_up, open_partial, partial_of, read_manifest, seal, verify
+from upcycle.pipeline.manifest import (
+    changed_inputs,
+    clear_up,
+    made_in,
+    open_partial,
+    partial_of,
+    read_manifest,
+    seal,
+    verify,
+)
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import stage_names
@@ -212,7 +221,7 @@ def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) ->
 def _claim(run: Run, update: bool) -> None:
     """Write recipe.yaml, or compare with the one that made what is there."""
     path = RECIPE.of(run.folder)
-    begun = any(path for name in stage_names() for path in run.folder.glob(f"{name}*"))
+    begun = any(made_in(folder) for name in stage_names() for folder in run.folder.glob(f"{name}*"))
     if path.exists() and begun:
         changes = differences(load_recipe(str(path)), run.recipe)
         if not changes:
@@ -220,8 +229,9 @@ def _claim(run: Run, update: bool) -> None:
         if not update:
             listed = "\n".join(f"  {change}" for change in changes)
             raise UpcycleError(
-                f"{run.folder} was made by a different recipe:\n{listed}\nUse a different --run, or accept the "
-                "change with --update and rebuild the stages that it affects"
+                f"{run.folder} was made by a different recipe:\n{listed}\nRepeat the settings that it was made with "
+                f"(`upcycle run {path} --run {run.folder}` has them), or use a different --run; --update accepts the "
+                "change and rebuilds the stages that it affects"
             )
     write_text(path, dump_recipe(run.recipe))
 

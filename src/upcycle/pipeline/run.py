@@ -16,7 +16,6 @@ from upcycle.records.files import (
     ASSEMBLED,
     CHECKPOINTS,
     DELETED,
-    MANIFEST,
     MOVED,
     PLAN,
     POSTTRAIN,
@@ -59,7 +58,8 @@ def open_run(folder: Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
     for stage in needs:
         if verified(folder / stage) is None:
             raise UpcycleError(
-                f"{folder} is not finished: it has no {stage}/{MANIFEST.name}; continue with `upcycle run`"
+                f"{folder} is not finished: stage {stage} is not complete; continue with `upcycle run "
+                f"{RECIPE.of(folder)} --run {folder}`; `upcycle report {folder} --watch 30` shows how far it is"
             )
     return Run(load_recipe(str(RECIPE.of(folder))), folder)
 

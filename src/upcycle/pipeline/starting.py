@@ -274,22 +274,20 @@ def _with_few_rows(draft: Draft, rows: int) -> Draft:
     Raises:
         UpcycleError: there are too few rows all the same.
     """
-    from upcycle.data.splits import seed_sizes
+    from upcycle.data.splits import most_samples_per_expert, seed_sizes
 
     recipe = draft.recipe()
-    most = recipe.route.min_samples_per_expert
-    seeds = {least: f"route.min_samples_per_expert={least}" for least in range(most, 0, -1)}
-    sizes = ((least, sum(seed_sizes(rows, draft.recipe([seed])))) for least, seed in seeds.items())
-    least, size = next(((least, size) for least, size in sizes if size <= rows // 2), (0, 0))
-    if not least:
+    if not (least := most_samples_per_expert(rows, recipe)):
         raise UpcycleError(
             f"--data: {rows} training rows are too few for {recipe.expand.num_experts} experts, each of which needs a "
             "seed row, with as many rows to train on; give more data"
         )
-    if least < most:
-        draft = draft.having([seeds[least]], "(lowered: few rows)")
+    if least < recipe.route.min_samples_per_expert:
+        draft = draft.having([f"route.min_samples_per_expert={least}"], "(lowered: few rows)")
+    fit, test = seed_sizes(rows, draft.recipe())
+    tell(f"{fit:,} + {test:,} of the training rows are seed rows: for the router's start, and to test it")
     prepare = recipe.prepare
-    steps = (rows - size) * prepare.checkpoint_every / prepare.batch_size
+    steps = (rows - fit - test) * prepare.checkpoint_every / prepare.batch_size
     if recipe.tunes and not prepare.by_domain and prepare.warmup_fraction and steps < STEPS:
         none = [f"{stage}.warmup_fraction=0" for stage in (PREPARE, POSTTRAIN)]
         draft = draft.having(none, "(none: few rows, and the first step of a warm-up changes nothing)")

@@ -27,23 +27,23 @@ def watch(run: Path, seconds: int, out: Path) -> None:
     """
     if not is_run(run):
         raise UpcycleError(f"{run} is not a run: it has no {RECIPE.name}; start it first with `upcycle run`")
-    say(f"{out} shows how the run goes on, until it is complete; Ctrl-C ends this page, not the run")
+    say(f"{out} shows the progress of the run until it is complete; Ctrl-C stops watching, not the run")
     while set((states := _states(run)).values()) != {"done"}:
         write_text(out, _page(run, states, seconds))
         time.sleep(seconds)
 
 
 def _states(run: Path) -> dict[str, str]:
-    """`done`, `going on` or `to come` for each stage."""
+    """`done`, `begun` or `pending` for each stage."""
     states = {}
     for stage in stage_names():
         began, done = partial_of(run / stage).exists(), read_manifest(run / stage) is not None
-        states[stage] = "going on" if began else "done" if done else "to come"
+        states[stage] = "begun" if began else "done" if done else "pending"
     return states
 
 
 def _page(run: Path, states: dict[str, str], seconds: int) -> str:
-    current = next((stage for stage, state in states.items() if state == "going on"), None)
+    current = next((stage for stage, state in states.items() if state == "begun"), None)
     trainer = _newest_trainer_state(partial_of(run / current)) if current else {}
     charts = [course_chart(run), _so_far(current, trainer) if current else None]
     done = [stage for stage, state in states.items() if state == "done"]
@@ -53,7 +53,7 @@ def _page(run: Path, states: dict[str, str], seconds: int) -> str:
     return render(
         "progress.html.j2",
         title=f"{run.resolve().name}: {len(done)} of {len(states)} stages are done",
-        lead=f"{current} is going on{step}." if current else "No stage is going on.",
+        lead=f"{current} has begun{step}." if current else "No stage has begun and is unfinished.",
         noise=f"Written at {time.strftime('%H:%M:%S')}, and again every {seconds} seconds while this is watched.",
         problems=(),
         cards=(),

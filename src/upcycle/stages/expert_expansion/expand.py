@@ -52,5 +52,5 @@ def show_plan(plan: ExpansionPlan) -> None:
         norm = f"{plan.gram[i][i] ** 0.5:.3g}"
         least, most = ("", "") if np.isnan(others).all() else (f"{f(others):.3f}" for f in (np.nanmin, np.nanmax))
         rows.append((label, expert.merged_from, parents, norm, least, most))
-    columns = ("expert", "merged from", "their similarity", "norm", "least similar", "most similar")
+    columns = ("expert", "merged from", "parents' similarity", "norm", "least similar", "most similar")
     table(f"expansion plan (similarity: {plan.similarity}, {plan.merge}, drop rate {plan.drop_rate})", columns, rows)
