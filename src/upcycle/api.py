@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.distributed import world
-from upcycle.errors import UpcycleError
 from upcycle.hashes import every_file_read
 from upcycle.pipeline.manifest import verified
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run, is_run, open_run
-from upcycle.pipeline.stages import stage_names
-from upcycle.reading import brief
+from upcycle.pipeline.stages import stage_names, stages_until
 from upcycle.recipe import Recipe, parse_recipe, read_values
 from upcycle.records.files import ASSEMBLE, EVALUATE, EXPAND, POSTTRAIN, PREPARE, REPORT, ROUTE
 from upcycle.records.plan import Checkpoint, ExpansionPlan
@@ -75,12 +73,11 @@ def run(
     Raises:
         UpcycleError: see `make_recipe` and `run_stages`.
     """
-    if until not in (names := stage_names()):
-        raise UpcycleError(f"until is {brief(until)}, expected one of {', '.join(names)}")
+    stages = stages_until(until, "until")
     given = {name: value for name, value in (("base", base), ("data", data)) if value is not None}
     made = Run(make_recipe(recipe, **given, **settings), Path(out))
     world.start()
-    run_stages(made, names[: names.index(until) + 1], update)
+    run_stages(made, stages, update)
     return made
 
 

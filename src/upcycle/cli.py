@@ -27,7 +27,7 @@ from upcycle.pipeline.benchmarks import own_folder
 from upcycle.pipeline.resume import run_stages, status
 from upcycle.pipeline.run import Run, is_run
 from upcycle.pipeline.stage import Stage
-from upcycle.pipeline.stages import STAGES, stage_names
+from upcycle.pipeline.stages import STAGES, stage_names, stages_until
 from upcycle.reading import brief
 from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
 from upcycle.records.files import (
@@ -126,9 +126,7 @@ def run_all(
     until: Annotated[str, typer.Option(metavar="STAGE", help="The last stage to run.")] = stage_names()[-1],
 ) -> None:
     """Run all stages of RECIPE. Run it again to resume; complete stages are kept."""
-    if until not in (names := stage_names()):
-        raise UpcycleError(f"--until is {brief(until)}, expected one of {', '.join(names)}")
-    _execute(names[: names.index(until) + 1], recipe, run, overrides, dry_run, update, verify)
+    _execute(stages_until(until, "--until"), recipe, run, overrides, dry_run, update, verify)
 
 
 # seven parameters: the options of the verb

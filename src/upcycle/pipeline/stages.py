@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from upcycle.console import say, warn
 from upcycle.distributed.world import on_main
+from upcycle.errors import UpcycleError
 from upcycle.pipeline.fit import say_fit
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Sections, Stage
+from upcycle.reading import brief
 from upcycle.recipe import Recipe
 from upcycle.records.files import (
     ASSEMBLE,
@@ -258,6 +260,17 @@ STAGES = (
 def stage_names() -> tuple[str, ...]:
     """In the order in which they run."""
     return tuple(stage.name for stage in STAGES)
+
+
+def stages_until(last: str, option: str) -> tuple[str, ...]:
+    """The stages up to `last`, in the order in which they run.
+
+    Raises:
+        UpcycleError: there is no such stage; names the option that asked for it.
+    """
+    if last not in (names := stage_names()):
+        raise UpcycleError(f"{option} is {brief(last)}, expected one of {', '.join(names)}")
+    return names[: names.index(last) + 1]
 
 
 def training_tokens(run: Path) -> dict[str, int]:
