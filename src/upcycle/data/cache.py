@@ -1,11 +1,12 @@
 """What is made of data once, and read again by every stage, run and comparison of the same data."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from upcycle.console import warn
@@ -29,12 +30,24 @@ def cached(key: str, make: Callable[[Path], None]) -> Path:
         warn(f"{cache_folder()} {why}; ${CACHE} names another folder")
         scratch = Path(tempfile.mkdtemp(prefix="upcycle-"))
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        make(scratch)
+        with _heap_at_rest():
+            make(scratch)
         return scratch
     try:
-        make(scratch)
+        with _heap_at_rest():
+            make(scratch)
         with suppress(OSError):  # another process has been quicker
             scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _heap_at_rest() -> Iterator[None]:
+    """The collector passes over what is there already, a million objects of libraries, while rows come and go."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

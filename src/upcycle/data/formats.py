@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from upcycle.errors import UpcycleError, nearest
@@ -23,6 +24,7 @@ SAID_BY = {
 
 Message = dict[str, Any]
 """`role` and `content`; of an answer perhaps `weight` or `train`, which say whether it is learned."""
+SPELL = json.JSONEncoder(ensure_ascii=False).encode
 Values = Mapping[str, Any]
 """A row as it was read."""
 
@@ -51,6 +53,11 @@ class Row:
     """Schemas that the chat template shows to the model."""
     unread: frozenset[str] = frozenset()
     """Further fields, which mean nothing here."""
+
+    @cached_property
+    def spelt(self) -> str:
+        """The messages as JSON."""
+        return SPELL(self.messages)
 
     @property
     def question(self) -> str:
@@ -178,9 +185,10 @@ def to_row(value: Any, where: str, source: Source | None = None) -> Row:
         raise UnusableError(where, "has no message", "expected an object with a non-empty 'messages' list, found []")
     tools = _tools(values.get("tools"), where)
     domain = values.get("domain") if source.domain is None else source.domain
-    check_encodable([messages, domain, tools], where)
-    read = {*form.needs, *form.also, *ALWAYS, *source.columns.values()}
-    return Row(messages, _domain(domain, where), where, tools, frozenset(map(str, value)) - read)
+    unread = frozenset(map(str, value)).difference(form.needs, form.also, ALWAYS, source.columns.values())
+    row = Row(messages, _domain(domain, where), where, tools, unread)
+    _check_characters(f"{row.spelt}{row.domain}{SPELL(tools) if tools else ''}", where)
+    return row
 
 
 def renamed(values: Values, source: Source) -> Values:
@@ -217,7 +225,8 @@ def _message(turn: Any, name: str, where: str) -> Message:
             "a message has no known role",
             f"{name} is {brief(turn)}, expected a 'role' ({', '.join(ROLES)}) and a text 'content'",
         )
-    return {**found, "content": _content(found, name, where)}
+    found["content"] = _content(found, name, where)
+    return found
 
 
 def _content(message: Message, name: str, where: str) -> str | None:
@@ -271,8 +280,12 @@ def _domain(label: object, where: str) -> str:
 
 def check_encodable(value: Any, where: str) -> None:
     """Raises UnusableError for half of a surrogate pair, which JSON may spell and no text can hold."""
+    _check_characters(SPELL(value), where)  # quicker than to look at every text
+
+
+def _check_characters(text: str, where: str) -> None:
     try:
-        json.dumps(value, ensure_ascii=False).encode()  # quicker than to look at every text
+        text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         detail = f"holds {half}, half of a surrogate pair: no character; repair the row"

@@ -69,10 +69,10 @@ class Skeleton:
             turn: (starts[first] + ahead + shift, starts[last] + behind + shift)
             for turn, ((first, ahead), (last, behind)) in self.spans.items()
         }
-        head = min((begin for begin, _ in spans.values()), default=0)
-        same = free_head and head >= 0 and rendered[head:] == rebuilt[head - shift :]
-        if rebuilt != rendered and not same:
-            return None
+        if rebuilt != rendered:
+            head = min((begin for begin, _ in spans.values()), default=0)
+            if not free_head or head < 0 or rendered[head:] != rebuilt[head - shift :]:
+                return None
         return {turn: [(begin, begin + len(rendered[begin:end].rstrip()))] for turn, (begin, end) in spans.items()}
 
 
@@ -192,6 +192,8 @@ def _glued(text: str) -> tuple[str, ...]:
     core = text.strip()
     if not core:
         return (text,)
+    if len(core) == len(text):
+        return "", core, ""
     ahead = len(text) - len(text.lstrip())
     return text[:ahead], core, text[ahead + len(core) :]
 
@@ -235,6 +237,8 @@ def _behind_thoughts(content: str) -> str:
 
 
 def _reasoning(message: Message) -> str | None:
+    if message.keys().isdisjoint(REASONING):
+        return None
     return next((field for field in REASONING if isinstance(message.get(field), str)), None)
 
 
@@ -247,8 +251,10 @@ def _shape(row: Row, divisions: Sequence[Division]) -> tuple[Any, ...]:
     messages = []
     for message, division in zip(row.messages, divisions, strict=True):
         fixed = [(field, pieces[::2]) for field, pieces in division.items()]
-        others = [(key, message[key]) for key in message if key not in division and key not in NO_TEXT]
-        messages.append((message["role"], *fixed, repr(others) if others else ""))
+        others = ""
+        if len(message) > 1 + len(division):
+            others = repr([(key, message[key]) for key in message if key not in division and key not in NO_TEXT])
+        messages.append((message["role"], *fixed, others))
     return repr(row.tools) if row.tools else "", *messages
 
 
@@ -429,6 +435,8 @@ def _marked_chat(row: Row, tokenizer: Tokenizer) -> Chat:
 
 
 def _template(row: Row, tokenizer: Tokenizer) -> str:
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
     try:
         return str(tokenizer.get_chat_template(None, list(row.tools) or None))
     except ValueError as error:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from upcycle.console import say
 from upcycle.data.cache import cached
-from upcycle.data.formats import Row
+from upcycle.data.formats import SPELL, Row
 from upcycle.data.sources import Tally, hash_sources, usable_rows, weigh
 from upcycle.disk import digest
 from upcycle.errors import UpcycleError
@@ -62,7 +62,8 @@ class Rows:
             part = self._part(numbers[begin : begin + ROWS_AT_ONCE])
             columns = (part[name].to_pylist() for name in ("messages", "domain", "where", "tools"))
             for messages, domain, where, tools in zip(*columns, strict=True):
-                yield Row(tuple(json.loads(messages)), domain, where, tuple(json.loads(tools)))
+                schemas = () if tools == "[]" else tuple(json.loads(tools))
+                yield Row(tuple(json.loads(messages)), domain, where, schemas)
 
     def _part(self, numbers: Sequence[int]) -> pa.Table:
         """A slice where they follow each other, which copies nothing."""
@@ -122,8 +123,8 @@ def _batches(rows: Iterator[Row], weight: float) -> Iterator[pa.RecordBatch]:
             questions,
             [row.domain for row in some],
             [row.where for row in some],
-            [json.dumps(row.messages, ensure_ascii=False) for row in some],
-            [json.dumps(row.tools, ensure_ascii=False) for row in some],
+            [row.spelt for row in some],
+            [SPELL(row.tools) if row.tools else "[]" for row in some],
             [row.has_answer for row in some],
             [weigh(question, weight) for question in questions],
         ]

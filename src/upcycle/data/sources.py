@@ -101,6 +101,8 @@ def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
 
 def weigh(question: str, weight: float) -> int:
     """How often a row counts: a weight's whole part, and once more if the hash of its question is below the rest."""
+    if weight == int(weight):
+        return int(weight)
     place = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest()) / 2**64
     return int(weight) + (place < weight % 1)
 
@@ -194,10 +196,11 @@ def read_jsonl(path: Path) -> Decoded:
 
 def _read_lines(path: Path) -> Decoded:
     """A line that is not JSON is the error that says so, for one to be counted among others."""
+    name = str(path)
     with _opened(path, "JSONL") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if line.strip():
+            where = f"{name}:{number}"
+            if not line.isspace():
                 try:
                     yield parse_json(line, where), where
                 except UpcycleError as error:
