@@ -4,7 +4,9 @@
     python benchmarks/training_step.py --work DIR --rows 16 --length 1024  # bf16 on a GPU
 
 All models see the same batch in turn. A step is forward, loss, balance loss and the count of the experts' load,
-backward and AdamW over all parameters. Prints the median of each, its ratio to the dense ones, and that of the FLOPs.
+backward and AdamW over all parameters. Prints the median of each, its ratio to the dense ones, and that of the FLOPs;
+and the ratio to the same FFNs without a router, each with its share of the tokens as they stand: what lies between is
+routing, hooks and balance loss, and the rest is what more weights cost this machine.
 """
 
 import argparse
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from upcycle.architectures.mapping import map_model
 from upcycle.architectures.slices import Slicing
@@ -38,6 +42,23 @@ EXPERTS = 8
 DENSE, WIDE = "dense", "dense, twice as wide"
 CHOICES = {"whole experts, top-2": (2, 1), "4 slices each, top-1": (1, 4)}
 """Name to experts per token, and granularity."""
+FLOOR = "{}, without routing"
+
+
+class Unrouted(nn.Module):
+    """Plain FFNs, each of which computes an equal share of the tokens."""
+
+    def __init__(self, config: LlamaConfig, count: int, per_token: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(count))
+        self.per_token = per_token
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = hidden.flatten(0, -2)
+        share = len(tokens) * self.per_token // len(self.experts)
+        begins = [expert * share % len(tokens) for expert in range(len(self.experts))]
+        found = [expert(tokens[at : at + share]) for expert, at in zip(self.experts, begins, strict=True)]
+        return torch.cat(found).view(self.per_token, *hidden.shape).sum(0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,15 @@ def make_models(work: Path, size: Size) -> None:
     (work / "done").touch()
 
 
+def unrouted(dense: Any, k: int, granularity: int) -> Any:
+    """The dense model with as many FFNs of random weights in each layer as the MoE has."""
+    config = LlamaConfig(**dense.config.to_dict())
+    config.intermediate_size //= granularity
+    for layer in dense.model.layers:
+        layer.mlp = Unrouted(config, EXPERTS * granularity, k * granularity).to(dense.device)
+    return dense
+
+
 def make_step(model: Any, size: Size, recorders: ExitStack) -> Callable[[], None]:
     """A step as the Trainer makes it, hooks and balance loss included."""
     device, vocabulary = pick_device(), model.config.vocab_size
@@ -113,9 +143,14 @@ def make_step(model: Any, size: Size, recorders: ExitStack) -> Callable[[], None
 def measure(work: Path, size: Size) -> dict[str, float]:
     """Median seconds of a step of each model, in turn."""
     make_models(work, size)
-    times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, *CHOICES)}
+    times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, *CHOICES, *map(FLOOR.format, CHOICES))}
     with ExitStack() as recorders:
-        models = {name: load_model(work / name, torch.float32, pick_device()).train() for name in times}
+
+        def load(name: str) -> Any:
+            return load_model(work / name, torch.float32, pick_device())
+
+        models = {name: load(name).train() for name in (DENSE, WIDE, *CHOICES)}
+        models |= {FLOOR.format(name): unrouted(load(DENSE), *choice).train() for name, choice in CHOICES.items()}
         steps = {name: make_step(model, size, recorders) for name, model in models.items()}
         for _ in range(size.rounds + 1):
             for name, step in steps.items():
@@ -134,13 +169,16 @@ def main() -> None:
     work, size = arguments.pop("work"), Size(**arguments)
     median, dense, lines = measure(work, size), work / DENSE, []
     for name, seconds in median.items():
-        k, granularity = CHOICES.get(name, (1, 1))
+        k, granularity = CHOICES.get(name.removesuffix(FLOOR.format("")), (1, 1))
         mapping = map_model(dense, ModelReader(dense), EXPERTS, Slicing(granularity))
         flops = "1.00" if name == DENSE else f"{mapping.flops_over_dense(2 if name == WIDE else k):.2f}"
-        lines.append((name, f"{1e3 * seconds:.0f}", *(f"{seconds / median[d]:.2f}" for d in (DENSE, WIDE)), flops))
+        floor = f"{seconds / median[FLOOR.format(name)]:.2f}" if name in CHOICES else ""
+        over = (f"{seconds / median[d]:.2f}" for d in (DENSE, WIDE))
+        lines.append((name, f"{1e3 * seconds:.0f}", *over, floor, flops))
     threads = f"{torch.get_num_threads()} threads" if pick_device().type == "cpu" else str(pick_device())
     title = f"a step of {size.rows} x {size.length} tokens, hidden {size.hidden}, {size.layers} layers, {threads}"
-    table(title, ("model", "ms", "over dense", "over the wide one", "FLOPs over dense"), lines)
+    heads = ("model", "ms", "over dense", "over the wide one", "over the same without routing", "FLOPs over dense")
+    table(title, heads, lines)
     say(f"median of {size.rounds} rounds in turn")
 
 
