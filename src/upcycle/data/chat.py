@@ -7,7 +7,8 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from upcycle.data.formats import Message, Row
-from upcycle.data.masks import Chat, read_chat, rendered, skeletons_of
+from upcycle.data.masks import Chat, read_chat, skeletons_of
+from upcycle.data.renderings import rendered
 from upcycle.errors import UpcycleError
 from upcycle.routing.batch import IGNORED
 from upcycle.types import Tokenizer
