@@ -108,6 +108,15 @@ def test_check_prints_json_and_nothing_else(
     assert found["logit_difference"] <= 1e-5
 
 
+def test_the_columns_of_check_are_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "check", "builtin:tiny") == 0
+    said = capsys.readouterr().out
+    assert "k: experts that each token uses; G: slices that every expert is cut into; active: M parameters" in said
+    assert "read: Upcycle and transformers read the same tensors from the folder" in said
+
+
 @pytest.mark.parametrize(
     ("model_type", "offer"),
     [

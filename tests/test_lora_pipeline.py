@@ -171,7 +171,7 @@ def test_domains_are_needed_for_a_training_by_domain(tiny_recipe: dict[str, Any]
     )
     data = {"data": {**tiny_recipe["data"], "train": str(rows)}}
     recipe = shrunk("self-moe", tiny_recipe | data, expand={"num_experts": 2})
-    with pytest.raises(UpcycleError, match=r"prepare.by_domain: the \d+ training rows have one domain"):
+    with pytest.raises(UpcycleError, match=r"prepare.by_domain: found \d+ training rows of one domain"):
         run_stages(Run(recipe, tmp_path / "run"), ("prepare",))
 
 

@@ -1,4 +1,4 @@
-"""User-facing errors, as opposed to bugs."""
+"""User-facing errors, as opposed to bugs, and how they word a count or a near name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -31,3 +31,9 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """`; did you mean 'x'?` for the closest known name, or nothing."""
     close = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `11,169 rows`, `2 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s"
+    return f"{number:,} {noun}{ending}"

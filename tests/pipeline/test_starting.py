@@ -117,7 +117,7 @@ def test_a_file_is_not_replaced(base: Path, rows: Path, out: Path) -> None:
         ({"checkpoints": "{given}/checkpoint-*", "method": "vanilla"}, "vanilla makes its experts of copies of the"),
         ({"checkpoints": "{given}/checkpoint-1*"}, "1 checkpoint of 1"),
         ({"checkpoints": "{given}/checkpoint-*", "method": "upit-lora"}, "is not an adapter"),
-        ({"data": ["{few}"]}, "3 training rows are too few for 8 experts"),
+        ({"data": ["{few}"]}, "3 training rows, too few for 8 experts"),
         ({"data": ["{one}"], "method": "btx"}, "--method btx trains once for each domain, but all rows have the same"),
     ],
 )

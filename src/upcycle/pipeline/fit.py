@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from upcycle.console import say, table, tell, warn
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe, load_recipe
 from upcycle.records.files import POSTTRAIN, PREPARE
@@ -213,9 +213,9 @@ def show_ways(found: Sequence[Way], recipe: Recipe, length: int, devices: Device
         host = [f"{max(forecast.host for forecast in way.stages.values()) / 1e9:,.0f}"] if devices.accelerator else []
         rows.append((way.name, typed(way.overrides), *sizes, "yes" if way.fits else "no", *host))
     batch = f"batch_size {recipe.posttrain.batch_size}, micro_batch_size {recipe.posttrain.micro_batch_size}"
-    title = f"{devices}: GB {'on each card' if devices.accelerator else 'of memory'}"
+    title = f"memory in GB {'on each card' if devices.accelerator else 'of the machine'}, of {devices}"
     heads = ("what", "settings", *stages, "fits", *(["host GB"] if devices.accelerator else []))
-    table(f"{title} ({batch}, rows of {length} tokens)", heads, rows)
+    table(f"{title} ({batch}, rows of {counted(length, 'token')})", heads, rows)
 
 
 def typed(overrides: Sequence[str]) -> str:

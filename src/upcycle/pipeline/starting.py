@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.console import tell, warn
 from upcycle.disk import check_writable, write_text
-from upcycle.errors import NoTwinError, UpcycleError, nearest
+from upcycle.errors import NoTwinError, UpcycleError, counted, nearest
 from upcycle.pipeline.commented import commented
 from upcycle.pipeline.fit import CHOSEN_FIRST, Devices, devices_here, show_ways, tell_the_rest, typed, ways
 from upcycle.pipeline.run import Run
@@ -136,7 +136,7 @@ def start(wanted: Wanted, out: Path) -> None:
     draft, devices, said = _fitted(draft, base, lengths, wanted.devices)
     head = [_title(draft.method), f"Base: {becomes}.", f"Memory: {said}.", "`upcycle settings` lists all settings."]
     write_text(out, commented(draft.recipe(), draft.names, head, draft.notes))
-    tell(f"written: {out}, {len(draft.names)} settings with comments; all others keep their defaults")
+    tell(f"written: {out}, {counted(len(draft.names), 'setting')} with comments; all others keep their defaults")
     tell("\n".join(["next:", *(f"    {line}" for line in _next_commands(out, devices))]))
 
 
@@ -244,7 +244,7 @@ def _becomes(recipe: Recipe, base: "upcycle.architectures.mapping.Mapping | upcy
     what, *sizes = outcome(recipe, base)
     dense, total, active = (f"{size / 1e6:,.1f} M" for size in (base.num_dense, *sizes))
     m = recipe.expand.num_experts
-    many = f"{m} expert{'s' * (m > 1)}, top-{recipe.assemble.num_experts_per_tok}"
+    many = f"{counted(m, 'expert')}, top-{recipe.assemble.num_experts_per_tok}"
     return f"{recipe.base}, {what}, {many}: {dense} parameters become {total}, {active} of them active per token"
 
 
@@ -262,7 +262,7 @@ def _read_data(draft: Draft) -> tuple[Draft, list[int]]:
     given = Run(recipe, Path()).given_base
     train, validation = load_parts(recipe, given.tokenizer, given.context_length)
     show_domains(train)
-    tell(f"{len(validation):,} rows are held out for the evaluation")
+    tell(f"{counted(len(validation), 'row')} held out for the evaluation")
     if recipe.prepare.by_domain:
         _check_domains(draft.method, len(by_domain(train)), recipe.expand.num_experts)
     return _with_few_rows(draft, len(train)), lengths(train)
@@ -279,13 +279,13 @@ def _with_few_rows(draft: Draft, rows: int) -> Draft:
     recipe = draft.recipe()
     if not (least := most_samples_per_expert(rows, recipe)):
         raise UpcycleError(
-            f"--data: {rows} training rows are too few for {recipe.expand.num_experts} experts, each of which needs a "
-            "seed row, with as many rows to train on; give more data"
+            f"--data: {counted(rows, 'training row')}, too few for {counted(recipe.expand.num_experts, 'expert')}: "
+            "each needs a seed row, and as many rows are to be left to train on; give more data"
         )
     if least < recipe.route.min_samples_per_expert:
         draft = draft.having([f"route.min_samples_per_expert={least}"], "(lowered: few rows)")
     fit, test = seed_sizes(rows, draft.recipe())
-    tell(f"{fit:,} + {test:,} of the training rows are seed rows: for the router's start, and to test it")
+    tell(f"{fit:,} + {counted(test, 'seed row')} of the training rows: for the router's start, and to test it")
     prepare = recipe.prepare
     steps = (rows - fit - test) * prepare.checkpoint_every / prepare.batch_size
     if recipe.tunes and not prepare.by_domain and prepare.warmup_fraction and steps < STEPS:

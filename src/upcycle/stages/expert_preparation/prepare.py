@@ -9,7 +9,7 @@ from upcycle.data.chat import Sample
 from upcycle.data.samples import by_domain
 from upcycle.distributed.device import release
 from upcycle.distributed.world import is_main, on_main, wait
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.experts.kind import Kind
 from upcycle.recipe import Recipe
 from upcycle.records.files import CHECKPOINTS, LOG, MOMENTS, is_whole, note_sizes
@@ -105,8 +105,8 @@ def _trainings(train: Sequence[Sample], settings: PrepareSettings) -> list[tuple
     domains = list(parts)
     if len(domains) < 2:
         raise UpcycleError(
-            f"prepare.by_domain: the {len(train)} training rows have one domain, '{domains[0]}'; give rows a field "
-            "`domain`, or set prepare.by_domain=false"
+            f"prepare.by_domain: found {counted(len(train), 'training row')} of one domain, '{domains[0]}'; give rows "
+            "a field `domain`, or set prepare.by_domain=false"
         )
     folders = [f"domain-{re.sub(r'[^A-Za-z0-9_-]+', '_', domain)}" for domain in domains]
     unique = [name if folders.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(folders)]
