@@ -253,7 +253,7 @@ def test_a_result_that_cannot_be_recorded_is_one_line(
     monkeypatch.setattr(cli, "run_stages", diverged)
     assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run") == 2
     assert capsys.readouterr().err == (
-        "error: Ranking cannot be recorded: accuracy: Input should be less than or equal to 1 (found nan); "
+        "error: Ranking cannot be recorded: accuracy: expected 1 or less (found nan); "
         "is a weight or a loss not finite?\n"
     )
 
