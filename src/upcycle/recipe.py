@@ -4,6 +4,7 @@ A recipe is a YAML file (or the name of a shipped one) plus `section.field=value
 before torch is imported, so a misspelt field costs no waiting.
 """
 
+import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -289,6 +290,13 @@ def _within(one: str, other: str) -> bool:
 def dump_recipe(recipe: Recipe) -> str:
     """YAML with every setting resolved."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=110)
+
+
+def chosen_settings(recipe: Recipe) -> list[str]:
+    """`section.field=value` of base, data and every setting that is not at its default."""
+    defaults = dict(_flat(Recipe(base="-", data=DataSettings(train="-")).model_dump()))
+    found = {key: value for key, value in _flat(recipe.model_dump()) if key not in defaults or value != defaults[key]}
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in found.items()]
 
 
 def describe_settings() -> str:

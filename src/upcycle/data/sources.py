@@ -19,7 +19,7 @@ from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed
 from upcycle.disk import digest, inside
 from upcycle.errors import UpcycleError, counted
 from upcycle.hashes import hash_file
-from upcycle.reading import parse_json
+from upcycle.reading import hub_problem, parse_json
 from upcycle.settings import Source
 
 BUILTIN = "builtin:"
@@ -348,6 +348,6 @@ def _hub(name: str) -> Any:
         return load_dataset(found["name"], found["config"], split=found["split"] or "train")
     except Exception as error:
         raise UpcycleError(
-            f"'{name}' is neither a local file nor a hub dataset that can be read here (owner/name:config[split]): "
-            f"{_first_line(error)}"
+            f"data '{name}': no such file or folder here, and not from the hub (owner/name:config[split]): "
+            f"{hub_problem(error)}"
         ) from None
