@@ -338,8 +338,18 @@ def inspect(
     figure: Annotated[
         Path | None, typer.Option(help="Also draw the similarities here; for a run, routing and load beside it.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print how far a run is as JSON: its stages, their state, seconds, memory.")
+    ] = False,
 ) -> None:
     """Show the experts' lineage and similarities; with --figure, plot them, and a run's routing by domain and load."""
+    if as_json:
+        if figure is not None:
+            raise UpcycleError("--json draws no --figure; leave one of them out")
+        from upcycle.reporting.progress import facts
+
+        print(json.dumps(facts(path), indent=2))
+        return
     if figure is not None:
         check_writable(figure)
     if figure is not None and figure.suffix.lower() not in PICTURES:
