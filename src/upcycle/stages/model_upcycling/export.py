@@ -31,8 +31,8 @@ def export(
         finish: adds to the folder before it gets its name.
 
     Raises:
-        UpcycleError: nothing to export, `dtype` or `base` without `fold`, a target that is not empty, a mixture that cannot be folded, or logits that are
-            not the mixture's.
+        UpcycleError: nothing to export, `dtype` or `base` without `fold`, a target that is not empty, a mixture that
+            cannot be folded, or logits that are not the mixture's.
     """
     check_new(target, "--to")
     if not fold and (dtype != "source" or base is not None):
