@@ -41,7 +41,7 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("expand.num_experts=many", r"^override 'expand\.num_experts=many': expected a whole number \(found 'many'\)$"),
         (
             "epochs=1",
-            r"^override 'epochs=1': unknown setting; did you mean prepare\.epochs or route\.epochs or ",
+            r"^override 'epochs=1': unknown setting; did you mean prepare\.epochs, route\.epochs or ",
         ),
         ("prepare.batch=1", r"'prepare\.batch=1': unknown setting; did you mean 'batch_size'\?"),
         ("prepare.checkpoints=3", r"'prepare\.checkpoints=3': expected text or a list \(found 3\)$"),

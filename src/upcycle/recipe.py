@@ -407,7 +407,8 @@ def _meant(location: Sequence[str]) -> str:
     """What an unknown setting may be: one of that name in other sections, or the nearest of its own."""
     *sections, name = location
     if elsewhere := [full for full in _settings() if full.rpartition(".")[2] == name]:
-        return f"; did you mean {' or '.join(elsewhere)}?"
+        *others, last = elsewhere
+        return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
     near = nearest(name, _known_fields(sections)) or nearest(name, _settings(), 0.6)
     return near or "; `upcycle settings` lists all"
 

@@ -217,7 +217,7 @@ def show_ways(found: Sequence[Way], recipe: Recipe, length: int, devices: Device
         host = [f"{max(forecast.host for forecast in way.stages.values()) / 1e9:,.0f}"] if devices.accelerator else []
         rows.append((way.name, typed(way.overrides), *sizes, way.fits, *host))
     batch = f"batch_size {recipe.posttrain.batch_size}, micro_batch_size {recipe.posttrain.micro_batch_size}"
-    title = f"memory in GB {'on each card' if devices.accelerator else 'of the machine'}, of {devices}"
+    title = f"memory in GB{' on each card' if devices.accelerator else ''}: {devices}"
     heads = ("what", "settings", *stages, "fits", *(["host GB"] if devices.accelerator else []))
     table(f"{title} ({batch}, rows of {counted(length, 'token')})", heads, rows)
 

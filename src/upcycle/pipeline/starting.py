@@ -289,7 +289,7 @@ def _with_few_rows(draft: Draft, rows: int) -> Draft:
     if least < recipe.route.min_samples_per_expert:
         draft = draft.having([f"route.min_samples_per_expert={least}"], "(lowered: few rows)")
     fit, test = seed_sizes(rows, draft.recipe())
-    tell(f"{fit:,} + {counted(test, 'seed row')} of the training rows: for the router's start, and to test it")
+    tell(f"{fit:,} + {counted(test, 'seed row')} among the training rows: for the router's start, and to test it")
     prepare = recipe.prepare
     steps = (rows - fit - test) * prepare.checkpoint_every / prepare.batch_size
     if recipe.tunes and not prepare.by_domain and prepare.warmup_fraction and steps < STEPS:

@@ -108,6 +108,8 @@ def test_the_stage_writes_a_router_that_loads(
     said = capsys.readouterr().out
     share = f"{report.held_out.accuracy:.1%} of {len(samples) - 9} unseen seed samples (chance 33.3%; always naming the"
     assert f"the router ranks the assigned expert first for {share} most frequent expert would give " in said
+    change = f"{abs(report.difference.gain):.4f} {'lower' if report.difference.gain >= 0 else 'higher'}"
+    assert f"the loss is {change} than with the best single expert (gain {report.difference.gain:.4f}, 95% of" in said
     assert f"router start {start}: {report.cost.forward:,} tokens forward, " in said
 
 

@@ -215,9 +215,10 @@ def _show_buckets(buckets: Sequence[Bucket], difference: Difference) -> None:
     table("seed samples per expert", columns, rows, note=note)
     low, high = difference.interval
     verdict = "experts differ by more than noise" if difference.more_than_noise else "this may be noise"
+    change = f"{abs(difference.gain):.4f} {'lower' if difference.gain >= 0 else 'higher'}"
     say(
-        "route: an expert per domain, chosen on separate samples, beats the best single expert by "
-        f"{difference.gain:.4f} (95% of resamples: {low:.4f} to {high:.4f}): {verdict}"
+        f"route: with an expert per domain, chosen on separate samples, the loss is {change} than with the best single "
+        f"expert (gain {difference.gain:.4f}, 95% of resamples {low:.4f} to {high:.4f}): {verdict}"
     )
     if max(b.samples for b in buckets) == sum(b.samples for b in buckets):
         warn("route: all seed samples went to one expert; route.assignment=balanced, or seed data held out, avoid this")
