@@ -47,9 +47,60 @@ def test_dry_run_prints_the_recipe_and_does_nothing(
     code = call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", "--dry-run", "expand.num_experts=5")
     assert code == 0
     printed = capsys.readouterr().out
-    assert "num_experts: 5" in printed
+    assert "\nexpand.num_experts=5\n" in printed
+    assert "evaluate.tokens_per_batch" not in printed  # at its default
     assert [line.split()[0] for line in printed.splitlines()[-6:]] == list(stage_names())
+    assert "1 file, the first rows can be read" in printed
     assert not (tmp_path / "run").exists()
+    assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run", "--dry-run", "-v") == 0
+    assert "  tokens_per_batch: 8192" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("base={folder}", "{folder} is not a model folder: it has no config.json"),
+        ("data.train={folder}/gone.jsonl", "data file {folder}/gone.jsonl does not exist"),
+        ("data.train=[{folder}/good.jsonl, {folder}/bad.jsonl]", "{folder}/bad.jsonl:1: "),
+        ("data.train={folder}/*.jsonl", "{folder}/bad.jsonl:1: "),
+        ("data.validation={folder}/empty.csv", "{folder}/empty.csv: no rows; expected chats"),
+        ("prepare.checkpoints={folder}", "prepare.checkpoints: {folder} holds 0 folders named checkpoint-<step>"),
+    ],
+)
+def test_a_dry_run_looks_at_base_and_data(
+    override: str, message: str, monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "empty.csv").write_text("prompt,completion\n")
+    words = ("run", recipe_file, "--run", tmp_path / "run", "--dry-run", override.format(folder=tmp_path))
+    assert call(monkeypatch, *words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message.format(folder=tmp_path)}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_downloads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    words = ("base=owner/none-such", "data.train=owner/rows", "--dry-run")
+    assert call(monkeypatch, "run", "upit", "--run", tmp_path / "run", *words) == 0
+    said = capsys.readouterr().out
+    assert "base: owner/none-such, on the hub: not looked at" in said
+    assert "data: owner/rows, on the hub: not looked at" in said
+
+
+def test_inspect_draws_where_it_is_told_to_alone(
+    monkeypatch: pytest.MonkeyPatch, base: Path, checkpoints: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    given = f"prepare.checkpoints=[{','.join(map(str, checkpoints))}]"
+    words = (f"base={base}", "data.train=builtin:train", given, "expand.num_experts=4", "--until", "expand")
+    assert call(monkeypatch, "run", "upit", "--run", tmp_path / "run", *words) == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert call(monkeypatch, "inspect", tmp_path / "run") == 0
+    assert list((tmp_path / "here").iterdir()) == []
+    capsys.readouterr()
+    for ending in ("x.png", "x.png (replaced)"):
+        assert call(monkeypatch, "inspect", tmp_path / "run", "--figure", "x.png") == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"heat map and dendrogram: {ending}"
 
 
 def test_a_run_stops_where_it_is_told_to(
@@ -106,6 +157,15 @@ def test_check_prints_json_and_nothing_else(
     assert found["parameters"] - found["active_parameters"] == 6 * ffn
     assert (found["dense"], found["moe"], found["programs"]["vllm"]) == ("llama", "mixtral", "yes")
     assert found["logit_difference"] <= 1e-5
+
+
+def test_the_columns_of_check_are_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "check", "builtin:tiny") == 0
+    said = capsys.readouterr().out
+    assert "k: experts that each token uses; G: slices that every expert is cut into; active: M parameters" in said
+    assert "read: Upcycle and transformers read the same tensors from the folder" in said
 
 
 @pytest.mark.parametrize(
@@ -244,7 +304,7 @@ def test_a_result_that_cannot_be_recorded_is_one_line(
     monkeypatch.setattr(cli, "run_stages", diverged)
     assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / "run") == 2
     assert capsys.readouterr().err == (
-        "error: Ranking cannot be recorded: accuracy: Input should be less than or equal to 1 (found nan); "
+        "error: Ranking cannot be recorded: accuracy: expected 1 or less (found nan); "
         "is a weight or a loss not finite?\n"
     )
 

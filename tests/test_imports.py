@@ -188,7 +188,8 @@ MODELS = [*PLAIN, "transformers.modeling_utils", "scipy"]
 """What comparing with transformers' models takes."""
 VERBS = (
     ("recipes", []),
-    ("run RECIPE --run new --dry-run", []),
+    ("families", []),
+    ("run RECIPE --run new --dry-run", PLAIN),
     ("expand RECIPE --run planning", PLAIN),
     ("export assembled/assemble --to exported", PLAIN),
     ("assemble RECIPE --run planning", MODELS),

@@ -171,8 +171,14 @@ def test_domains_are_needed_for_a_training_by_domain(tiny_recipe: dict[str, Any]
     )
     data = {"data": {**tiny_recipe["data"], "train": str(rows)}}
     recipe = shrunk("self-moe", tiny_recipe | data, expand={"num_experts": 2})
-    with pytest.raises(UpcycleError, match=r"prepare.by_domain: the \d+ training rows have one domain"):
+    with pytest.raises(UpcycleError, match=r"prepare.by_domain: found \d+ training rows of one domain"):
         run_stages(Run(recipe, tmp_path / "run"), ("prepare",))
+    lines = [{**json.loads(line), "domain": f"d{n % 3}"} for n, line in enumerate(rows.read_text().splitlines())]
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(
+        UpcycleError, match=r"each of 3 domains, but .* room for 2 experts, .* set expand.num_experts=3, or"
+    ):
+        run_stages(Run(recipe, tmp_path / "more"), ("prepare",))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from upcycle.data.sources import decoded_rows
 from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
-from upcycle.reading import MAX_NODES, brief, parse_json, parse_yaml, read_json, read_text
+from upcycle.reading import MAX_NODES, brief, hub_problem, parse_json, parse_yaml, read_json, read_text
 from upcycle.recipe import load_recipe
+from upcycle.weights.folders import find_model
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -119,5 +121,30 @@ def test_a_value_in_an_error_is_short(tmp_path: Path) -> None:
 
 def test_settings_are_finite() -> None:
     for value in (".inf", ".nan", "-.inf", "1e999"):
-        with pytest.raises(UpcycleError, match=r"posttrain\.learning_rate: Input should be (a finite|greater)"):
+        with pytest.raises(UpcycleError, match=r"learning_rate=.*': expected (a finite number|more than 0) "):
             load_recipe("quickstart", [f"posttrain.learning_rate={value}"])
+
+
+def test_what_the_hub_does_not_give_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the exceptions of the hub's own clients; both cannot reach it here."""
+    import huggingface_hub
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    assert "has none of that name" in hub_problem(DatasetNotFoundError("x\ny"))
+    assert hub_problem(RuntimeError("one\ntwo")) == "one"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub_problem(OfflineModeIsEnabled("x")).startswith("HF_HUB_OFFLINE is set, and there is no copy in the cache")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def fail(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("Got: ConnectError\nAn error happened")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    unreachable = "the hub cannot be reached, and there is no copy in the cache; check the path, or go online once"
+    with pytest.raises(UpcycleError) as model:
+        find_model("owner/none-such")
+    assert str(model.value) == f"model 'owner/none-such': no such folder here, and not from the hub: {unreachable}"
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: fail())
+    with pytest.raises(UpcycleError, match=rf"^data 'owner/rows': no such file .* from the hub .*: {unreachable}$"):
+        next(decoded_rows("owner/rows"))

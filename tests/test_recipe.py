@@ -36,20 +36,32 @@ def test_overrides_replace_settings_of_any_depth() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("expand.num_expert=3", r"expand\.num_expert: unknown setting; did you mean 'num_experts'\?"),
-        ("exapnd.num_experts=3", r"exapnd: unknown setting; did you mean 'expand'\?"),
-        ("expand.num_experts=many", r"expand\.num_experts: .*valid integer.* \(found 'many'\)"),
+        ("expand.num_expert=3", r"^override 'expand\.num_expert=3': unknown setting; did you mean 'num_experts'\?"),
+        ("exapnd.num_experts=3", r"^override exapnd\.num_experts=3: exapnd: unknown setting; did you mean 'expand'\?"),
+        ("expand.num_experts=many", r"^override 'expand\.num_experts=many': expected a whole number \(found 'many'\)$"),
+        (
+            "epochs=1",
+            r"^override 'epochs=1': unknown setting; did you mean prepare\.epochs, route\.epochs or ",
+        ),
+        ("prepare.batch=1", r"'prepare\.batch=1': unknown setting; did you mean 'batch_size'\?"),
+        ("prepare.checkpoints=3", r"'prepare\.checkpoints=3': expected text or a list \(found 3\)$"),
+        ("lora.four_bit=maybe", r"'lora\.four_bit=maybe': expected true or false \(found 'maybe'\)$"),
+        ("prepare=3", r"'prepare=3': expected fields with values, .* \(found 3\)$"),
+        ("route.epochs=2 posttrain.epochs=2 posttrain.epochs=x", r"^override 'posttrain\.epochs=x': expected a number"),
         ("expand.num_checkpoints=9", r"expand.num_checkpoints is 9, but there are 8 checkpoints .* room for 8 experts"),
         ("route.start=ridge route.expert_learning_rate=1e-4", r"start=ridge trains no experts"),
         ("assemble.num_experts_per_tok=1", r"gives the router no gradient; take 2 or more, cut experts into slices"),
         ("prepare.checkpoint_every=2", r"1 checkpoint of 1 \(prepare.checkpoints, .* expected 2 or more"),
-        ("expand.num_experts=0", r"expand\.num_experts: .*greater than or equal to 1 \(found 0\)"),
-        ("expand.drop_rate=0.99", r"expand\.drop_rate: .*less than or equal to 0\.95 \(found 0\.99\)"),
-        ("route.start=kmeanz", r"route\.start: .*'mean_hidden' or 'random' \(found 'kmeanz'\)"),
-        ("assemble.num_experts_per_tok=9", r"assemble\.num_experts_per_tok is 9, more than expand\.num_experts, 8"),
+        ("expand.num_experts=0", r"'expand\.num_experts=0': expected 1 or more \(found 0\)"),
+        ("expand.drop_rate=0.99", r"'expand\.drop_rate=0\.99': expected 0\.95 or less \(found 0\.99\)"),
+        ("route.start=kmeanz", r"'route\.start=kmeanz': expected .*'mean_hidden' or 'random' \(found 'kmeanz'\)"),
+        (
+            "assemble.num_experts_per_tok=9",
+            r"^recipe upit with the overrides \S+=9 is not valid:\n  \S+ is 9, more than expand\.num_experts, 8",
+        ),
         ("prepare.micro_batch_size=3", r"prepare: batch_size 16 is not a multiple of micro_batch_size 3"),
         ("data.train=[a", r"override 'data\.train=\[a': the value is not YAML"),
-        ("data.train=3", r"data\.train: "),
+        ("data.train=3", r"^override 'data\.train=3': expected a file, folder, pattern or hub dataset"),
         ("prepare.lr_scheduler=linear", r"posttrain.lr_scheduler is cosine and .* set both alike"),
         ("'prepare.checkpoints=[a, b]' posttrain.schedule=continue", r"given checkpoints .* do not say how far"),
         ("seed", r"override 'seed' is not of the form section\.field=value"),
@@ -73,8 +85,13 @@ def test_one_schedule_spans_what_a_run_trains() -> None:
 
 
 def test_a_missing_setting_and_a_missing_recipe_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UpcycleError, match=r"data: missing"):
+    with pytest.raises(UpcycleError, match=r"recipe test is not valid:\n  data: missing; add it to the recipe"):
         parse_recipe({"base": "x"}, "test")
+    (tmp_path / "recipe.yaml").write_text("base: x\n")
+    with pytest.raises(UpcycleError, match=r"recipe\.yml does not exist; did you mean '.*recipe\.yaml'\?"):
+        load_recipe(str(tmp_path / "recipe.yml"))
+    with pytest.raises(UpcycleError, match=r"recipe' is neither .*; did you mean '.*recipe\.yaml'\?"):
+        load_recipe(str(tmp_path / "recipe"))
     with pytest.raises(UpcycleError, match=r"'upti' is neither .*did you mean 'upit'\?"):
         load_recipe("upti")
     with pytest.raises(UpcycleError, match=r"gone\.yaml does not exist"):

@@ -29,7 +29,7 @@ from upcycle.pipeline.run import Run, is_run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import STAGES, stage_names, stages_until
 from upcycle.reading import brief
-from upcycle.recipe import describe_settings, dump_recipe, load_recipe, shipped_recipes
+from upcycle.recipe import chosen_settings, describe_settings, dump_recipe, load_recipe, shipped_recipes
 from upcycle.records.files import (
     CARD,
     COMPARISON,
@@ -82,7 +82,12 @@ RunOption = Annotated[
     ),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved recipe and the stages that would run, then stop.")
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Look at base and data, print the settings that are not at their defaults (-v: all) and the stages that "
+        "would run, then stop.",
+    ),
 ]
 UpdateOption = Annotated[
     bool,
@@ -330,11 +335,24 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="A run, one of its stage folders, a MoE made by Upcycle, or a plan.json.")
     ],
-    figure: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("similarity.png"),
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw the similarities here; for a run, routing and load beside it.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print how far a run is as JSON: its stages, their state, seconds, memory.")
+    ] = False,
 ) -> None:
-    """Show and plot the experts' lineage and similarities; for a run, also the routing by domain and the load."""
-    check_writable(figure)
-    if figure.suffix.lower() not in PICTURES:
+    """Show the experts' lineage and similarities; with --figure, plot them, and a run's routing by domain and load."""
+    if as_json:
+        if figure is not None:
+            raise UpcycleError("--json draws no --figure; leave one of them out")
+        from upcycle.reporting.progress import facts
+
+        print(json.dumps(facts(path), indent=2))
+        return
+    if figure is not None:
+        check_writable(figure)
+    if figure is not None and figure.suffix.lower() not in PICTURES:
         raise UpcycleError(f"--figure is {figure}, expected a name that ends in {', '.join(PICTURES)}")
     from upcycle.reporting.inspect import inspect
 
@@ -343,7 +361,7 @@ def inspect(
         from upcycle.experts.kinds import holds_model, kind_in
 
         made = kind_in(path).describe(path) if holds_model(path) else None
-    with _writing(figure.parent):
+    with _writing(figure.parent if figure else path):
         inspect(path, figure, made)
 
 
@@ -482,7 +500,14 @@ def _execute(
 
 
 def _show_plan(run: Run, stages: tuple[str, ...]) -> None:
-    print(dump_recipe(run.recipe))
+    from upcycle.pipeline.looking import look
+
+    if _is_verbose():
+        print(dump_recipe(run.recipe))
+    else:
+        print("\n".join(chosen_settings(run.recipe)), "\nall other settings: their defaults (-v prints them)\n", sep="")
+    for line in look(run):
+        print(line)
     for stage, todo in status(run):
         print(f"{stage:10} {todo if stage in stages else 'not asked for'}")
 
@@ -539,9 +564,13 @@ def _loudness_first(words: list[str]) -> list[str]:
     return sorted(words, key=lambda word: word not in options)
 
 
+def _is_verbose() -> bool:
+    return bool(set(sys.argv) & set(LOUDNESS["verbose"]))
+
+
 def _stop(code: int, message: str) -> None:
     if world.may_speak():
-        if set(sys.argv) & set(LOUDNESS["verbose"]):
+        if _is_verbose():
             traceback.print_exc()
         print(message, file=sys.stderr)
     world.leave(code)

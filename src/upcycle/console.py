@@ -66,7 +66,11 @@ class Progress:
     Use as a context manager.
     """
 
-    def __init__(self, description: str, total: int, done: int = 0) -> None:
+    def __init__(self, description: str, total: int, unit: str, done: int = 0) -> None:
+        """
+        Args:
+            unit: what is counted, in the plural.
+        """
         self._total = total
         self._done = done
         self._spoken = done
@@ -77,6 +81,7 @@ class Progress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn(unit),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -84,7 +89,7 @@ class Progress:
             transient=True,
             disable=not console.is_terminal or QUIET or not _progress_shown,
         )
-        self._description = description
+        self._description, self._unit = description, unit
         self._task = self._bar.add_task(description, total=total, completed=done)
 
     def __enter__(self) -> "Progress":
@@ -106,12 +111,12 @@ class Progress:
         self._last = time.monotonic()
         pace = (self._last - self._begin) / max(1, self._done - self._skipped)
         left = timedelta(seconds=round(pace * (self._total - self._done)))
-        say(f"{text}: {self._done} of {self._total}, {left} left")
+        say(f"{text}: {self._done:,} of {self._total:,} {self._unit}, {left} left")
 
 
-def track(items: Sequence[T], description: str) -> Iterator[T]:
-    """The items, with a progress bar."""
-    with Progress(description, len(items)) as bar:
+def track(items: Sequence[T], description: str, unit: str) -> Iterator[T]:
+    """The items, with a progress bar that counts them by their `unit`, in the plural."""
+    with Progress(description, len(items), unit) as bar:
         for item in items:
             yield item
             bar.advance()
@@ -121,8 +126,10 @@ WORDY = 40
 """Characters from which on a first column is wrapped before figures are."""
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: bool = False) -> None:
-    """Print a table under its title: first column left, the others right, unless they are `words`.
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], words: bool = False, note: str = ""
+) -> None:
+    """Print a table under its title: first column left, the others right, unless they are `words`; a note below.
 
     Where it is too wide, figures are wrapped, or first the words of a first column of long ones.
     """
@@ -135,3 +142,5 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wor
         grid.add_row(*map(Text, row))  # not as markup: a setting may have brackets
     console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
     console.print(grid)
+    if note:
+        tell(note)

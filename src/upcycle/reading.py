@@ -153,6 +153,30 @@ def _expanded(node: yaml.Node, known: dict[int, float], above: set[int]) -> floa
     return known[id(node)]
 
 
+HUB_ERRORS = {
+    "GatedRepoError": "accept its licence on its page of the hub, and log in with `hf auth login`",
+    "RepositoryNotFoundError": "the hub has none of that name, or it is private; check the spelling, or log in with "
+    "`hf auth login`",
+    "DatasetNotFoundError": "the hub has none of that name that may be read; check the spelling, or log in with "
+    "`hf auth login`",
+    "OfflineModeIsEnabled": "{offline}",
+    "LocalEntryNotFoundError": "{offline}",
+    "ConnectionError": "{offline}",
+}
+"""Name of an exception of the hub's clients, or of what it is derived from, to what to do."""
+
+
+def hub_problem(error: Exception) -> str:
+    """Why the hub did not give what has no local place, and what to do, in a line."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    said = next((said for name, said in HUB_ERRORS.items() if name in kinds), None)
+    if said is None:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+    return said.format(offline=f"{why}, and there is no copy in the cache; check the path, or go online once")
+
+
 def brief(value: object) -> str:
     """A value as an error shows it: at most some 80 characters, however large it is."""
     short = reprlib.Repr()

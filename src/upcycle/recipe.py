@@ -4,8 +4,9 @@ A recipe is a YAML file (or the name of a shipped one) plus `section.field=value
 before torch is imported, so a misspelt field costs no waiting.
 """
 
+import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -13,7 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from upcycle.errors import UpcycleError, nearest
+from upcycle.errors import UpcycleError, expected, nearest
 from upcycle.reading import brief, parse_yaml, read_text
 from upcycle.settings import (
     MOST_EXPERTS,
@@ -241,21 +242,61 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     values = read_values(name)
     for override in overrides:
         _apply(values, override)
-    return parse_recipe(values, where=name)
+    return parse_recipe(values, name, overrides)
 
 
-def parse_recipe(values: Any, where: str) -> Recipe:
-    """A recipe from plain values, with errors that name the field and the nearest known one."""
+def parse_recipe(values: Any, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from plain values, with errors that name the field and the nearest known one.
+
+    Args:
+        overrides: what was typed and is in `values` already; what is wrong of it is named so.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(e)}" for e in error.errors())
-        raise UpcycleError(f"recipe {where} is not valid:\n{lines}") from None
+        problems = _problems(error)
+    typed = {override.partition("=")[0]: override for override in overrides}
+    lines = [_named(where, said, typed) for where, said in problems.items()]
+    if all(line.startswith("override ") for line in lines):
+        raise UpcycleError("\n".join(lines))
+    name = f"{where} with the overrides {' '.join(overrides)}" if overrides else where
+    raise UpcycleError("\n  ".join([f"recipe {name} is not valid:", *lines]))
+
+
+def _problems(error: ValidationError) -> dict[str, str]:
+    """Setting to what is wrong with it; where it may be one of several types, of the one that fits best."""
+    found: dict[str, str] = {}
+    for entry in error.errors():
+        where, said = _explain(entry)
+        before = found.get(where, "").partition(" (found ")[0]
+        found[where] = f"{before} or {said.removeprefix('expected ')}" if before else said
+    return {w: said for w, said in found.items() if not any(other.startswith(f"{w}.") for other in found)}
+
+
+def _named(where: str, said: str, typed: Mapping[str, str]) -> str:
+    """What is wrong, after the override that did it or after the setting."""
+    if where in typed:
+        return f"override {brief(typed[where])}: {said}"
+    near = [override for key, override in typed.items() if where and _within(where, key)]
+    place = f"{where}: {said}" if where else said
+    return f"override {' '.join(near)}: {place}" if near else place
+
+
+def _within(one: str, other: str) -> bool:
+    """Whether one of two places is in the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML with every setting resolved."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=110)
+
+
+def chosen_settings(recipe: Recipe) -> list[str]:
+    """`section.field=value` of base, data and every setting that is not at its default."""
+    defaults = dict(_flat(Recipe(base="-", data=DataSettings(train="-")).model_dump()))
+    found = {key: value for key, value in _flat(recipe.model_dump()) if key not in defaults or value != defaults[key]}
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in found.items()]
 
 
 def describe_settings() -> str:
@@ -302,20 +343,25 @@ def read_values(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.exists():
-            raise UpcycleError(f"recipe file {path} does not exist")
+            raise UpcycleError(f"recipe file {path} does not exist{nearest(name, _files_beside(path), 0.7)}")
         text = read_text(path, MOST_BYTES)
     else:
         shipped = shipped_recipes()
         if name not in shipped:
             raise UpcycleError(
                 f"'{name}' is neither a YAML file nor a recipe in the package ({', '.join(sorted(shipped))})"
-                + nearest(name, shipped)
+                + nearest(name, [*shipped, *_files_beside(path)])
             )
         text = shipped[name]
     values = parse_yaml(text, f"recipe {name}")
     if not isinstance(values, dict):
         raise UpcycleError(f"recipe {name} holds {type(values).__name__}, expected sections with settings")
     return values
+
+
+def _files_beside(path: Path) -> list[str]:
+    """YAML files in its folder."""
+    return [str(path.with_name(file.name)) for file in path.parent.glob("*.y*ml") if file.is_file()]
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -345,15 +391,37 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any) -> tuple[str, str]:
+    """The setting, and what is wrong with it."""
     location = [str(part) for part in error["loc"] if not _is_union_branch(part)]
-    where = ".".join(location) or "recipe"
+    where = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown setting{nearest(location[-1], _known_fields(location[:-1]))}"
+        return where, f"unknown setting{_meant(location)}"
     if error["type"] == "missing":
-        return f"{where}: missing"
+        return where, f"missing; add it to the recipe, or give {where}=... on the command line"
     found = "" if error["type"] == "value_error" else f" (found {brief(error['input'])})"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}{found}"
+    return where, f"{expected(error)}{found}"
+
+
+def _meant(location: Sequence[str]) -> str:
+    """What an unknown setting may be: one of that name in other sections, or the nearest of its own."""
+    *sections, name = location
+    if elsewhere := [full for full in _settings() if full.rpartition(".")[2] == name]:
+        *others, last = elsewhere
+        return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+    near = nearest(name, _known_fields(sections)) or nearest(name, _settings(), 0.6)
+    return near or "; `upcycle settings` lists all"
+
+
+def _settings() -> list[str]:
+    """`section.field` of every setting of a section."""
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return [
+        f"{name}.{field}"
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, Settings)
+        for field in section.model_fields
+    ]
 
 
 def _is_union_branch(part: Any) -> bool:

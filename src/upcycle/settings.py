@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from upcycle.errors import nearest
+from upcycle.errors import expected, nearest
 
 MOST_EXPERTS = 4096
 """Per layer."""
@@ -74,7 +74,7 @@ def _source(value: Any) -> Any:
         return Source.model_validate(value)
     except ValidationError as error:
         wrong = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg'].removeprefix('Value error, ')}") from None
+        raise ValueError(f"{'.'.join(map(str, wrong['loc']))}: {expected(wrong)}") from None
 
 
 class DataSettings(Settings):

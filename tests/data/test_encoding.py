@@ -151,7 +151,7 @@ def test_long_rows(too_long: str, tiny_recipe: dict[str, Any], tmp_path: Path) -
     tokenizer = load_tokenizer(Path(tiny_recipe["base"]), None)
     if too_long == "refuse":
         with pytest.raises(
-            UpcycleError, match=r"1 training rows are longer than 64 tokens \(the longest: .*rows.jsonl:97"
+            UpcycleError, match=r"1 training row is longer than 64 tokens \(the longest: .*rows.jsonl:97"
         ):
             load_splits(recipe, tokenizer, 128)
         return

@@ -201,7 +201,7 @@ def test_what_was_found_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path = tmp_path / "rows.jsonl"
     path.write_text(jsonl([sharegpt(spec) for spec in CHATS]))
     rows_of(path)
-    assert f"data: {path}: 3 ShareGPT rows, 2 domains" in " ".join(capsys.readouterr().out.split())
+    assert f"data: {path}: 3 rows (ShareGPT format), 2 domains" in " ".join(capsys.readouterr().out.split())
 
 
 def test_developer_tools_and_calls(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ BAD = {
 def test_an_unusable_row_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(UpcycleError, match=rf"rows\.jsonl:1: .*({BAD[line]}).*1 of 1 rows cannot be used"):
+    with pytest.raises(UpcycleError, match=rf"rows\.jsonl:1: .*({BAD[line]}).*1 of 1 row \(100.0%\) cannot be used"):
         rows_of(path)
 
 
@@ -248,7 +248,8 @@ def test_unusable_rows_are_counted_by_reason(tmp_path: Path, capsys: pytest.Capt
     path.write_text(jsonl([plain(CHATS[0])] * 7 + bad))
     with pytest.raises(UpcycleError) as caught:
         rows_of(path, max_bad=0.2)
-    assert "3 of 10 rows cannot be used" in str(caught.value)
+    what_to_do = "but data.max_bad=0.2 allows 20.0%; mend them, or set data.max_bad=0.3 to leave them out"
+    assert str(caught.value).endswith(f"; 3 of 10 rows (30.0%) cannot be used, {what_to_do}")
     assert f"2 holds 'text', which does not say what is an answer (first: {path}:8: " in str(caught.value)
     assert len(rows_of(path, max_bad=0.3)) == 7
     said = " ".join(capsys.readouterr().out.split())
@@ -263,7 +264,7 @@ def test_lines_that_are_no_rows_are_counted_too(tmp_path: Path, capsys: pytest.C
     assert f"1 is not JSON (first: {path}:10: " in " ".join(capsys.readouterr().out.split())
     (tmp_path / "rows.csv").write_text("instruction,output\na,b\nc,d,e\n")
     assert len(rows_of(tmp_path / "rows.csv", max_bad=0.5)) == 1
-    with pytest.raises(UpcycleError, match=r"rows\.csv:2: has more cells than the first line has columns \(1 of 2"):
+    with pytest.raises(UpcycleError, match=r"rows\.csv:2: has more cells than .* columns; 1 of 2 rows \(50.0%\) "):
         rows_of(tmp_path / "rows.csv")
 
 

@@ -22,7 +22,7 @@ def test_the_verb_says_what_data_hold(base: Path, rows: Path, tmp_path: Path) ->
     assert said.exit_code == 0, said.output
     flat = " ".join(said.output.split())
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert f"{len(lines)} messages rows" in flat
+    assert f"{len(lines)} rows (messages format)" in flat
     assert all(f" {row['domain']} " in flat for row in lines)
     assert "tokens an epoch, of which" in flat
     answers = [row["messages"][-1]["content"] for row in lines]
@@ -81,7 +81,7 @@ def test_benchmarks_questions_are_left_out_of_training(
     assert not exact & {asked[0], asked[2]}
     assert not near & set(asked[:3])
     assert near <= exact
-    assert "training rows whose question is in" in capsys.readouterr().out
+    assert "left out 1 training row whose question is in" in capsys.readouterr().out
     (tmp_path / "bench.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(UpcycleError, match=r"bench\.jsonl:1: .*of a benchmark, one of question, prompt"):
         seen("exact")

@@ -89,7 +89,7 @@ def test_fields_that_mean_nothing_here_are_named_once(tmp_path: Path, capsys: An
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": CHAT, "id": i, "source": "x"}) + "\n" for i in range(3)))
     assert len(rows_of(path)) == 3
-    assert capsys.readouterr().out.count("fields of rows that are not read: id, source") == 1
+    assert capsys.readouterr().out.count("data: fields that Upcycle does not use: id, source") == 1
 
 
 def test_a_greeting_is_no_answer_to_a_question() -> None:

@@ -72,8 +72,8 @@ def test_rows_left_out_are_counted(
     path.write_text(original + "".join(json.dumps(row) + "\n" for row in (silent, long)))
     split(tiny_recipe, data__train=str(path), data__validation_fraction=0.001)
     printed = capsys.readouterr().out
-    assert "left out 1 training rows with no assistant turn" in printed
-    assert "left out 1 training rows longer than 64 tokens" in printed
+    assert "left out 1 training row with no assistant turn" in printed
+    assert "left out 1 training row longer than 64 tokens" in printed
 
 
 def test_more_seed_data_than_half_the_rows_is_refused(tiny_recipe: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from conftest import make_dense, perturbed
 from upcycle import cli
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import starting
-from upcycle.pipeline.fit import parse_devices
+from upcycle.pipeline.fit import Devices, Way, parse_devices, ways
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.starting import Wanted, ask, methods, start
@@ -34,6 +34,9 @@ def out(tmp_path: Path) -> Path:
 def test_a_recipe_is_the_method_with_what_was_given(method: str, out: Path) -> None:
     start(Wanted("builtin:tiny", ["builtin:train"], "builtin:validation", method), out)
     values = [*given("builtin:tiny", "builtin:train"), "data.validation=builtin:validation"]
+    if method in ("self-moe", "btx"):
+        values.append("expand.num_experts=6")  # the domains of these data
+        assert "(one for each domain of the data)" in out.read_text()
     assert load_recipe(str(out)) == load_recipe(method, values)
 
 
@@ -117,7 +120,7 @@ def test_a_file_is_not_replaced(base: Path, rows: Path, out: Path) -> None:
         ({"checkpoints": "{given}/checkpoint-*", "method": "vanilla"}, "vanilla makes its experts of copies of the"),
         ({"checkpoints": "{given}/checkpoint-1*"}, "1 checkpoint of 1"),
         ({"checkpoints": "{given}/checkpoint-*", "method": "upit-lora"}, "is not an adapter"),
-        ({"data": ["{few}"]}, "3 training rows are too few for 8 experts"),
+        ({"data": ["{few}"]}, "3 training rows, too few for 8 experts"),
         ({"data": ["{one}"], "method": "btx"}, "--method btx trains once for each domain, but all rows have the same"),
     ],
 )
@@ -192,9 +195,26 @@ def test_what_makes_it_fit_is_chosen(rows: Path, out: Path, tmp_path: Path, caps
     assert said.rstrip().splitlines()[-1].startswith("    torchrun --nproc-per-node 3 -m upcycle run ")
 
 
+def test_what_nearly_fills_a_device_is_a_tight_fit() -> None:
+    def ways_on(gigabytes: float) -> dict[str, Way]:
+        run = Run(load_recipe("upit", given("builtin:tiny", "builtin:train")), Path())
+        base = run.kind.read_base(run.base, run.recipe)
+        devices = Devices(1, "CPU", gigabytes, None, False)
+        return {way.name: way for way in ways(lambda more: load_recipe("upit", [*values, *more]), base, [64], devices)}
+
+    values = given("builtin:tiny", "builtin:train")
+    needs = max(forecast.device for forecast in ways_on(1000)["as it is"].stages.values()) / 1e9
+    assert [ways_on(needs / share)["as it is"].fits for share in (0.84, 0.86, 0.91, 0.93)] == [
+        "yes",
+        "tight",
+        "tight",
+        "no",
+    ]
+
+
 def needs_between(dense: Path, rows: Path) -> float:
     """GB of a card on which a training fits with activations recomputed, and not without."""
-    from upcycle.pipeline.fit import ROOM, ways
+    from upcycle.pipeline.fit import ROOM
 
     draft = starting.Draft("upit", (*given(dense, rows), f"{FEW}=1"))
     run = Run(draft.recipe(), Path())

@@ -38,17 +38,17 @@ def edited(change: Callable[[dict[str, Any]], Any], folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(extra=1), r"plan\.json is damaged: extra: Extra inputs are not permitted"),
-        (lambda v: v.pop("gram"), r"plan\.json is damaged: gram: Field required"),
-        (lambda v: v.update(seed="0"), r"seed: Input should be a valid integer \(found '0'\)"),
-        (lambda v: v.update(drop_rate=1.5), r"drop_rate: Input should be less than or equal to 0\.95 \(found 1\.5\)"),
-        (lambda v: v.update(merge="magic"), r"merge: Input should be 'dare', .* \(found 'magic'\)"),
+        (lambda v: v.update(extra=1), r"plan\.json is damaged: extra: expected no such field"),
+        (lambda v: v.pop("gram"), r"plan\.json is damaged: gram: expected this field"),
+        (lambda v: v.update(seed="0"), r"seed: expected a whole number \(found '0'\)"),
+        (lambda v: v.update(drop_rate=1.5), r"drop_rate: expected 0\.95 or less \(found 1\.5\)"),
+        (lambda v: v.update(merge="magic"), r"merge: expected 'dare', .* \(found 'magic'\)"),
         (lambda v: v["experts"][2].update(parents=[0, 7]), r"expert 2 has parents \(0, 7\), which do not come before"),
         (lambda v: v["experts"][2].update(parents=[0]), r"expert 2 is a child with 1 parents"),
         (lambda v: v["experts"][0].update(checkpoint=None), r"expert 0 is a checkpoint with checkpoint None"),
         (lambda v: v["experts"].reverse(), r"which do not come before it"),
         (lambda v: v["gram"].pop(), r"gram is not 3 by 3"),
-        (lambda v: v["gram"][0].__setitem__(0, math.nan), r"gram\.0\.0: Input should be a finite number"),
+        (lambda v: v["gram"][0].__setitem__(0, math.nan), r"gram\.0\.0: expected a finite number"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(change: Any, message: str, tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_what_is_wrong_in_a_file_is_named(change: Any, message: str, tmp_path: P
         (b"", r"plan\.json is damaged: Invalid JSON"),
         (b'{"experts": [', r"plan\.json is damaged: Invalid JSON"),
         (b"\xff\xfe", r"plan\.json is damaged: Invalid JSON"),
-        (b"[]", r"plan\.json is damaged: the whole: Input should be an object \(found \[\]\)"),
-        (b"null", r"plan\.json is damaged: the whole: Input should be an object"),
+        (b"[]", r"plan\.json is damaged: the whole: expected fields with values, \{name: value\} \(found \[\]\)"),
+        (b"null", r"plan\.json is damaged: the whole: expected fields with values"),
     ],
 )
 def test_a_file_that_is_no_record_is_named(content: bytes, message: str, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ COMPARED: dict[str, Any] = {
             "benchmark is not there for all variants, or not for none: see a",
         ),
         ({"axes": ["x.z"]}, r"settings of a: there is no x\.z"),
-        ({"axes": []}, "axes: List should have at least 1 item"),
+        ({"axes": []}, "axes: expected 1 or more entries"),
     ],
 )
 def test_a_comparison_that_contradicts_itself_is_refused(changes: Any, message: str, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_benchmark_scores_that_are_no_table_are_refused(scores: Any, message: st
 def test_a_hash_must_look_like_one(tmp_path: Path) -> None:
     values = {"stage": "a", "inputs": {}, "settings": {}, "seed": 0, "versions": {}, "format": 1}
     (tmp_path / MANIFEST.name).write_text(json.dumps({**values, "files": {"x": {"bytes": -1, "sha256": "0" * 64}}}))
-    with pytest.raises(UpcycleError, match=r"files\.x\.bytes: Input should be greater than or equal to 0 \(found -1\)"):
+    with pytest.raises(UpcycleError, match=r"files\.x\.bytes: expected 0 or more \(found -1\)"):
         MANIFEST.read(tmp_path)
     (tmp_path / MANIFEST.name).write_text(json.dumps({**values, "files": {"x": {"bytes": 1, "sha256": "short"}}}))
     with pytest.raises(UpcycleError, match=r"files\.x\.sha256: String should match pattern"):

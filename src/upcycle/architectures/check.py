@@ -24,6 +24,10 @@ from upcycle.weights.safetensors_io import DTYPE_NAMES, ModelReader
 from upcycle.weights.wrappers import wrapper_in
 
 CHOICE = ("experts", "layers", "k", "G", "M parameters", "active", "FLOPs / dense", "GB in bf16", "GB to post-train")
+CHOICE_NOTE = (
+    "k: experts that each token uses; G: slices that every expert is cut into; active: M parameters that a token uses; "
+    "FLOPs / dense: a token's, over the dense model's; GB to post-train: fp32 with AdamW, without activations"
+)
 TRAINING_BYTES = 16
 """Per parameter in fp32 with AdamW: weight, gradient, two moments; activations come on top."""
 
@@ -52,10 +56,10 @@ def check(
     title = f"{folder.name}: {mapping.family}, {num_experts} experts{sliced}, top-{num_experts_per_tok}, {stored}"
     table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored.itemsize))
     title = "choices (expand.num_experts, assemble.layers, assemble.num_experts_per_tok, assemble.granularity)"
-    table(title, CHOICE, _choices(mapping, reader))
+    table(title, CHOICE, _choices(mapping, reader), note=CHOICE_NOTE)
     config = mapping.moe_config(num_experts_per_tok, str(stored))
-    table("read by", ("", ""), [("transformers", "yes"), *served_by(config)])
-    tell("read: every tensor is what transformers reads from the folder")
+    table("programs that can load the MoE", ("", ""), [("transformers", "yes"), *served_by(config)])
+    tell("read: Upcycle and transformers read the same tensors from the folder")
     tell(f"exact: logits with equal experts are the dense model's (difference {difference:.0e} of the largest)")
     return mapping
 

@@ -90,7 +90,7 @@ def _encode(
 ) -> None:
     if numbers is None:
         numbers = [n for n, answered in enumerate(rows.table["answered"].to_pylist()) if answered]
-    with Progress("encoding rows", len(numbers)) as bar:
+    with Progress("encoding", len(numbers), "rows") as bar:
         processes = min(_cores(), 1 + len(numbers) // ALONE)
         if processes == 1:
             for done in _write(rows, numbers, tokenizer, turns, most, out / "tokens-000.arrow"):

@@ -9,6 +9,7 @@ from rich.text import Text
 from upcycle.console import console, table, tell
 from upcycle.data.chat import Sample
 from upcycle.data.samples import by_domain, lengths, num_answer_tokens
+from upcycle.errors import counted
 from upcycle.routing.batch import IGNORED
 from upcycle.types import Tokenizer
 
@@ -33,8 +34,9 @@ def show_domains(train: Sequence[Sample]) -> None:
     rows = [_row(domain, samples) for domain, samples in by_domain(train).items()]
     if len(rows) > 1:
         rows.append(_row("all", train))
-    table("training rows", COLUMNS, rows)
-    tell(f"{sum(lengths(train)):,} tokens an epoch, of which {num_answer_tokens(train):,} are learned")
+    note = "mean to longest: tokens of a row; learned: share of the tokens that the loss covers"
+    table("training rows", COLUMNS, rows, note=note)
+    tell(f"{counted(sum(lengths(train)), 'token')} an epoch, of which {num_answer_tokens(train):,} are learned")
 
 
 def _row(name: str, samples: Sequence[Sample]) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ def _write(sources: Sequence[Source], max_bad: float, out: Path) -> None:
         raise UpcycleError(f"{names}: no rows; expected chats, such as a 'messages' list each")
     if unread:
         named = sorted(unread)
-        lines.append(f"data: fields of rows that are not read: {', '.join(named[:8])}{' ...' * (len(named) > 8)}")
+        lines.append(f"data: fields that Upcycle does not use: {', '.join(named[:8])}{' ...' * (len(named) > 8)}")
     (out / REPORT).write_text(json.dumps(lines), encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ import csv
 import glob
 import hashlib
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -16,9 +17,9 @@ from typing import IO, Any, Literal, cast
 
 from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed, to_row
 from upcycle.disk import digest, inside
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.hashes import hash_file
-from upcycle.reading import parse_json
+from upcycle.reading import hub_problem, parse_json
 from upcycle.settings import Source
 
 BUILTIN = "builtin:"
@@ -52,7 +53,7 @@ class Tally:
 
     def __str__(self) -> str:
         domains = f", {len(self.domains)} domains" if len(self.domains) > 1 else ""
-        return f"{self.name}: {self.rows:,} {self.title} rows{domains}"
+        return f"{self.name}: {counted(self.rows, 'row')} ({self.title} format){domains}"
 
     def lines(self) -> list[str]:
         """What to say of it."""
@@ -66,12 +67,18 @@ class Tally:
         if self.num_unusable > max_bad * total:
             several = len(self.unusable) > 1 or max_bad > 0
             reasons = "; ".join(self._reasons()) if several else next(iter(self.first.values()))
-            allowed = f"data.max_bad={max_bad:g} is the share that may be left out"
-            raise UpcycleError(f"{reasons} ({self.num_unusable:,} of {total:,} rows cannot be used; {allowed})")
+            rows = f"{self.num_unusable:,} of {counted(total, 'row')} ({self.num_unusable / total:.1%})"
+            share = math.ceil(self.num_unusable / total * 1000) / 1000
+            leave_out = f", or set data.max_bad={share:g} to leave them out" if self.rows else ""
+            raise UpcycleError(
+                f"{reasons}; {rows} cannot be used, but data.max_bad={max_bad:g} allows {max_bad:.1%}; mend "
+                f"them{leave_out}"
+            )
 
     def _left_out(self) -> str:
         total = self.rows + self.num_unusable
-        return f"left out {self.num_unusable:,} of {total:,} rows that cannot be used: {'; '.join(self._reasons())}"
+        rows = counted(total, "row")
+        return f"left out {self.num_unusable:,} of {rows} that cannot be used: {'; '.join(self._reasons())}"
 
     def _reasons(self) -> list[str]:
         return [f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in self.unusable.items()]
@@ -344,6 +351,6 @@ def _hub(name: str) -> Any:
         return load_dataset(found["name"], found["config"], split=found["split"] or "train")
     except Exception as error:
         raise UpcycleError(
-            f"'{name}' is neither a local file nor a hub dataset that can be read here (owner/name:config[split]): "
-            f"{_first_line(error)}"
+            f"data '{name}': no such file or folder here, and not from the hub (owner/name:config[split]): "
+            f"{hub_problem(error)}"
         ) from None

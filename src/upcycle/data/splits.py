@@ -14,7 +14,7 @@ from upcycle.data.encoding import encoded
 from upcycle.data.overlap import Alike, questions_of
 from upcycle.data.rows import Rows, open_rows
 from upcycle.data.samples import Encoded, Samples
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.recipe import Recipe
 from upcycle.settings import DataSettings
 from upcycle.types import Tokenizer
@@ -71,9 +71,10 @@ def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Sp
     seed, rest = _seed_data(training, recipe)
     fit, test = cut_questions(seed, seed_sizes(len(training), recipe)[0])
     splits = Splits(rest if recipe.route.seed_from == "held_out" else training, SeedData(fit, test), validation)
+    where = "held out" if recipe.route.seed_from == "held_out" else "taken from them"
     say(
-        f"data: {len(splits.train)} training rows, {len(fit)} + {len(test)} seed rows "
-        f"({recipe.route.seed_from.replace('_', ' ')}), {len(validation)} validation rows"
+        f"data: {counted(len(splits.train), 'training row')}, {len(fit):,} + {counted(len(test), 'seed row')} {where} "
+        f"to start the router and to test it, {counted(len(validation), 'validation row')}"
     )
     return splits
 
@@ -102,7 +103,7 @@ def answered(rows: Rows, name: str) -> Part:
     there, copies = (rows.table[column].to_numpy() for column in ("answered", "copies"))
     if missing := len(there) - int(there.sum()):
         first = rows.table["where"][int(np.argmin(there))].as_py()
-        warn(f"left out {missing} {name} rows with no assistant turn (first: {first})")
+        warn(f"left out {counted(missing, f'{name} row')} with no assistant turn (first: {first})")
     return Part(rows, np.repeat(np.arange(len(rows)), np.where(there, copies, 0)).tolist())
 
 
@@ -158,7 +159,7 @@ def _without_questions(part: Part, held_out: Part, data: DataSettings) -> Part:
         kept = [number for number in part.numbers if part.rows.questions[number] not in known]
         if len(kept) < len(part):
             like = "is like one" if data.decontaminate == "ngram" else "is"
-            warn(f"left out {len(part) - len(kept)} training rows whose question {like} in {where}")
+            warn(f"left out {counted(len(part) - len(kept), 'training row')} whose question {like} in {where}")
         part = Part(part.rows, kept)
     return part
 
@@ -187,25 +188,28 @@ def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: s
     if not fits.all():
         if data.too_long == "refuse":
             raise UpcycleError(_too_long(table, places, limit, name))
-        warn(f"left out {(~fits).sum()} {name} rows longer than {limit} tokens")
+        warn(f"left out {counted(int((~fits).sum()), f'{name} row')} longer than {counted(limit, 'token')}")
     places = places[fits]
     learns = table.numbers("num_answer_tokens")[places] > 0
     if not learns.all():
-        warn(f"left out {(~learns).sum()} {name} rows whose answer is empty")
+        warn(f"left out {counted(int((~learns).sum()), f'{name} row')} whose answer is empty")
     places = places[learns]
     if not len(places):
         raise UpcycleError(f"no {name} row is left of {len(part)}; see the warnings above")
     if dropped := int((table.numbers("dropped")[places] > 0).sum()):
-        say(f"data: the chat template leaves text of answers out of {dropped} {name} rows (earlier thoughts, mostly)")
+        where = counted(dropped, f"{name} row")
+        say(f"data: the chat template leaves text of answers out of {where} (earlier thoughts, mostly)")
     return Samples(table, places)
 
 
 def _too_long(table: Encoded, places: Int[np.ndarray, " n"], limit: int, name: str) -> str:
     lengths = table.lengths[places]
     worst = table.sample(int(places[int(lengths.argmax())]))
+    longer = int((lengths > limit).sum())
     return (
-        f"{(lengths > limit).sum()} {name} rows are longer than {limit} tokens (the longest: {worst.where}, "
-        f"{len(worst.input_ids)}); raise data.max_length, or set data.too_long=leave_out or truncate"
+        f"{counted(longer, f'{name} row')} {'is' if longer == 1 else 'are'} longer than {counted(limit, 'token')} (the "
+        f"longest: {worst.where}, {len(worst.input_ids):,}); raise data.max_length, or set data.too_long=leave_out or "
+        "truncate"
     )
 
 
@@ -216,6 +220,6 @@ def _seed_data(train: Samples, recipe: Recipe) -> tuple[Samples, Samples]:
         would = f"set route.min_samples_per_expert={most} (now {now})" if most else "lower expand.num_experts"
         raise UpcycleError(
             f"the recipe asks for {fit} + {test} seed rows (for the router, and to test it), more than half of the "
-            f"{len(train)} training rows; {would}, or give more data"
+            f"{counted(len(train), 'training row')}; {would}, or give more data"
         )
     return cut_questions(train, fit + test)

@@ -30,6 +30,11 @@ from upcycle.routing.ranking import ranking
 from upcycle.settings import EvaluateSettings
 from upcycle.weights.base import Base
 
+ROUTING_NOTE = (
+    "entropy: 1 if all experts get the same load, 0 if one gets all; max over mean load: of the busiest expert; "
+    "specialisation: 0 if every domain is routed alike; dead: experts with hardly any load, summed over layers"
+)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -169,7 +174,7 @@ def show_routing(routing: Routing) -> None:
             rows.append((name, *(f"{mean:.3f}" for mean in means), f"{sum(whole.dead)}", shown))
     columns = ("model", "entropy", "max over mean load", "specialisation", "dead", "ranks assigned first (chance)")
     if rows:
-        table("routing, mean over layers", columns, rows)
+        table("routing, mean over layers", columns, rows, note=ROUTING_NOTE)
     step_0, worse = routing.get(STEP_0), routing.get(AGAINST_BEST)
     if isinstance(step_0, AgainstDense) and isinstance(worse, dict):
         say(

@@ -47,7 +47,7 @@ def held_out(
     counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     batches = make_batches(samples, settings.tokens_per_batch, pad_token_id, model.device)
     recorder = RouterRecorder(model) if num_experts(model) else None
-    with recorder or nullcontext(), Progress(f"evaluate {name}: loss", len(batches)) as bar:
+    with recorder or nullcontext(), Progress(f"evaluate {name}: loss", len(batches), "batches") as bar:
         for batch in batches:
             if recorder:
                 recorder.clear()
@@ -100,7 +100,7 @@ def exact_matches(
     matches = [0.0] * len(samples)
     lengths = [s.answer_start + settings.max_answer_tokens for s in samples]
     groups = token_batches(lengths, settings.tokens_per_batch)
-    with Progress(f"evaluate {name}: answers", len(samples)) as bar:
+    with Progress(f"evaluate {name}: answers", len(samples), "rows") as bar:
         for group in groups:
             answers = _greedy(model, tokenizer, [samples[i] for i in group], settings.max_answer_tokens)
             for index, answer in zip(group, answers, strict=True):

@@ -32,7 +32,7 @@ from upcycle.architectures.slices import Slicing
 from upcycle.console import warn
 from upcycle.distributed.shards import is_sharded, placement, take_over
 from upcycle.distributed.world import is_main
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.experts.active import active_ffns
 from upcycle.experts.adapter_files import is_adapter
 from upcycle.experts.gram import Measure, task_vector_gram
@@ -341,7 +341,7 @@ def describe(folder: Path) -> Description:
     lineage = LINEAGE.known(folder)
     slices = lineage.granularity if lineage else 1
     cut = f" of {slices} slices each, top-{k // slices} ({experts} experts, top-{k}, on disk)" if slices > 1 else ""
-    what = f"A {config['model_type']} mixture of {experts // slices} experts{cut or f', top-{k}'}"
+    what = f"A {config['model_type']} mixture of {counted(experts // slices, 'expert')}{cut or f', top-{k}'}"
     sizes = f": {_sizes(folder, config, experts, k, slices)}" if lineage else ""  # what is made elsewhere may have more
     return Description(what + _beside(folder) + sizes, plain=True, warnings=tuple(warnings))
 

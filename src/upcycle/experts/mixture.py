@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from upcycle.distributed.world import is_main
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from upcycle.experts.kind import Load, Routers
 from upcycle.experts.linears import Shapes, Structure, structure_of
@@ -284,6 +284,6 @@ def write_new(
     LINEAGE.write(out_dir, plan)
     added = sum(tensor.numel() for tensor in (*experts.tensors.values(), *routers))
     return (
-        f"assemble: {len(plan.experts)} experts of rank {max(experts.ranks)} on {base.name}, {added / 1e6:.1f}M "
-        "parameters besides the base's"
+        f"assemble: {counted(len(plan.experts), 'expert')} of rank {max(experts.ranks)} on {base.name}, "
+        f"{added / 1e6:.1f}M parameters besides the base's"
     )

@@ -16,7 +16,7 @@ from upcycle.architectures.identity import check_identity, rewritten
 from upcycle.architectures.mapping import Mapping, read_region
 from upcycle.architectures.moves import FfnMove, Region, SharedMove, router_tensors
 from upcycle.console import say
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.types import Config
 from upcycle.weights.folders import require_space, write_config
 from upcycle.weights.safetensors_io import DTYPE_NAMES, ModelReader, ModelWriter, pieces
@@ -83,7 +83,7 @@ def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype
         return config
     millions, count = mapping.num_parameters() / 1e6, mapping.num_experts
     sliced = f" of {mapping.granularity} slices each" if mapping.granularity > 1 else ""
-    what = f"{mapping.family.moe.model_type} with {count} experts{sliced}"
+    what = f"{mapping.family.moe.model_type} with {counted(count, 'expert')}{sliced}"
     say(f"{verb}: {what}, {millions:.1f}M parameters in {dtype_name}")
     difference = _compare(out_dir, mapping, parts, stored)
     say(f"{verb}: logits of a cut-down copy with equal experts are the dense model's (difference {difference:.0e})")

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from upcycle.console import say, table, tell, warn
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe, load_recipe
 from upcycle.records.files import POSTTRAIN, PREPARE
@@ -35,6 +35,8 @@ USED = 0.4
 """Share of a card's FLOP/s that a training gets; what good ones reach."""
 ROOM = 0.92
 """Share of a device's memory that is left beside the driver's and what lies between tensors."""
+TIGHT = 0.85
+"""Share of a device's memory from which on what fits is called tight: a forecast is off by some per cent."""
 SMALL = 20e6
 """Parameters of a dense model below which a run says nothing of memory."""
 TOKENS = 100_000_000
@@ -79,7 +81,8 @@ class Way:
     name: str
     overrides: tuple[str, ...]
     stages: "dict[str, upcycle.training.forecast.Forecast]"
-    fits: bool
+    fits: str
+    """`yes`, `tight` from `TIGHT` of the memory on, or `no`."""
 
 
 def parse_devices(text: str) -> Devices:
@@ -191,7 +194,8 @@ def ways(
         if overrides and recipe == plain:
             continue
         found = dict(forecasts(recipe, base, lengths, devices.count, devices.accelerator))
-        fits = all(forecast.device <= devices.usable for forecast in found.values())
+        most = max(forecast.device for forecast in found.values())
+        fits = "no" if most > devices.usable else "tight" if most > TIGHT * devices.gigabytes * 1e9 else "yes"
         yield Way(name, tuple(overrides), found, fits)
 
 
@@ -211,11 +215,11 @@ def show_ways(found: Sequence[Way], recipe: Recipe, length: int, devices: Device
     for way in found:
         sizes = [f"{way.stages[stage].device / 1e9:,.1f}" for stage in stages]
         host = [f"{max(forecast.host for forecast in way.stages.values()) / 1e9:,.0f}"] if devices.accelerator else []
-        rows.append((way.name, typed(way.overrides), *sizes, "yes" if way.fits else "no", *host))
+        rows.append((way.name, typed(way.overrides), *sizes, way.fits, *host))
     batch = f"batch_size {recipe.posttrain.batch_size}, micro_batch_size {recipe.posttrain.micro_batch_size}"
-    title = f"{devices}: GB {'on each card' if devices.accelerator else 'of memory'}"
+    title = f"memory in GB{' on each card' if devices.accelerator else ''}: {devices}"
     heads = ("what", "settings", *stages, "fits", *(["host GB"] if devices.accelerator else []))
-    table(f"{title} ({batch}, rows of {length} tokens)", heads, rows)
+    table(f"{title} ({batch}, rows of {counted(length, 'token')})", heads, rows)
 
 
 def typed(overrides: Sequence[str]) -> str:

@@ -50,7 +50,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
             raise _damaged(path, f"has {found} bytes, expected {entry.bytes}")
     paths = list(entries)
     hashes = hash_files(paths, manifest.algorithm)
-    for path, found_hash in zip(track(paths, f"checking {folder.name}"), hashes, strict=True):
+    for path, found_hash in zip(track(paths, f"checking {folder.name}", "files"), hashes, strict=True):
         if found_hash != entries[path].hash:
             raise _damaged(path, "has other content than when it was written")
 
@@ -125,7 +125,7 @@ def seal(
         hashes = hash_files(paths, algorithm)
         files = {
             str(path.relative_to(partial)): WrittenFile(bytes=path.stat().st_size, **{algorithm: found})
-            for path, found in zip(track(paths, f"sealing {folder.name}"), hashes, strict=True)
+            for path, found in zip(track(paths, f"sealing {folder.name}", "files"), hashes, strict=True)
         }
         synced.result()
     manifest = Manifest(

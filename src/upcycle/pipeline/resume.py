@@ -6,6 +6,7 @@ A stage runs if its folder is missing or was made from other inputs; inputs are 
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -236,12 +237,28 @@ def _claim(run: Run, update: bool) -> None:
     write_text(path, dump_recipe(run.recipe))
 
 
+def is_worked_on(folder: Path) -> bool:
+    """Whether a process of this machine has a run's folder locked, to run stages."""
+    try:
+        with LOCK.of(folder).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with LOCK.of(folder).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UpcycleError(f"another process is working in {folder}") from None
+        for wait_for_looks in (True, False):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait_for_looks:
+                    raise UpcycleError(f"another process is working in {folder}") from None
+                time.sleep(0.1)  # `is_worked_on` holds it for a moment
         yield

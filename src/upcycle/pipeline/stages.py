@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from upcycle.console import say, warn
 from upcycle.distributed.world import on_main
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.pipeline.fit import say_fit
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Sections, Stage
@@ -56,7 +56,7 @@ def _prepare(run: Run, out: Path) -> None:
         on_main(lambda: adopt(run.kind, base, run.given_checkpoints, out) and None)
         if base.layers is not None:
             warn(
-                f"prepare: {len(ffn_layers(base.config)) - len(base.layers)} layers keep one FFN, that of "
+                f"prepare: {counted(len(ffn_layers(base.config)) - len(base.layers), 'layer')} with one FFN, that of "
                 f"assemble.shared={recipe.assemble.shared}, so a single expert differs from its checkpoint"
             )
     else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.console import tell, warn
 from upcycle.disk import check_writable, write_text
-from upcycle.errors import NoTwinError, UpcycleError, nearest
+from upcycle.errors import NoTwinError, UpcycleError, counted, nearest
 from upcycle.pipeline.commented import commented
 from upcycle.pipeline.fit import CHOSEN_FIRST, Devices, devices_here, show_ways, tell_the_rest, typed, ways
 from upcycle.pipeline.run import Run
@@ -130,13 +130,17 @@ def start(wanted: Wanted, out: Path) -> None:
     for name in filter(None, (*wanted.data, wanted.validation)):
         files_of(name)  # before a large model is read
     draft, base = _understood(wanted)
-    becomes = _becomes(draft.recipe(), base)
+    becomes, num_experts = _becomes(draft.recipe(), base), draft.recipe().expand.num_experts
     tell(f"base: {becomes}")
     draft, lengths = _read_data(draft)
+    if draft.recipe().expand.num_experts != num_experts:
+        draft, base = _read_base(draft, ())
+        becomes = _becomes(draft.recipe(), base)
+        tell(f"base, with an expert for each domain: {becomes}")
     draft, devices, said = _fitted(draft, base, lengths, wanted.devices)
     head = [_title(draft.method), f"Base: {becomes}.", f"Memory: {said}.", "`upcycle settings` lists all settings."]
     write_text(out, commented(draft.recipe(), draft.names, head, draft.notes))
-    tell(f"written: {out}, {len(draft.names)} settings with comments; all others keep their defaults")
+    tell(f"written: {out}, {counted(len(draft.names), 'setting')} with comments; all others keep their defaults")
     tell("\n".join(["next:", *(f"    {line}" for line in _next_commands(out, devices))]))
 
 
@@ -244,7 +248,7 @@ def _becomes(recipe: Recipe, base: "upcycle.architectures.mapping.Mapping | upcy
     what, *sizes = outcome(recipe, base)
     dense, total, active = (f"{size / 1e6:,.1f} M" for size in (base.num_dense, *sizes))
     m = recipe.expand.num_experts
-    many = f"{m} expert{'s' * (m > 1)}, top-{recipe.assemble.num_experts_per_tok}"
+    many = f"{counted(m, 'expert')}, top-{recipe.assemble.num_experts_per_tok}"
     return f"{recipe.base}, {what}, {many}: {dense} parameters become {total}, {active} of them active per token"
 
 
@@ -262,9 +266,9 @@ def _read_data(draft: Draft) -> tuple[Draft, list[int]]:
     given = Run(recipe, Path()).given_base
     train, validation = load_parts(recipe, given.tokenizer, given.context_length)
     show_domains(train)
-    tell(f"{len(validation):,} rows are held out for the evaluation")
+    tell(f"{counted(len(validation), 'row')} held out for the evaluation")
     if recipe.prepare.by_domain:
-        _check_domains(draft.method, len(by_domain(train)), recipe.expand.num_experts)
+        draft = _with_domains(draft, len(by_domain(train)))
     return _with_few_rows(draft, len(train)), lengths(train)
 
 
@@ -279,13 +283,13 @@ def _with_few_rows(draft: Draft, rows: int) -> Draft:
     recipe = draft.recipe()
     if not (least := most_samples_per_expert(rows, recipe)):
         raise UpcycleError(
-            f"--data: {rows} training rows are too few for {recipe.expand.num_experts} experts, each of which needs a "
-            "seed row, with as many rows to train on; give more data"
+            f"--data: {counted(rows, 'training row')}, too few for {counted(recipe.expand.num_experts, 'expert')}: "
+            "each needs a seed row, and as many rows are to be left to train on; give more data"
         )
     if least < recipe.route.min_samples_per_expert:
         draft = draft.having([f"route.min_samples_per_expert={least}"], "(lowered: few rows)")
     fit, test = seed_sizes(rows, draft.recipe())
-    tell(f"{fit:,} + {test:,} of the training rows are seed rows: for the router's start, and to test it")
+    tell(f"{fit:,} + {counted(test, 'seed row')} among the training rows: for the router's start, and to test it")
     prepare = recipe.prepare
     steps = (rows - fit - test) * prepare.checkpoint_every / prepare.batch_size
     if recipe.tunes and not prepare.by_domain and prepare.warmup_fraction and steps < STEPS:
@@ -294,11 +298,17 @@ def _with_few_rows(draft: Draft, rows: int) -> Draft:
     return draft
 
 
-def _check_domains(method: str, domains: int, experts: int) -> None:
+def _with_domains(draft: Draft, domains: int) -> Draft:
+    """With an expert for each domain, if there are more of them than experts.
+
+    Raises:
+        UpcycleError: there is one domain.
+    """
     if domains < 2:
-        raise UpcycleError(f"--method {method} trains once for each domain, but all rows have the same one")
-    if domains > experts:
-        warn(f"{domains} domains are more than {experts} experts, so some are not used; set expand.num_experts")
+        raise UpcycleError(f"--method {draft.method} trains once for each domain, but all rows have the same one")
+    if domains <= draft.recipe().expand.num_experts:
+        return draft
+    return draft.having([f"expand.num_experts={domains}"], "(one for each domain of the data)")
 
 
 def _fitted(
@@ -316,7 +326,7 @@ def _fitted(
     show_ways(found, draft.recipe(), max(lengths), devices)
     if (mapping := moe_of(draft.recipe(), base)) is not None:
         tell_the_rest(mapping, draft.recipe().assemble.num_experts_per_tok, devices)
-    by_name = {way.name: way for way in found if way.fits}
+    by_name = {way.name: way for way in found if way.fits != "no"}
     chosen = next((by_name[name] for name in CHOSEN_FIRST if name in by_name), None)
     if chosen is None:
         instead = f"--method {ADAPTERS} would fit" if by_name else "a smaller model, or more or larger devices, would"
@@ -324,9 +334,14 @@ def _fitted(
         return draft, devices, f"it does not fit on {devices}; {instead}"
     for stage, needs in chosen.stages.items():
         tell(f"{stage}: needs {needs}")
+    word = "fits" if chosen.fits == "yes" else "a tight fit"
     how = f" with {typed(chosen.overrides)}" if chosen.overrides else ""
     said = ", ".join(f"{stage} {needs.device / 1e9:.1f} GB" for stage, needs in chosen.stages.items())
-    return draft.having(chosen.overrides, "(chosen to fit)"), devices, f"{said}{how}; fits: {devices}"
+    return (
+        draft.having(chosen.overrides, "(chosen to fit)"),
+        devices,
+        f"{said}{how}; {word}: {devices}",
+    )
 
 
 def _shared_batches(recipe: Recipe, processes: int) -> list[str]:

@@ -14,7 +14,7 @@ def show_summary(run: Run) -> None:
         record = LOG.known(run.folder / stage)
         trained = (f"{record.tokens:,}", f"{record.steps:,}") if record else ("", "")
         rows.append((stage, f"{cost.seconds:.0f}", f"{cost.memory_gb:.1f}", *trained))
-    table("cost per stage", ("stage", "seconds", "GB resident", "training tokens", "steps"), rows)
+    table("cost per stage", ("stage", "seconds", "peak GB of memory", "training tokens", "steps"), rows)
     result = RESULT.of(run.folder)
     made = kind_in(result).describe(result)
     how = "a plain Hugging Face folder" if made.plain else f"compact: needs {run.recipe.base} and upcycle"

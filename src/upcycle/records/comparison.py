@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
+from upcycle.errors import counted
 from upcycle.records.record import ByDomain, Count, Record, ShareByDomain, optional
 from upcycle.records.scores import BASE
 
@@ -149,7 +150,7 @@ class Found(Record):
     @property
     def over(self) -> str:
         """`1 seed`, `5 seeds`."""
-        return f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        return counted(self.seeds, "seed")
 
     @property
     def reference(self) -> str:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import to_jsonable_python
 
 from upcycle.disk import write_json
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, expected
 from upcycle.reading import brief, read_bytes
 
 T = TypeVar("T")
@@ -83,4 +83,4 @@ def first_problem(error: ValidationError) -> str:
     if first["type"] == "json_invalid":
         return str(first["msg"])
     field = ".".join(map(str, first["loc"])) or "the whole"
-    return f"{field}: {first['msg'].removeprefix('Value error, ')} (found {brief(first['input'])})"
+    return f"{field}: {expected(first)} (found {brief(first['input'])})"

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from upcycle.errors import counted
 from upcycle.records.benchmark import BenchmarkScores
 from upcycle.records.comparison import Comparison, Summary, Sweep
 from upcycle.records.files import BENCHMARK_PICTURE
@@ -28,7 +29,9 @@ def similarity_figure(plan: ExpansionPlan, path: Path) -> None:
     heat, tree = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _heat_map(heat, plan)
     _dendrogram(tree, plan)
-    figure.suptitle(f"{len(names)} experts from {len(plan.sources)} ({plan.merge}, drop rate {plan.drop_rate})")
+    figure.suptitle(
+        f"{counted(len(names), 'expert')} from {len(plan.sources)} ({plan.merge}, drop rate {plan.drop_rate})"
+    )
     figure.savefig(path, dpi=120)
 
 

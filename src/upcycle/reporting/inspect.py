@@ -1,5 +1,7 @@
 """What an artifact is and where its experts come from: a tree of the lineage, a table and a picture of similarities."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,12 @@ from upcycle.records.record import read_record
 from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
 
 
-def inspect(path: Path, figure: Path, made: Description | None = None) -> None:
+def inspect(path: Path, figure: Path | None = None, made: Description | None = None) -> None:
     """Print what `path` (a run, a stage's folder, a MoE, a plan) is, its experts' lineage and similarities.
 
     Args:
         made: what the model in `path` is, if it holds one.
-        figure: where to write the picture, a PNG; an existing one is replaced.
+        figure: where to write the picture, those of a run beside it; an existing one is replaced, and that is said.
 
     Raises:
         UpcycleError: nothing here has experts.
@@ -35,9 +37,9 @@ def inspect(path: Path, figure: Path, made: Description | None = None) -> None:
     names = [label.split()[0] for label in plan.labels]
     rows = [(label, *map(_cell, row)) for label, row in zip(plan.labels, plan.similarities, strict=True)]
     table(f"similarity of experts ({plan.similarity} of FFN task vectors)", ("", *names), rows)
-    similarity_figure(plan, figure)
-    tell(f"heat map and dendrogram: {figure}")
-    draw_routing(path, figure)
+    if figure is not None:
+        draw("heat map and dendrogram", figure, partial(similarity_figure, plan))
+        draw_routing(path, figure)
 
 
 def draw_routing(run: Path, figure: Path) -> None:
@@ -46,12 +48,17 @@ def draw_routing(run: Path, figure: Path) -> None:
     if scores is not None:
         shares = [entry.expert_share for entry in scores.values() if entry.expert_share is not None]
         place = figure.with_name(f"{figure.stem}-routing.png")
-        routing_figure(shares[-1], place)
-        tell(f"share of tokens per expert, by domain and layer: {place}")
+        draw("share of tokens per expert, by domain and layer", place, partial(routing_figure, shares[-1]))
     if record is not None:
         place = figure.with_name(f"{figure.stem}-load.png")
-        load_figure(record.log, place)
-        tell(f"load of the experts over training: {place}")
+        draw("load of the experts over training", place, partial(load_figure, record.log))
+
+
+def draw(what: str, place: Path, write: Callable[[Path], None]) -> None:
+    """Write a picture, and say where, and whether there was another."""
+    replaced = " (replaced)" if place.exists() else ""
+    write(place)
+    tell(f"{what}: {place}{replaced}")
 
 
 def find_plan(path: Path) -> ExpansionPlan:

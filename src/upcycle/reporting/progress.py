@@ -11,6 +11,7 @@ from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.manifest import partial_of, read_manifest
+from upcycle.pipeline.resume import is_worked_on
 from upcycle.pipeline.run import is_run
 from upcycle.pipeline.stages import stage_names
 from upcycle.records.files import RECIPE, TRAINER_STATE
@@ -18,19 +19,49 @@ from upcycle.reporting.charts import line_chart
 from upcycle.reporting.course import course_chart
 from upcycle.reporting.page import Chart, Table, render, safe
 
+IDLE = 2
+"""After so many looks at a run that nobody works on, watching ends: one command of a stage may follow another."""
+
 
 def watch(run: Path, seconds: int, out: Path) -> None:
     """Write the page again and again until the run is complete.
 
     Raises:
-        UpcycleError: the folder is no run.
+        UpcycleError: the folder is no run, or one that twice in a row nobody was working on.
     """
     if not is_run(run):
         raise UpcycleError(f"{run} is not a run: it has no {RECIPE.name}; start it first with `upcycle run`")
     say(f"{out} shows the progress of the run until it is complete; Ctrl-C stops watching, not the run")
+    idle = 0
     while set((states := _states(run)).values()) != {"done"}:
+        idle = 0 if is_worked_on(run) else idle + 1
+        if idle == IDLE:
+            write_text(out, _page(run, states))
+            raise UpcycleError(
+                f"no process works on {run} and it is not complete ({out} shows how far it is); continue with `upcycle "
+                f"run {RECIPE.of(run)} --run {run}`"
+            )
         write_text(out, _page(run, states, seconds))
         time.sleep(seconds)
+
+
+def facts(run: Path) -> dict[str, Any]:
+    """How far a run is, for scripts: whether a process works on it, and of each stage its state, cost and step.
+
+    Raises:
+        UpcycleError: the folder is no run.
+    """
+    if not is_run(run):
+        raise UpcycleError(f"{run} is not a run: it has no {RECIPE.name}")
+    states, costs = _states(run), read_costs(run)
+    stages = {}
+    for stage, state in states.items():
+        trainer = _newest_trainer_state(partial_of(run / stage)) if state == "begun" else {}
+        steps = {"step": trainer["global_step"], "steps": trainer["max_steps"]} if trainer else {}
+        spent = costs[stage].model_dump(exclude_none=True) if stage in costs else {}
+        stages[stage] = {"state": state, **spent, **steps}
+    complete = set(states.values()) == {"done"}
+    return {"run": str(run), "complete": complete, "worked_on": is_worked_on(run), "stages": stages}
 
 
 def _states(run: Path) -> dict[str, str]:
@@ -42,7 +73,7 @@ def _states(run: Path) -> dict[str, str]:
     return states
 
 
-def _page(run: Path, states: dict[str, str], seconds: int) -> str:
+def _page(run: Path, states: dict[str, str], seconds: int | None = None) -> str:
     current = next((stage for stage, state in states.items() if state == "begun"), None)
     trainer = _newest_trainer_state(partial_of(run / current)) if current else {}
     charts = [course_chart(run), _so_far(current, trainer) if current else None]
@@ -50,15 +81,16 @@ def _page(run: Path, states: dict[str, str], seconds: int) -> str:
     costs = read_costs(run)
     rows = [[stage, state, f"{costs[stage].seconds:.0f}" if stage in costs else ""] for stage, state in states.items()]
     step = f", step {trainer['global_step']} of {trainer['max_steps']} at its last checkpoint" if trainer else ""
+    again = f"and again every {seconds} seconds while this is watched" if seconds else "when no process worked on it"
     return render(
         "progress.html.j2",
         title=f"{run.resolve().name}: {len(done)} of {len(states)} stages are done",
         lead=f"{current} has begun{step}." if current else "No stage has begun and is unfinished.",
-        noise=f"Written at {time.strftime('%H:%M:%S')}, and again every {seconds} seconds while this is watched.",
+        noise=f"Written at {time.strftime('%H:%M:%S')}, {again}.",
         problems=(),
         cards=(),
         sections=(),
-        refresh=seconds,
+        **({"refresh": seconds} if seconds else {}),
         table=Table("stages", ["stage", "", "seconds"], rows, [list(states).index(current)] if current else []),
         charts=[chart for chart in charts if chart],
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from upcycle.architectures.clients import commands
 from upcycle.console import tell
 from upcycle.disk import write_text
+from upcycle.errors import counted
 from upcycle.pipeline.benchmarks import read_scores
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.manifest import read_manifest
@@ -84,7 +85,7 @@ def write_report(run: Path, recipe: Recipe, made: Description, texts: Sequence[R
 
 
 def _what(plan: ExpansionPlan) -> str:
-    return "dense tuning of" if is_dense(plan) else f"{len(plan.experts)} experts from"
+    return "dense tuning of" if is_dense(plan) else f"{counted(len(plan.experts), 'expert')} from"
 
 
 def _verdict(run: Path, recipe: Recipe, plan: ExpansionPlan, scores: Scores) -> Verdict:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from upcycle.console import table
 from upcycle.distributed.world import is_main
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.records.comparison import METRICS, Sweep
 from upcycle.records.files import SWEEP
 from upcycle.studies.cells import Study, labels, run_cells
@@ -54,4 +54,4 @@ def show_sweep(found: Sweep) -> None:
         cells = (f"{pattern.format(value.mean)} +- {pattern.format(value.std)}" for pattern, value in scores)
         rows.append((*(row.settings or {}).values(), f"{row.tokens:,}", *cells))
     heads = (*found.axes, "training tokens", *(metric.replace("_", " ") for metric in found.metrics))
-    table(f"sweep, {found.seeds} seeds: mean and standard deviation of the MoE", heads, rows)
+    table(f"sweep, {counted(found.seeds, 'seed')}: mean and standard deviation of the MoE", heads, rows)

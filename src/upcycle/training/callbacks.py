@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from upcycle.console import Progress, warn
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.routing.load import DEAD, OVERLOADED, shares
 from upcycle.training.checkpoints import remove, step_of, strip_resume_files
 from upcycle.training.loss_free import LossFreeBias
@@ -29,8 +29,9 @@ def checkpoint_steps(max_steps: int, epochs: float, checkpoint_every: float) -> 
     steps = [round(max_steps * i * checkpoint_every / epochs) for i in range(1, count + 1)]
     if len(set(steps)) < len(steps) or (steps and steps[0] == 0):
         raise UpcycleError(
-            f"checkpoint_every={checkpoint_every} of an epoch is less than one step apart ({max_steps} steps in "
-            f"{epochs} epochs); raise checkpoint_every, lower batch_size, or give more data"
+            f"checkpoint_every={checkpoint_every} of an epoch is less than one step apart "
+            f"({counted(max_steps, 'step')} for epochs={epochs:g}); raise checkpoint_every, lower batch_size, or give "
+            "more data"
         )
     return sorted({*steps, max_steps})
 
@@ -64,7 +65,7 @@ class ShowProgress(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        self._bar = Progress(self._description, state.max_steps, done=state.global_step).__enter__()
+        self._bar = Progress(self._description, state.max_steps, "steps", state.global_step).__enter__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._bar:

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import Trainer
 from trl import SFTConfig
 
-from upcycle.errors import UpcycleError, nearest
+from upcycle.errors import UpcycleError, expected, nearest
 from upcycle.reading import brief
 from upcycle.settings import TrainingSettings
 
@@ -86,7 +86,7 @@ def check(section: str, settings: TrainingSettings) -> None:
         try:
             TypeAdapter(hints[name]).validate_python(value, strict=True)
         except ValidationError as error:
-            raise UpcycleError(f"{where}: {error.errors()[0]['msg']} (found {brief(value)})") from None
+            raise UpcycleError(f"{where}: {expected(error.errors()[0])} (found {brief(value)})") from None
     _check_model_kwargs(section, settings)
     try:
         made = config(settings, "unused", 0, 1, "none")

@@ -11,7 +11,7 @@ import torch
 
 from upcycle.disk import check_name
 from upcycle.errors import UpcycleError
-from upcycle.reading import brief, read_json
+from upcycle.reading import brief, hub_problem, read_json
 from upcycle.records.files import LINEAGE
 from upcycle.types import Config, Model
 from upcycle.weights.safetensors_io import COMPILED, ModelReader
@@ -58,7 +58,19 @@ def find_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as error:
-        raise UpcycleError(f"'{name}' is neither a folder nor a hub model that can be read: {error}") from None
+        raise UpcycleError(f"model '{name}': no such folder here, and not from the hub: {hub_problem(error)}") from None
+
+
+def is_here(name: str) -> bool:
+    """Whether `find_model` would download nothing: for hub names, whether a copy is in the cache."""
+    if name == BUILTIN_BASE or Path(name).expanduser().is_dir() or name.count("/") != 1 or name.startswith("."):
+        return True
+    from huggingface_hub import snapshot_download
+
+    try:
+        return bool(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=True))
+    except Exception:
+        return False
 
 
 def read_config(folder: Path) -> Config:

@@ -21,7 +21,7 @@ def hash_models(folders: Sequence[Path], algorithm: str = XXH3) -> list[str]:
     """That of each of several folders, in one go."""
     files = [path for folder in folders for path in sorted(folder.iterdir()) if _decides(path)]
     title = f"hashing {', '.join(folder.name for folder in folders[:2])}{' ...' * (len(folders) > 2)}"
-    found = dict(zip(track(files, title), hash_files(files, algorithm), strict=True))
+    found = dict(zip(track(files, title, "files"), hash_files(files, algorithm), strict=True))
     return [digest({path.name: found[path] for path in files if path.parent == folder}) for folder in folders]
 
 

@@ -33,7 +33,7 @@ def map_tensors(work: Callable[[Item], Result], items: Sequence[Item], title: st
     with _one_torch_thread(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
-            return [future.result() for future in track(futures, title)]
+            return [future.result() for future in track(futures, title, "tensors")]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

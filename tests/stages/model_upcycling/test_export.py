@@ -30,6 +30,9 @@ def test_a_plain_moe_is_copied_without_what_is_ours_alone(base: Path, checkpoint
         export(made, tmp_path / "out", False, "source")
     with pytest.raises(UpcycleError, match="is already a plain model; leave out --fold"):
         export(made, tmp_path / "other", True, "source")
+    for ignored in ({"dtype": "bfloat16"}, {"dtype": "source", "base": str(base)}):
+        with pytest.raises(UpcycleError, match="--dtype and --base are for a mixture that is folded; add --fold, or"):
+            export(made, tmp_path / "other", False, **ignored)
     with pytest.raises(UpcycleError, match="holds no model; expected a finished run"):
         export(tmp_path, tmp_path / "other", False, "source")
 

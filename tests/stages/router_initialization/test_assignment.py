@@ -76,7 +76,7 @@ def test_more_domains_than_experts_share_them_evenly() -> None:
 
 
 def test_without_domains_there_is_nothing_to_assign_by() -> None:
-    with pytest.raises(UpcycleError, match=r"the 2 seed rows have one domain, 'x'; give rows a field `domain`"):
+    with pytest.raises(UpcycleError, match=r"found 2 seed rows of one domain, 'x'; give rows a field `domain`"):
         assign(np.ones((2, 2)), [a_sample(), a_sample()], "domain", 0)
 
 

@@ -90,7 +90,7 @@ def test_language_model_loss_reaches_the_routing_vectors_through_the_gate(moe: P
 
 @pytest.mark.parametrize("start", ["upit", "random"])
 def test_the_stage_writes_a_router_that_loads(
-    start: str, base: Path, moe: Path, samples: list[Sample], tmp_path: Path
+    start: str, base: Path, moe: Path, samples: list[Sample], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = SETTINGS.model_copy(update={"start": start})
     report = route(as_base(base), moe, SeedData(samples[:9], samples[9:]), NAMES, settings, 0, tmp_path)
@@ -105,6 +105,12 @@ def test_the_stage_writes_a_router_that_loads(
     found = [first_choice(model, sample) for sample in samples[9:]]
     hits = [choice == expert for choice, expert in zip(found, report.held_out.assigned, strict=True)]
     assert report.held_out.accuracy == pytest.approx(sum(hits) / len(hits))
+    said = capsys.readouterr().out
+    share = f"{report.held_out.accuracy:.1%} of {len(samples) - 9} unseen seed samples (chance 33.3%; always naming the"
+    assert f"the router ranks the assigned expert first for {share} most frequent expert would give " in said
+    change = f"{abs(report.difference.gain):.4f} {'lower' if report.difference.gain >= 0 else 'higher'}"
+    assert f"the loss is {change} than with the best single expert (gain {report.difference.gain:.4f}, 95% of" in said
+    assert f"router start {start}: {report.cost.forward:,} tokens forward, " in said
 
 
 @torch.no_grad()

@@ -187,7 +187,7 @@ def test_a_router_that_cannot_tell_two_experts_apart_is_named(capsys: pytest.Cap
     same = torch.stack([good[0], good[1], good[1]])
     assert condition_numbers([good])[0] == pytest.approx(1.0)
     assert condition_numbers([good, same])[1] > 1e6
-    assert "the routers of 1 layers (first: [1]) hardly tell some experts apart" in " ".join(
+    assert "the routers of 1 layer (first: [1]) hardly tell some experts apart" in " ".join(
         capsys.readouterr().out.split()
     )
 

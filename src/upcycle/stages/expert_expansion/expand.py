@@ -6,12 +6,20 @@ from pathlib import Path
 import numpy as np
 
 from upcycle.console import say, table
+from upcycle.errors import counted
 from upcycle.experts.kind import Kind
 from upcycle.records.files import PLAN
 from upcycle.records.plan import Checkpoint, ExpansionPlan
 from upcycle.settings import ExpandSettings
 from upcycle.stages.expert_expansion.plan import make_plan
 from upcycle.weights.base import Base
+
+MEASURES = {"cosine": "cosine: 1 is the same direction", "l2": "minus the squared distance: 0 is the same"}
+NOTE = (
+    "similarity: of two experts' differences from the base ({}); norm: size of that difference; "
+    "least and most similar: to any other expert"
+)
+"""What the columns of the plan's table are."""
 
 
 def expand(
@@ -37,7 +45,7 @@ def expand(
     left_out = sorted({c.name for c in checkpoints} - {e.name for e in plan.sources})
     if left_out and settings.copies_of == "none":
         why = f"expand.select={settings.select}"
-        say(f"expand: {len(left_out)} checkpoints are not experts ({why}): {', '.join(left_out)}")
+        say(f"expand: {counted(len(left_out), 'checkpoint')} not among the experts ({why}): {', '.join(left_out)}")
     show_plan(plan)
     return plan
 
@@ -53,4 +61,5 @@ def show_plan(plan: ExpansionPlan) -> None:
         least, most = ("", "") if np.isnan(others).all() else (f"{f(others):.3f}" for f in (np.nanmin, np.nanmax))
         rows.append((label, expert.merged_from, parents, norm, least, most))
     columns = ("expert", "merged from", "parents' similarity", "norm", "least similar", "most similar")
-    table(f"expansion plan (similarity: {plan.similarity}, {plan.merge}, drop rate {plan.drop_rate})", columns, rows)
+    title = f"expansion plan (similarity: {plan.similarity}, {plan.merge}, drop rate {plan.drop_rate})"
+    table(title, columns, rows, note=NOTE.format(MEASURES[plan.similarity]))

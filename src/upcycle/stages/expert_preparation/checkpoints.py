@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle.console import say, warn
 from upcycle.disk import check_name
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.experts.kind import Kind
 from upcycle.reading import read_json
 from upcycle.records.files import CHECKPOINTS
@@ -45,7 +45,7 @@ def adopt(kind: Kind, base: Base, given: Sequence[tuple[Path, str]], out_dir: Pa
         Checkpoint(name=_unique_name(folder, folders), path=str(folder.resolve()), sha256=sha256)
         for folder, sha256 in given
     ]
-    say(f"prepare: {len(checkpoints)} checkpoints taken from {folders[0].parent} and used where they are")
+    say(f"prepare: {counted(len(checkpoints), 'checkpoint')} taken from {folders[0].parent} and used where they are")
     say("prepare: they are read as transformers (adapters: PEFT) reads them")
     CHECKPOINTS.write(out_dir, checkpoints)
     return checkpoints
@@ -102,8 +102,8 @@ def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
     folders = sorted(numbered, key=step_of)
     if len(folders) < 2:
         raise UpcycleError(
-            f"prepare.checkpoints: {parent} holds {len(folders)} folders named checkpoint-<step> or <step>, expected "
-            "2 or more; to name model folders yourself give a list"
+            f"prepare.checkpoints: {parent} holds {counted(len(folders), 'folder')} named checkpoint-<step> or <step>, "
+            "expected 2 or more; to name model folders yourself give a list"
         )
     return folders
 

@@ -9,7 +9,7 @@ from upcycle.data.chat import Sample
 from upcycle.data.samples import by_domain
 from upcycle.distributed.device import release
 from upcycle.distributed.world import is_main, on_main, wait
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.experts.kind import Kind
 from upcycle.recipe import Recipe
 from upcycle.records.files import CHECKPOINTS, LOG, MOMENTS, is_whole, note_sizes
@@ -45,7 +45,7 @@ def tune(
     Raises:
         UpcycleError: training diverges, the checkpoints would not fit on the disk, or there are no domains.
     """
-    trainings = _trainings(train, recipe.prepare)
+    trainings = _trainings(train, recipe)
     for name, samples in trainings:
         if not on_main(partial(is_whole, out_dir / name, _is_rewritten)):  # else checkpoints are left to be finished
             _train(kind, base, samples, recipe, out_dir, name, validation)
@@ -97,16 +97,23 @@ def _collect(kind: Kind, base: Base, names: Sequence[str], settings: PrepareSett
     CHECKPOINTS.write(out_dir, checkpoints)
 
 
-def _trainings(train: Sequence[Sample], settings: PrepareSettings) -> list[tuple[str, Sequence[Sample]]]:
+def _trainings(train: Sequence[Sample], recipe: Recipe) -> list[tuple[str, Sequence[Sample]]]:
     """(folder, samples) of each training: one over all, or one for each domain."""
-    if not settings.by_domain:
+    if not recipe.prepare.by_domain:
         return [("", train)]
     parts = by_domain(train)
     domains = list(parts)
     if len(domains) < 2:
         raise UpcycleError(
-            f"prepare.by_domain: the {len(train)} training rows have one domain, '{domains[0]}'; give rows a field "
-            "`domain`, or set prepare.by_domain=false"
+            f"prepare.by_domain: found {counted(len(train), 'training row')} of one domain, '{domains[0]}'; give rows "
+            "a field `domain`, or set prepare.by_domain=false"
+        )
+    room = recipe.expand.num_experts - recipe.expand.keep_base
+    if recipe.expand.num_checkpoints is None and recipe.expand.copies_of == "none" and len(domains) > room:
+        raise UpcycleError(
+            f"prepare.by_domain trains once for each of {len(domains)} domains, but expand.num_experts leaves room for "
+            f"{counted(room, 'expert')}, so some trainings would be in vain; set expand.num_experts="
+            f"{len(domains) + recipe.expand.keep_base}, or expand.num_checkpoints={room} to leave some out"
         )
     folders = [f"domain-{re.sub(r'[^A-Za-z0-9_-]+', '_', domain)}" for domain in domains]
     unique = [name if folders.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(folders)]

@@ -31,10 +31,12 @@ def export(
         finish: adds to the folder before it gets its name.
 
     Raises:
-        UpcycleError: nothing to export, a target that is not empty, a mixture that cannot be folded, or logits that are
-            not the mixture's.
+        UpcycleError: nothing to export, `dtype` or `base` without `fold`, a target that is not empty, a mixture that
+            cannot be folded, or logits that are not the mixture's.
     """
     check_new(target, "--to")
+    if not fold and (dtype != "source" or base is not None):
+        raise UpcycleError("--dtype and --base are for a mixture that is folded; add --fold, or leave them out")
     if not holds_model(source):
         raise UpcycleError(f"{source} holds no model; expected a finished run, its folder posttrain, or a model folder")
     scratch = scratch_folder(target)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from upcycle.data.chat import Sample
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.records.route import Bucket, Difference
 
 Losses = NDArray[np.float64]
@@ -80,8 +80,8 @@ def assign(losses: Losses, samples: Sequence[Sample], rule: str, seed: int) -> E
     domains = [sample.domain for sample in samples]
     if rule == "domain" and len(set(domains)) < 2:
         raise UpcycleError(
-            f"route.assignment=domain: the {len(samples)} seed rows have one domain, '{domains[0]}'; give rows a field "
-            "`domain`, or use a different assignment"
+            f"route.assignment=domain: found {counted(len(samples), 'seed row')} of one domain, '{domains[0]}'; give "
+            "rows a field `domain`, or use a different assignment"
         )
     return ASSIGNMENTS[rule](losses, domains, seed)
 

@@ -44,7 +44,7 @@ def router_inputs(
     with (
         swapped_routers(model, lambda _: ForcedRouter(rows, count)) as routers,
         _inputs_of(routers) as inputs,
-        Progress("route: reading the routers' inputs", len(groups)) as bar,
+        Progress("route: reading the routers' inputs", len(groups), "batches") as bar,
     ):
         for group in groups:
             chosen = [pairs[i] for i in group]

@@ -57,7 +57,7 @@ def preoptimise(
     log = []
     with (
         swapped_routers(model, lambda layer: GatedRouter(rows, start[layer].to(places[layer]))) as routers,
-        Progress("route: pre-optimising routing vectors", len(groups) * settings.epochs) as bar,
+        Progress("route: pre-optimising routing vectors", len(groups) * settings.epochs, "steps") as bar,
     ):
         vectors: list[Tensor] = [router.vectors for router in routers]
         trained: list[dict[str, Any]] = [{"params": vectors, "lr": settings.learning_rate}]

@@ -14,7 +14,7 @@ from upcycle.data.batches import make_batches
 from upcycle.data.chat import Sample
 from upcycle.data.splits import SeedData
 from upcycle.distributed.world import is_main, wait
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.experts.kinds import load_for_scoring, load_routers, must_spread, router_keys, save_model
 from upcycle.records.files import MOVED, ROUTE_REPORT, ROUTER
 from upcycle.records.route import Bucket, Difference, HeldOut, RouteCost, RouteReport, SeedSample
@@ -62,8 +62,8 @@ def route(
     """
     if len(seed_data.fit) < len(names):
         raise UpcycleError(
-            f"route: {len(seed_data.fit)} seed samples for {len(names)} experts; raise route.seed_fraction or "
-            "route.min_samples_per_expert"
+            f"route: {counted(len(seed_data.fit), 'seed sample')} for {counted(len(names), 'expert')}; raise "
+            "route.seed_fraction or route.min_samples_per_expert"
         )
     together = must_spread([moe], base.folder)
     if is_main() or not together:
@@ -162,8 +162,8 @@ def condition_numbers(vectors: Sequence[Float[Tensor, "E H"]]) -> list[float]:
     bad = [layer for layer, number in enumerate(found) if number > DEGENERATE]
     if bad:
         warn(
-            f"route: the routers of {len(bad)} layers (first: {bad[:4]}) hardly tell some experts apart (condition "
-            f"number up to {max(found):.0e}); use a different route.start, or more seed data "
+            f"route: the routers of {counted(len(bad), 'layer')} (first: {bad[:4]}) hardly tell some experts apart "
+            f"(condition number up to {max(found):.0e}); use a different route.start, or more seed data "
             "(route.min_samples_per_expert)"
         )
     return found
@@ -172,9 +172,10 @@ def condition_numbers(vectors: Sequence[Float[Tensor, "E H"]]) -> list[float]:
 def _cost(start: Start, scored: Sequence[Sample], num_experts: int, name: str) -> RouteCost:
     """Tokens that went forward and backward through the model, and says so."""
     scoring = num_experts * sum(len(sample.input_ids) for sample in scored)
+    forward, backward = counted(start.forward_tokens, "token"), f"{start.backward_tokens:,}"
     say(
-        f"route: scoring took {scoring:,} tokens forward, the start {name} {start.forward_tokens:,} forward and "
-        f"{start.backward_tokens:,} backward"
+        f"route: scoring seed samples under every expert: {counted(scoring, 'token')} forward; router start {name}: "
+        f"{forward} forward, {backward} backward"
     )
     return RouteCost(scoring=scoring, forward=start.forward_tokens, backward=start.backward_tokens)
 
@@ -184,7 +185,7 @@ def _pairs(experts: Experts, losses: Losses, names: Sequence[str]) -> list[tuple
     for expert, chosen in fill_empty(experts, losses).items():
         warn(
             f"route: no seed sample was assigned to expert {expert} ({names[expert]}); its routing vectors learn "
-            f"from the {len(chosen)} samples nearest to it (route.assignment=balanced avoids this)"
+            f"from the {counted(len(chosen), 'sample')} nearest to it (route.assignment=balanced avoids this)"
         )
         pairs += [(sample, expert) for sample in chosen]
     return pairs
@@ -210,12 +211,14 @@ def _show_buckets(buckets: Sequence[Bucket], difference: Difference) -> None:
         for b in buckets
     ]
     columns = ("expert", "samples", *domains, "loss on all", "loss on its own", "second best is worse by")
-    table("seed samples per expert", columns, rows)
+    note = "samples: how many were assigned to the expert, in all and by domain; losses: mean token loss of the answers"
+    table("seed samples per expert", columns, rows, note=note)
     low, high = difference.interval
     verdict = "experts differ by more than noise" if difference.more_than_noise else "this may be noise"
+    change = f"{abs(difference.gain):.4f} {'lower' if difference.gain >= 0 else 'higher'}"
     say(
-        "route: an expert per domain, chosen on separate samples, beats the best single expert by "
-        f"{difference.gain:.4f} (95% of resamples: {low:.4f} to {high:.4f}): {verdict}"
+        f"route: with an expert per domain, chosen on separate samples, the loss is {change} than with the best single "
+        f"expert (gain {difference.gain:.4f}, 95% of resamples {low:.4f} to {high:.4f}): {verdict}"
     )
     if max(b.samples for b in buckets) == sum(b.samples for b in buckets):
         warn("route: all seed samples went to one expert; route.assignment=balanced, or seed data held out, avoid this")
@@ -223,7 +226,7 @@ def _show_buckets(buckets: Sequence[Bucket], difference: Difference) -> None:
 
 def _show_held_out(found: HeldOut) -> None:
     say(
-        f"route: on {found.samples} unseen seed samples the router ranks the assigned expert first in "
-        f"{found.accuracy:.1%} (chance {found.chance:.1%}, always the most frequent one "
-        f"{found.most_frequent_share:.1%})"
+        f"route: the router ranks the assigned expert first for {found.accuracy:.1%} of "
+        f"{counted(found.samples, 'unseen seed sample')} (chance {found.chance:.1%}; always naming the most frequent "
+        f"expert would give {found.most_frequent_share:.1%})"
     )

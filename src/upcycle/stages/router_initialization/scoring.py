@@ -39,7 +39,7 @@ def expert_losses(
     batches = [*share(batches)] if shared else batches
     with (
         swapped_routers(model, lambda _: ForcedRouter(rows, count)),
-        Progress("route: scoring seed data under each expert", len(batches) * count) as bar,
+        Progress("route: scoring seed data under each expert", len(batches) * count, "forward passes") as bar,
     ):
         for batch in batches:
             for expert in range(count):

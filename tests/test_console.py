@@ -1,0 +1,36 @@
+"""What is said of counts, progress and tables."""
+
+import pytest
+
+from upcycle import console
+from upcycle.console import table, track
+from upcycle.errors import counted
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "said"),
+    [
+        (0, "row", "0 rows"),
+        (1, "training row", "1 training row"),
+        (11_169, "row", "11,169 rows"),
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+        (3, "batch", "3 batches"),
+    ],
+)
+def test_a_count_agrees_with_its_noun(number: int, noun: str, said: str) -> None:
+    assert counted(number, noun) == said
+
+
+def test_progress_says_what_it_counts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    assert list(track(range(2000), "hashing base", "files")) == list(range(2000))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("hashing base: 1 of 2,000 files, ")
+    assert lines[-1] == "hashing base: 2,000 of 2,000 files, 0:00:00 left"
+
+
+def test_a_note_stands_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table("experts", ("k", "G"), [("2", "1")], note="k: experts that each token uses")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert (lines[0], lines[-1]) == ("experts", "k: experts that each token uses")
