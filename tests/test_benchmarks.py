@@ -55,7 +55,7 @@ def test_every_benchmark_has_a_command() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in COMMANDS])
 def test_a_benchmark_runs(
-    name: str, base: Path, rows: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, warm: Path, base: Path, rows: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("benchmarks", "docs"):  # some keep what they find there
         shutil.copytree(ROOT / folder, tmp_path / folder)
@@ -66,6 +66,7 @@ def test_a_benchmark_runs(
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path / "benchmarks")
+    monkeypatch.setattr(sys, "executable", str(warm))
     monkeypatch.setattr(sys, "argv", [name, *shlex.split(command)])
     try:
         runpy.run_path(str(tmp_path / "benchmarks" / f"{name}.py"), run_name="__main__")
