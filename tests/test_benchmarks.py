@@ -22,6 +22,7 @@ COMMANDS = {
     "encoding": "--tokenizer BASE --data DATA --work WORK --rows 500",
     "evidence": "toy core --seeds 1 --only sft --work WORK",
     "families": "",
+    "hash_speed": "--work WORK --megabytes 8 --rounds 1",
     "lora_mixture_step": "--base BASE --work WORK --rows 1 --length 16 --rank 2 --rounds 1",
     "many_experts": "--work WORK --toy --repeats 1",
     "packing": "RECIPE --rows 8 --rounds 1",
@@ -32,6 +33,7 @@ COMMANDS = {
     "smollm2_router_starts": "--base BASE --data DATA --out WORK --size toy --seeds 1",
     "testbeds": "toy --data DATA --out WORK",
     "training_step": "--work WORK --rows 1 --length 16 --hidden 64 --layers 1 --rounds 1",
+    "verb_start": "--work WORK --toy",
 }
 """mergekit is left out: it has an environment of its own, which is installed from the network."""
 LONG = {"evidence", "smollm2_methods"}

@@ -188,6 +188,7 @@ MODELS = [*PLAIN, "transformers.modeling_utils", "scipy"]
 """What comparing with transformers' models takes."""
 VERBS = (
     ("recipes", []),
+    ("families", []),
     ("run RECIPE --run new --dry-run", []),
     ("expand RECIPE --run planning", PLAIN),
     ("export assembled/assemble --to exported", PLAIN),
