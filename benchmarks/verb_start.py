@@ -1,6 +1,6 @@
 """What it takes until a verb that only plans, copies or looks has done so: on the embedded model, as it is typed.
 
-    python benchmarks/verb_start.py --work FOLDER --keep        # two minutes; puts the table into docs/benchmarks.md
+    python benchmarks/verb_start.py --work FOLDER --keep        # six minutes; puts the table into docs/benchmarks.md
     python benchmarks/verb_start.py --work FOLDER --toy
 
 Each verb is a process of its own, all in turn, beside a bare Python and one that imports torch; wall and CPU seconds

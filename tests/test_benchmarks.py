@@ -1,4 +1,7 @@
-"""Every benchmark runs: each as small as can be, in a copy of its folder, so that none rots unseen."""
+"""Every benchmark runs: each as small as can be, in a copy of its folder, so that none rots unseen.
+
+Children are forks of a Python that has imported the libraries, so the figures of a toy say nothing of starting.
+"""
 
 import gzip
 import re
