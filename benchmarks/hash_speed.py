@@ -1,6 +1,6 @@
 """How quick the hash of files is beside others: XXH3 (128 bits), SHA-256 and BLAKE3, which two find forgeries as well.
 
-    python benchmarks/hash_speed.py --work FOLDER        # 2 GB of disk, two minutes; `pip install blake3` for its column
+    python benchmarks/hash_speed.py --work FOLDER        # 2 GB of disk, two minutes; BLAKE3: `pip install blake3`
 
 Random bytes in memory, and files in the page cache, read in the blocks of `upcycle.hashes`: one after the other in one
 thread, and at once in as many threads as there are cores. Every hash in turn, the median of the rounds; a table.

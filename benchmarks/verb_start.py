@@ -51,6 +51,7 @@ VERBS = {
     "export": "export run --to exported",
 }
 """In the order in which one makes what the next needs."""
+TOY = ("--help", "families", "run --dry-run", "prepare, checkpoints given", "expand", "inspect")
 MADE = ("new", "new.yaml", "planning", "exported")
 """By the verbs, anew in each round."""
 LOOK = """
@@ -129,9 +130,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for a small run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", action="store_true", help=f"keep the figures, and put the table into {PAGE.name}")
-    parser.add_argument("--toy", action="store_true", help="one round")
+    parser.add_argument("--toy", action="store_true", help="a round of some verbs")
     arguments = parser.parse_args()
     work, rounds = arguments.work.absolute(), 1 if arguments.toy else arguments.rounds
+    for name in set(VERBS) - set(TOY if arguments.toy else VERBS):
+        del VERBS[name]
     work.mkdir(parents=True, exist_ok=True)
     say("making the run that is looked at")
     timed(["-m", "upcycle", "run", *shlex.split(RUN)], work)
