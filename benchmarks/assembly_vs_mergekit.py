@@ -328,18 +328,29 @@ def main() -> None:
 
 def circumstances() -> dict[str, str]:
     """What was measured, where and when."""
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    machine = f"{model[1] if model else platform.machine()}, {os.cpu_count()} virtual cores, {memory:.0f} GB"
-    said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PAGE.parent, capture_output=True, text=True)
     size = sum(prod(spec.shape) for spec in specs().values())
-    day = date.today()
     return {
         "job": f"{NUM_CHECKPOINTS} to {NUM_EXPERTS} experts of a Llama of {size / 1e6:.0f}M parameters, bf16",
-        "machine": machine,
-        "commit": said.stdout.strip() or "unknown",
-        "day": f"{day.day} {day:%B %Y}",
+        "machine": machine(),
+        "commit": commit(),
+        "day": today(),
     }
+
+
+def machine() -> str:
+    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{model[1] if model else platform.machine()}, {os.cpu_count()} virtual cores, {memory:.0f} GB"
+
+
+def commit() -> str:
+    said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=PAGE.parent, capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
+
+
+def today() -> str:
+    day = date.today()
+    return f"{day.day} {day:%B %Y}"
 
 
 def markdown(found: Mapping[str, Any]) -> str:

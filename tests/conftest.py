@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ CACHE = tempfile.TemporaryDirectory(prefix="upcycle-tests-")
 os.environ["UPCYCLE_CACHE"] = CACHE.name
 
 from upcycle.recipe import Recipe, parse_recipe  # noqa: E402
+from warm import warm_python  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models gain nothing from two threads and lose much when another core is busy
 
@@ -152,6 +155,16 @@ def tiny_recipe(base: Path, rows: Path) -> dict[str, Any]:
 @pytest.fixture
 def recipe(tiny_recipe: dict[str, Any]) -> Recipe:
     return parse_recipe(tiny_recipe, "test")
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Python for children that need what takes seconds to import."""
+    if not hasattr(os, "pidfd_open"):  # Linux
+        yield Path(sys.executable)
+        return
+    with warm_python(tmp_path_factory.mktemp("warm")) as program:
+        yield program
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""Every benchmark runs: each as small as can be, in a copy of its folder, so that none rots unseen."""
+"""Every benchmark runs: each as small as can be, in a copy of its folder, so that none rots unseen.
+
+Children are forks of a Python that has imported the libraries, so the figures of a toy say nothing of starting.
+"""
 
 import gzip
 import re
@@ -22,6 +25,7 @@ COMMANDS = {
     "encoding": "--tokenizer BASE --data DATA --work WORK --rows 500",
     "evidence": "toy core --seeds 1 --only sft --work WORK",
     "families": "",
+    "hash_speed": "--work WORK --megabytes 8 --rounds 1",
     "lora_mixture_step": "--base BASE --work WORK --rows 1 --length 16 --rank 2 --rounds 1",
     "many_experts": "--work WORK --toy --repeats 1",
     "packing": "RECIPE --rows 8 --rounds 1",
@@ -32,6 +36,7 @@ COMMANDS = {
     "smollm2_router_starts": "--base BASE --data DATA --out WORK --size toy --seeds 1",
     "testbeds": "toy --data DATA --out WORK",
     "training_step": "--work WORK --rows 1 --length 16 --hidden 64 --layers 1 --rounds 1",
+    "verb_start": "--work WORK --toy",
 }
 """mergekit is left out: it has an environment of its own, which is installed from the network."""
 LONG = {"evidence", "smollm2_methods"}
@@ -55,7 +60,7 @@ def test_every_benchmark_has_a_command() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in COMMANDS])
 def test_a_benchmark_runs(
-    name: str, base: Path, rows: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, warm: Path, base: Path, rows: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("benchmarks", "docs"):  # some keep what they find there
         shutil.copytree(ROOT / folder, tmp_path / folder)
@@ -66,6 +71,7 @@ def test_a_benchmark_runs(
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path / "benchmarks")
+    monkeypatch.setattr(sys, "executable", str(warm))
     monkeypatch.setattr(sys, "argv", [name, *shlex.split(command)])
     try:
         runpy.run_path(str(tmp_path / "benchmarks" / f"{name}.py"), run_name="__main__")

@@ -1,4 +1,4 @@
-"""Whole commands in two processes over gloo, beside the same command in one."""
+"""Whole commands in two processes over gloo, beside the same command in one; the long ones with Python as it starts."""
 
 import json
 import os
@@ -51,25 +51,25 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "recipe.yaml"
 
 
-def begin(processes: int, *words: str) -> subprocess.Popen[str]:
+def begin(python: Path | str, processes: int, *words: str) -> subprocess.Popen[str]:
     """As typed; in one process with the micro-batch that two share."""
-    command = [sys.executable, "-m", "upcycle", *words]
+    command = [str(python), "-m", "upcycle", *words]
     if processes > 1:
         ours = ["--nproc-per-node", str(processes), "--master-port", free_port()]
-        command = [str(TORCHRUN), *ours, "-m", "upcycle", *words]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [str(python), str(TORCHRUN), *ours, "-m", "upcycle", *words]
+    variables = environment(PYTHON_EXEC=str(python))  # what torchrun starts
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def workers(launcher: subprocess.Popen[str]) -> dict[str, int]:
-    """Rank to process of what torchrun has started."""
-    found = {}
+    """Rank to process of what torchrun has started, which tells them the port."""
+    found, port = {}, f"MASTER_PORT={launcher.args[launcher.args.index('--master-port') + 1]}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if parent == str(launcher.pid):
+        if port in variables:
             found |= {v.decode()[5:]: int(folder.name) for v in variables if v.startswith(b"RANK=")}
     return found
 
@@ -105,46 +105,52 @@ LONG = list(CASES)[4:]
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.long] if c in LONG else []) for c in CASES])
-def test_processes_do_what_one_does_also_when_one_is_killed(case: str, recipe: Path, tmp_path: Path) -> None:
+def test_processes_do_what_one_does_also_when_one_is_killed(
+    case: str, warm: Path, recipe: Path, tmp_path: Path
+) -> None:
     processes, settings, devices = CASES[case]
+    python = sys.executable if case in LONG else warm
     words = ["run", str(recipe), *settings, "--out"]
-    alone = begin(1, *words, str(tmp_path / "one"), "prepare.micro_batch_size=8", "posttrain.micro_batch_size=8")
-    said, _ = alone.communicate(timeout=120)
-    assert alone.returncode == 0, said
+    one = recipe.with_name("-".join(["one", *settings]))
+    if not one.exists():  # cases with the same settings share it
+        alone = begin(python, 1, *words, str(one), "prepare.micro_batch_size=8", "posttrain.micro_batch_size=8")
+        said, _ = alone.communicate(timeout=120)
+        assert alone.returncode == 0, said
 
-    kill_one(begin(processes, *words, str(tmp_path / "two"), *devices), tmp_path / "two")
+    kill_one(begin(python, processes, *words, str(tmp_path / "two"), *devices), tmp_path / "two")
     assert not (tmp_path / "two" / "posttrain").exists()
 
-    resumed = begin(processes, *words, str(tmp_path / "two"), *devices)
+    resumed = begin(python, processes, *words, str(tmp_path / "two"), *devices)
     said, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, said
     assert said.count("posttrain: resuming ...") == 1  # one line, not one of each process
     assert said.count("posttrain: mixture of experts: resuming from checkpoint-") == 1
-    rows = json.loads((tmp_path / "one" / "prepare" / "log.json").read_text())["rows"]
+    two = tmp_path / "two"
+    rows = json.loads((one / "prepare" / "log.json").read_text())["rows"]
     assert rows % 8  # the last step of an epoch is not full
     for stage in ("prepare", "posttrain"):
-        one, two = log(tmp_path / "one", stage), log(tmp_path / "two", stage)
-        assert len(one) == len(two) > 8
+        expected, steps = log(one, stage), log(two, stage)
+        assert len(expected) == len(steps) > 8
         for field in ("loss", "balance_loss", "learning_rate"):
-            found = [entry.get(field, 0.0) for entry in two]
-            assert found == pytest.approx([entry.get(field, 0.0) for entry in one], rel=1e-6), field
-    assert [entry.get("load") for entry in two] == [entry.get("load") for entry in one]
-    weights = [p.relative_to(tmp_path / run) for run in ("one", "two") for p in (tmp_path / run).rglob("*.safetensors")]
+            found = [entry.get(field, 0.0) for entry in steps]
+            assert found == pytest.approx([entry.get(field, 0.0) for entry in expected], rel=1e-6), field
+    assert [entry.get("load") for entry in steps] == [entry.get("load") for entry in expected]
+    weights = [p.relative_to(run) for run in (one, two) for p in run.rglob("*.safetensors")]
     assert len(weights) == 2 * len(set(weights))
-    for place in (tmp_path / "one").glob("*/*.safetensors"):
-        twin = load_file(tmp_path / "two" / place.relative_to(tmp_path / "one"))
+    for place in one.glob("*/*.safetensors"):
+        twin = load_file(two / place.relative_to(one))
         for name, tensor in load_file(place).items():
             torch.testing.assert_close(twin[name], tensor, atol=2e-5, rtol=1e-3)
-    scores = [json.loads((tmp_path / run / "evaluate" / "scores.json").read_text()) for run in ("one", "two")]
+    scores = [json.loads((run / "evaluate" / "scores.json").read_text()) for run in (one, two)]
     assert scores[1]["MoE"]["loss"] == pytest.approx(scores[0]["MoE"]["loss"], abs=1e-5)
 
 
-def under_slurm(rank: int, port: str, cwd: Path, *words: str) -> subprocess.Popen[str]:
+def under_slurm(python: Path, rank: int, port: str, cwd: Path, *words: str) -> subprocess.Popen[str]:
     """One of two tasks of a step, with the variables that srun sets."""
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
     slurm |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
     return subprocess.Popen(
-        [sys.executable, "-m", "upcycle", *words],
+        [str(python), "-m", "upcycle", *words],
         env=environment(**slurm),
         cwd=cwd,
         stdout=subprocess.PIPE,
@@ -156,9 +162,9 @@ def under_slurm(rank: int, port: str, cwd: Path, *words: str) -> subprocess.Pope
 @pytest.mark.long
 def test_a_sharded_checkpoint_is_not_resumed_by_others(recipe: Path, tmp_path: Path) -> None:
     words = ["run", str(recipe), "prepare.train=ffn", "--out", str(tmp_path / "run")]
-    kill_one(begin(2, *words, "devices.fsdp=2"), tmp_path / "run")
+    kill_one(begin(sys.executable, 2, *words, "devices.fsdp=2"), tmp_path / "run")
     for processes, devices in ((4, "devices.fsdp=4"), (2, "devices.fsdp=1"), (1, "devices.fsdp=1")):
-        other = begin(processes, *words, devices)
+        other = begin(sys.executable, processes, *words, devices)
         said, _ = other.communicate(timeout=120)
         assert other.returncode != 0
         assert "was written by 2 processes, each with a part of the model (devices.fsdp)" in said
@@ -187,13 +193,13 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("what", ERRORS)
-def test_an_error_is_said_once_and_ends_all(what: str, recipe: Path, tmp_path: Path) -> None:
+def test_an_error_is_said_once_and_ends_all(what: str, warm: Path, recipe: Path, tmp_path: Path) -> None:
     settings, expected = ERRORS[what]
     port, folders = free_port(), [tmp_path / "a", tmp_path / ("b" if "shared" in what else "a")]
     for folder in folders:
         folder.mkdir(exist_ok=True)
     started = [
-        under_slurm(rank, port, folder, "run", str(recipe), "--run", "x", *settings)
+        under_slurm(warm, rank, port, folder, "run", str(recipe), "--run", "x", *settings)
         for rank, folder in enumerate(folders)
     ]
     ended = [process.communicate(timeout=60) for process in started]

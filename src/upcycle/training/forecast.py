@@ -82,7 +82,7 @@ def forecast(
     moments = next((size for part, size in OPTIMIZERS.items() if part in settings.trainer.get("optim", "")), MOMENTS)
     total, kept = sum(sizes.values()), HALF if added and accelerator else FULL
     seen = _norms if any(map(_norms, sizes)) else _embeddings  # some norms have no weights
-    first, more = activations(config, step, seen if added else trained)
+    first, more = activations(config, step, frozenset(filter(seen if added else trained, sizes)))
     gradients = FULL * (learned / shards + added)
     # layer by layer they take the place of activations, which a CPU's heap does not
     if accelerator and micro * processes >= settings.batch_size:

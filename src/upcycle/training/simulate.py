@@ -4,10 +4,12 @@ The model is the real one, of one and of two layers: every further layer adds th
 when it is made until it is freed.
 """
 
+import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -76,22 +78,26 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def activations(config: Config, step: Step, trained: Callable[[str], bool]) -> tuple[int, int]:
+def activations(config: Config, step: Step, trained: frozenset[str]) -> tuple[int, int]:
     """Bytes that a forward and a backward pass hold at most besides weights, gradients and optimizer.
 
     Args:
-        trained: whether a parameter, by its name, gets a gradient.
+        trained: names of the parameters that get a gradient.
 
     Returns:
         Those of a model of one layer, and what the other layers add.
     """
-    one, two = (_of_layers(config, layers, step, trained) for layers in (1, 2))
+    written = json.dumps(config, sort_keys=True)
+    one, two = (_of_layers(written, layers, step, trained) for layers in (1, 2))
     return one, (two - one) * (int(config["num_hidden_layers"]) - 1)
 
 
-def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str], bool]) -> int:
+# another optimizer, or another method on the same base, holds the same
+@lru_cache(maxsize=128)
+def _of_layers(written: str, layers: int, step: Step, trained: frozenset[str]) -> int:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    config = json.loads(written)
     cut = {**config, "num_hidden_layers": layers}
     if isinstance(cut.get("layer_types"), list):
         cut["layer_types"] = cut["layer_types"][:layers]
@@ -109,7 +115,7 @@ def _of_layers(config: Config, layers: int, step: Step, trained: Callable[[str],
         if step.checkpointing:
             model.activation_checkpointing_enable()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained(name))
+            parameter.requires_grad_(name in trained)
         ids = torch.zeros(step.rows, step.length, dtype=torch.long)
         labels = ids.clone()
         held = _Held(parameter.untyped_storage() for parameter in model.parameters())
