@@ -23,6 +23,7 @@ import torch
 
 from upcycle.console import say, table
 from upcycle.distributed.device import compute_dtype, pick_device
+from upcycle.distributed.heap import kept_heap
 from upcycle.experts.adapter_files import ffn_shapes
 from upcycle.experts.kinds import load_model
 from upcycle.experts.lora import LORA, LORA_MIXTURE, lora_tensors
@@ -151,4 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with kept_heap():
+        main()

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from upcycle.console import say, table
 from upcycle.distributed.device import pick_device
+from upcycle.distributed.heap import kept_heap
 from upcycle.experts.kinds import load_model
 
 GROUPS = {
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
     work, shape = arguments.work, (arguments.rows, arguments.length)
-    with ExitStack() as stack:
+    with kept_heap(), ExitStack() as stack:
         steps = steps_of_lora(arguments.base, work, *shape) if arguments.base else steps_of_ffns(work, *shape, stack)
         found = {name: by_group(step) for name, step in steps.items()}
     lines = [(group, *(f"{costs.get(group, 0):.0f}" for costs in found.values())) for group in (*GROUPS, REST, TOTAL)]

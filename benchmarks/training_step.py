@@ -27,6 +27,7 @@ from upcycle.architectures.mapping import map_model
 from upcycle.architectures.slices import Slicing
 from upcycle.console import say, table
 from upcycle.distributed.device import pick_device
+from upcycle.distributed.heap import kept_heap
 from upcycle.experts.grouped import use_own_products
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.records.plan import ExpansionPlan, Expert
@@ -144,7 +145,7 @@ def measure(work: Path, size: Size) -> dict[str, float]:
     """Median seconds of a step of each model, in turn."""
     make_models(work, size)
     times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, *CHOICES, *map(FLOOR.format, CHOICES))}
-    with ExitStack() as recorders:
+    with kept_heap(), ExitStack() as recorders:
 
         def load(name: str) -> Any:
             return load_model(work / name, torch.float32, pick_device())

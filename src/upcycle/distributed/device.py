@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from upcycle.distributed.heap import give_back
 from upcycle.distributed.world import world_size
 
 MOST_OF_A_DEVICE = 0.8
@@ -46,8 +47,9 @@ def memory() -> int:
 
 
 def release() -> None:
-    """Give what a training held of the accelerator back to others that use it."""
+    """Give the memory that a training held back to others that use it."""
     gc.collect()
+    give_back()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 

@@ -12,6 +12,7 @@ from upcycle.console import say
 from upcycle.data.chat import Sample
 from upcycle.data.samples import dataset, lengths, num_answer_tokens
 from upcycle.distributed.device import idle_devices
+from upcycle.distributed.heap import kept_heap
 from upcycle.distributed.shards import check_resumable, is_sharded
 from upcycle.distributed.world import is_main, on_main, wait, world_size
 from upcycle.errors import UpcycleError
@@ -81,7 +82,7 @@ def fine_tune(
         trainer.remove_callback(PrinterCallback)
         if trainer.bias:
             trainer.add_callback(StepBias(trainer.bias))
-        with trainer.watching(), closing(bar):
+        with trainer.watching(), closing(bar), kept_heap():
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if training.newest_alone and is_main():
             leave_newest(training.out_dir)
