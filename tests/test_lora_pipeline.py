@@ -24,7 +24,7 @@ from upcycle.pipeline.stages import training_flops
 from upcycle.pipeline.summary import show_summary
 from upcycle.recipe import parse_recipe
 from upcycle.stages.model_upcycling.export import export
-from worlds import IDS, logits, make_adapter, shrunk
+from worlds import IDS, logits, make_adapter, shrunk, some_long
 
 PLAIN = """
 import sys, torch
@@ -37,7 +37,7 @@ torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("name", ["upit-lora", "lora-moe", "self-moe", "pesc"])
+@pytest.mark.parametrize("name", some_long(["upit-lora", "lora-moe", "self-moe", "pesc"], {"upit-lora", "pesc"}))
 def test_each_method_runs_and_learns(name: str, tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     experts = {"self-moe": 2}.get(name, 4)
     recipe = shrunk(name, tiny_recipe, expand={"num_experts": experts}, posttrain={"learning_rate": 3e-3})
@@ -207,7 +207,7 @@ ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_a
         ("olmo3", ALTERNATING, "some of its layers have a sliding window"),
     ],
 )
-@pytest.mark.parametrize("name", ["upit-lora", "pesc"])
+@pytest.mark.parametrize("name", some_long(["upit-lora", "pesc"], {"pesc"}))
 def test_a_base_without_a_plain_moe_runs_to_the_end_and_is_told_so_at_the_start(
     name: str,
     dense: str,

@@ -1,9 +1,12 @@
 """Assembled worlds that several tests share."""
 
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from upcycle.architectures.layouts import ffn_layers, moe_layers
@@ -132,3 +135,8 @@ def rows_of(path: str | Path, max_bad: float = 0.0, **settings: Any) -> list[Row
     rows = open_rows([Source(path=str(path), **settings)], max_bad)
     copies = rows.table["copies"].to_pylist()
     return [row for row, count in zip(rows.take(range(len(rows))), copies, strict=True) for _ in range(count)]
+
+
+def some_long(names: Iterable[str], quick: AbstractSet[str]) -> list[Any]:
+    """Parameters of a test, of which those that are not quick run in `make test-long` alone."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.long) for name in names]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import make_dense, write_rows
 from upcycle.distributed.launch import first_host, slurm_variables
+from worlds import some_long
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 TRAINING = {"batch_size": 8, "learning_rate": 1e-3, "warmup_fraction": 0.0}
@@ -100,16 +101,16 @@ CASES = {
     "full, two groups": (4, FULL, ["devices.fsdp=2", "devices.ep=2", "devices.replicate=2"]),
 }
 """Processes, settings of the run, how it is divided."""
-LONG = list(CASES)[4:]
+QUICK = {"full", "full, sharded"}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.long] if c in LONG else []) for c in CASES])
+@pytest.mark.parametrize("case", some_long(CASES, QUICK))
 def test_processes_do_what_one_does_also_when_one_is_killed(
     case: str, warm: Path, recipe: Path, tmp_path: Path
 ) -> None:
     processes, settings, devices = CASES[case]
-    python = sys.executable if case in LONG else warm
+    python = warm if case in QUICK else sys.executable
     words = ["run", str(recipe), *settings, "--out"]
     one = recipe.with_name("-".join(["one", *settings]))
     if not one.exists():  # cases with the same settings share it

@@ -82,12 +82,16 @@ BASES: list[tuple[str, dict[str, Any]]] = [
     ("phi", {}),
     ("nanochat", {}),
 ]
+QUICK = {"gemma2", "gemma4_text", "ministral3", "cohere2", "qwen3_5_text", "phi3", "arcee", "apertus"}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 WITHOUT_TWIN = ("llama", "gemma2", "olmo", "olmo3", "exaone4", "ministral3", "cohere", "cohere2", "stablelm", "glm4")
 WITHOUT_TWIN += ("nemotron", "jais2", "starcoder2", "apertus", "phi", "nanochat")
 
 
-@pytest.mark.parametrize(("dense", "changes"), BASES, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("dense", "changes"),
+    [pytest.param(*base, marks=() if base[0] in QUICK else pytest.mark.long, id=base[0]) for base in BASES],
+)
 def test_forced_to_an_expert_it_is_the_base_with_that_adapter_merged(
     dense: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ def multiplied(folder: Path) -> int:
     return round(sum(p.numel() * (share if ".experts." in name else 1) for name, p in model.named_parameters()))
 
 
+@pytest.mark.long
 def test_epochs_are_scaled_to_the_flops_of_the_first(recipe_file: Path, tmp_path: Path) -> None:
     """6 a parameter that multiplies a token, and token: counted here from the models that were trained."""
     texts = [f"moe: {recipe_file}", f"dense: {recipe_file} {DENSE}"]
@@ -260,6 +261,7 @@ def test_cells_that_are_kept_are_taken_from_there(recipe_file: Path, tmp_path: P
         compare(replace(study, out=tmp_path / "third"), force=False)
 
 
+@pytest.mark.long
 def test_training_tokens_of_the_routers_start_count(recipe_file: Path, tmp_path: Path) -> None:
     """The paper's pre-optimisation trains on the seed data; a random router on nothing."""
     texts = [f"{recipe_file} route.start={start}" for start in ("random", "upit")]
