@@ -1,5 +1,6 @@
 """Tiny real models and data: 2 layers, hidden 32, one token per character."""
 
+import gc
 import json
 import os
 import random
@@ -33,12 +34,19 @@ os.environ["UPCYCLE_CACHE"] = CACHE.name
 from upcycle.recipe import Recipe, parse_recipe  # noqa: E402
 from warm import warm_python  # noqa: E402
 
+gc.unfreeze = lambda: None  # what is at rest stays so: a collection passes over a million objects of libraries
 torch.set_num_threads(1)  # tiny models gain nothing from two threads and lose much when another core is busy
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heap_at_rest() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def make_tokenizer(folder: Path) -> None:
