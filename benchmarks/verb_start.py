@@ -51,7 +51,7 @@ VERBS = {
     "export": "export run --to exported",
 }
 """In the order in which one makes what the next needs."""
-TOY = ("--help", "families", "run --dry-run", "prepare, checkpoints given", "expand", "inspect")
+TOY = ("--help", "prepare, checkpoints given", "inspect")
 MADE = ("new", "new.yaml", "planning", "exported")
 """By the verbs, anew in each round."""
 LOOK = """

@@ -4,7 +4,6 @@ import importlib
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -172,7 +171,7 @@ def test_tables_of_results_are_those_of_the_cells() -> None:
         "import results; text = results.PAGE.read_text(encoding='utf-8'); assert results.page(text) == text; "
         "assert all(path.read_text(encoding='utf-8') == drawn for path, drawn in results.pictures(text).items())"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
+    subprocess.run([warm, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 
 def test_tables_of_families_are_those_of_the_code() -> None:
@@ -181,7 +180,7 @@ def test_tables_of_families_are_those_of_the_code() -> None:
         "import families; text = families.PAGE.read_text(encoding='utf-8'); assert families.page(text) == text; "
         "assert {name for _, name, _ in families.BLOCK.findall(text)} == set(families.tables())"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
+    subprocess.run([warm, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 
 def test_tables_of_benchmarks_are_those_of_the_figures_kept() -> None:
@@ -190,14 +189,14 @@ def test_tables_of_benchmarks_are_those_of_the_figures_kept() -> None:
         "import assembly_vs_mergekit, verb_start; text = verb_start.PAGE.read_text(encoding='utf-8'); "
         "assert all(job.page(text) == text and job.BLOCK.search(text) for job in (assembly_vs_mergekit, verb_start))"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
+    subprocess.run([warm, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 
-def test_every_benchmark_imports() -> None:
+def test_every_benchmark_imports(warm: Path) -> None:
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
     assert len(names) >= 8
     script = f"import {', '.join(names)}"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT / "benchmarks", check=True)
+    subprocess.run([warm, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 
 def test_nothing_lies_at_the_top_that_the_project_does_not_need() -> None:
