@@ -165,7 +165,7 @@ def test_every_metric_is_a_field_of_what_is_measured() -> None:
     assert METRICS.keys() <= Measures.model_fields.keys() & Summary.model_fields.keys()
 
 
-def test_tables_of_results_are_those_of_the_cells() -> None:
+def test_tables_of_results_are_those_of_the_cells(warm: Path) -> None:
     """`make results` changes nothing."""
     script = (
         "import results; text = results.PAGE.read_text(encoding='utf-8'); assert results.page(text) == text; "
@@ -174,7 +174,7 @@ def test_tables_of_results_are_those_of_the_cells() -> None:
     subprocess.run([warm, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 
-def test_tables_of_families_are_those_of_the_code() -> None:
+def test_tables_of_families_are_those_of_the_code(warm: Path) -> None:
     """`make families` changes nothing, and all three tables are there."""
     script = (
         "import families; text = families.PAGE.read_text(encoding='utf-8'); assert families.page(text) == text; "
@@ -183,7 +183,7 @@ def test_tables_of_families_are_those_of_the_code() -> None:
     subprocess.run([warm, "-c", script], cwd=ROOT / "benchmarks", check=True)
 
 
-def test_tables_of_benchmarks_are_those_of_the_figures_kept() -> None:
+def test_tables_of_benchmarks_are_those_of_the_figures_kept(warm: Path) -> None:
     """`--keep` of both scripts has written both figures and table."""
     script = (
         "import assembly_vs_mergekit, verb_start; text = verb_start.PAGE.read_text(encoding='utf-8'); "
