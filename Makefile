@@ -22,7 +22,7 @@ test: $(READY)  ## lint, types, tests
 	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	@echo "== all checks passed"
 
 test-long: $(READY)  ## what takes minutes more: four processes, sharded models

@@ -43,6 +43,14 @@ TEMPLATE = (
 )
 
 
+SLOWEST = {"test_benchmarks.py", "test_families.py", "test_processes.py", "test_starting.py", "test_torture.py"}
+"""They come first, so that no worker is left alone with one in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def heap_at_rest() -> None:
     gc.collect()

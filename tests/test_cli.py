@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from upcycle import cli, console
+from upcycle import cli, command, console
 from upcycle.disk import write_text
 from upcycle.hashes import VERIFY
 from upcycle.pipeline.stages import stage_names
@@ -318,7 +318,7 @@ def test_a_full_disk_says_how_to_go_on(
 
     monkeypatch.setattr(cli, "run_stages", full)
     monkeypatch.setattr("upcycle.studies.compare.compare", full)
-    monkeypatch.setattr(cli, "ALMOST_FULL_BYTES", 1 << 60)
+    monkeypatch.setattr(command, "ALMOST_FULL_BYTES", 1 << 60)
     for words in (("run", recipe_file, "--run"), ("compare", "a", "b", "--out")):
         assert call(monkeypatch, *words, tmp_path / "run") == 2
         assert f"no space left on the disk of {tmp_path / 'run'} (" in capsys.readouterr().err

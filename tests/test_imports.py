@@ -54,7 +54,9 @@ MAY_IMPORT = {
         *("pipeline", "reporting", "evaluation", "experts", "distributed"),
         *("stages.model_upcycling", *LEAVES),
     },
+    "command": {"distributed", *LEAVES},
     "cli": {
+        "command",
         "api",
         "studies",
         "reporting",

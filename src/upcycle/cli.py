@@ -1,27 +1,18 @@
 """The command line: parses everything before torch is imported."""
 
-import errno
-import gc
 import json
-import os
 import re
-import shutil
-import sys
-import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from upcycle import __version__, api
+from upcycle.command import LOUDNESS, is_verbose, quiet_libraries, run_command, writing
 from upcycle.console import hide_progress, tell
 from upcycle.disk import check_new, check_writable
 from upcycle.distributed import world
-from upcycle.errors import RelayedError, UpcycleError
+from upcycle.errors import UpcycleError
 from upcycle.hashes import verify_in_full
 from upcycle.pipeline.benchmarks import own_folder
 from upcycle.pipeline.resume import run_stages, status
@@ -40,20 +31,8 @@ from upcycle.records.files import (
     SWEEP,
     SWEEP_PICTURE,
 )
-from upcycle.records.record import first_problem
 from upcycle.settings import MOST_EXPERTS
 
-ALMOST_FULL_BYTES = 32 << 20
-QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-"""What libraries are to be, unless the user has said otherwise."""
-LOUDNESS = {"quiet": ("-q", "--quiet"), "verbose": ("-v", "--verbose")}
-"""Options of every verb, before or after it."""
 PICTURES = (".png", ".pdf", ".svg")
 SHARED = ("run", *stage_names(), "compare", "sweep", "benchmark")
 """Verbs that several processes share; all other verbs run in the first process only."""
@@ -302,7 +281,7 @@ def compare(
 
     world.start()
     study = Study(variants, range(seeds), out, keep_models=keep_models, results=results)
-    with _writing(out):
+    with writing(out):
         found = compare(study, force, against, match)
         world.on_main(lambda: comparison_figure(found, COMPARISON_PICTURE.of(out)))
     tell(f"written: {COMPARISON.of(out)}, {COMPARISON_PICTURE.of(out)}")
@@ -324,7 +303,7 @@ def sweep(
     from upcycle.studies.sweep import sweep
 
     world.start()
-    with _writing(out):
+    with writing(out):
         found = sweep(recipe, axes, seeds, out, keep_models)
         world.on_main(lambda: sweep_figure(found, SWEEP_PICTURE.of(out)))
     tell(f"written: {SWEEP.of(out)}, {SWEEP_PICTURE.of(out)}")
@@ -361,7 +340,7 @@ def inspect(
         from upcycle.experts.kinds import holds_model, kind_in
 
         made = kind_in(path).describe(path) if holds_model(path) else None
-    with _writing(figure.parent if figure else path):
+    with writing(figure.parent if figure else path):
         inspect(path, figure, made)
 
 
@@ -396,7 +375,7 @@ def benchmark(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     chosen = choose_tasks(names, task_folder, allow_code)
     world.start()
-    with _writing(out):
+    with writing(out):
         found = run_benchmark(models, chosen, experts, out, limit, chat_template)
         world.on_main(lambda: draw_benchmarks(found, out))
     tell(f"written: {', '.join(str(path) for path in sorted(out.glob('*.*')))}")
@@ -420,7 +399,7 @@ def report(
     if out is not None:
         check_writable(out)
     page = out or REPORT.of(folder)
-    with _writing(page.parent):
+    with writing(page.parent):
         if watch is not None:
             from upcycle.reporting import progress
 
@@ -444,7 +423,7 @@ def export(
     check_new(to, "--to")
     if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
         raise UpcycleError(f"--push is {brief(push)}, expected OWNER/NAME")
-    with _writing(to):
+    with writing(to):
         api.export(source, to, fold=fold, dtype=dtype, base=base)
     if CARD.of(to).exists():
         print(f"model card: {CARD.of(to)}")
@@ -459,13 +438,14 @@ def _root(
         bool, typer.Option(*LOUDNESS["quiet"], help="Print only results, warnings and errors, no progress.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option(*LOUDNESS["verbose"], help="Also print what libraries say, and the traceback of an error.")
+        bool,
+        typer.Option(*LOUDNESS["verbose"], help="Also print what libraries say, and the traceback of an error."),
     ] = False,
 ) -> None:
     if quiet:
         hide_progress()
     if not verbose:
-        _quiet_libraries()
+        quiet_libraries()
     if version:
         print(f"upcycle {__version__}")
         raise typer.Exit
@@ -488,7 +468,7 @@ def _execute(
     if dry_run:
         world.on_main(lambda: _show_plan(run, stages))
         return
-    with _writing(folder):
+    with writing(folder):
         run_stages(run, stages, update)
     if EVALUATE in stages:
         from upcycle.pipeline.summary import show_summary
@@ -502,7 +482,7 @@ def _execute(
 def _show_plan(run: Run, stages: tuple[str, ...]) -> None:
     from upcycle.pipeline.looking import look
 
-    if _is_verbose():
+    if is_verbose():
         print(dump_recipe(run.recipe))
     else:
         print("\n".join(chosen_settings(run.recipe)), "\nall other settings: their defaults (-v prints them)\n", sep="")
@@ -534,77 +514,9 @@ def _push(folder: Path, name: str) -> None:
     print(f"uploaded: https://huggingface.co/{name}")
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """For code that writes to `folder`: a full disk is reported as such, whatever exception a library raises."""
-    try:
-        yield
-    except Exception as error:
-        known = isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC)
-        if known or isinstance(error, UpcycleError):
-            raise
-        there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path())
-        if shutil.disk_usage(there).free >= ALMOST_FULL_BYTES:
-            raise
-        said = str(error).strip().partition("\n")[0]
-        raise OSError(errno.ENOSPC, said, str(folder)) from error
-
-
-def _quiet_libraries() -> None:
-    """By their variables: a library that a verb does not need is not imported to be told."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    # PEFT uses an older name
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _loudness_first(words: list[str]) -> list[str]:
-    """`upcycle run -q ...` is `upcycle -q run ...`."""
-    options = {option for names in LOUDNESS.values() for option in names}
-    return sorted(words, key=lambda word: word not in options)
-
-
-def _is_verbose() -> bool:
-    return bool(set(sys.argv) & set(LOUDNESS["verbose"]))
-
-
-def _stop(code: int, message: str) -> None:
-    if world.may_speak():
-        if _is_verbose():
-            traceback.print_exc()
-        print(message, file=sys.stderr)
-    world.leave(code)
-
-
 def main() -> None:
-    """Run the command that was typed; user-facing errors and interrupts end in one line without a traceback."""
-    words = _loudness_first(sys.argv[1:])
-    verb = next((word for word in words if not word.startswith("-")), "")
-    if not world.is_main() and verb not in SHARED:
-        return
-    gc.set_threshold(100_000, 20, 20)  # importing torch and transformers makes millions of objects: 15% quicker
-    try:
-        for word in words:
-            word.encode()
-        app(words)
-        world.stop()
-    except RelayedError:
-        world.leave(2)
-    except UnicodeEncodeError as error:
-        _stop(2, f"error: {brief(error.object)} is not UTF-8; rename the file or folder")
-    except ValidationError as error:
-        _stop(2, f"error: {error.title} cannot be recorded: {first_problem(error)}; is a weight or a loss not finite?")
-    except UpcycleError as error:
-        _stop(2, f"error: {error}")
-    except RuntimeError as error:
-        if not world.lost_another(error):
-            raise
-        _stop(2, "error: another of the processes has ended; continue with the same command")
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            line = f"error: no space left on the disk of {error.filename or 'a file'} ({error.strerror})"
-            _stop(2, f"{line}; free some space, then continue with the same command")
-        _stop(2, f"error: {error.filename or ''}: {error.strerror or error}".replace("error: :", "error:"))
+    """Run the command that was typed."""
+    run_command(app, SHARED)
 
 
 if __name__ == "__main__":
