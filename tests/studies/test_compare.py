@@ -74,7 +74,8 @@ def test_a_sweep_runs_the_whole_grid(recipe_file: Path, tmp_path: Path, capsys: 
         {"expand.num_experts": m, "posttrain.freeze": freeze} for m in ("2", "3") for freeze in ("none", "router")
     ]
     printed = " ".join(capsys.readouterr().out.split())
-    assert "sweep, 1 seed:" in printed
+    assert "sweep, 1 seed: the MoE" in printed
+    assert "nan" not in printed  # one seed has no spread
     assert printed.count("route: taken from") == 2  # freezing concerns post-training alone
     sweep_figure(found, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

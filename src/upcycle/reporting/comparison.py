@@ -19,7 +19,7 @@ from upcycle.reporting.course import course_chart
 from upcycle.reporting.dense import dense_variant
 from upcycle.reporting.page import Chart, Table, made_with, render, safe
 from upcycle.reporting.verdict import ONE_SEED, Verdict, of_variant
-from upcycle.studies.statistics import over_seeds, p_text
+from upcycle.studies.statistics import filled, over_seeds, p_text, std_text
 
 SECTIONS = (("scores", "Scores"), ("detail", "Detail"), ("cost", "Cost"), ("reproduce", "Reproduce"))
 TITLES = {"loss": "Held-out loss (lower is better)", "exact_match": "Exact match", "benchmark": "Mean over benchmarks"}
@@ -253,14 +253,12 @@ def _against_reference(found: Found, metric: str) -> Table:
     for row in rows:
         value = row.metric(metric)
         gap = "" if value.difference is None else signed(pattern, value.difference)
-        error = pattern.format(value.std) if _error(value) else ""
         ps = (p_text(value.p), p_text(value.p_corrected))
+        error = std_text(pattern, value)
         lines.append([row.label, pattern.format(value.mean), error, gap, interval(pattern, value), *ps])
     against = f"against {found.reference}"
     heads = ["variant", "mean", f"std ({found.over})", against, "95% interval", "p (paired t-test)", "p (Holm)"]
-    told = [place for place in range(len(heads)) if any(row[place] for row in lines)]  # one seed has no spread
-    cells = [[row[place] for place in told] for row in lines]
-    return Table(TITLES[metric], [heads[place] for place in told], cells, [_best(rows, metric)])
+    return Table(TITLES[metric], *filled(heads, lines), [_best(rows, metric)])
 
 
 def signed(pattern: str, value: float) -> str:

@@ -12,7 +12,7 @@ from upcycle.recipe import Recipe
 from upcycle.records.comparison import METRICS, Comparison
 from upcycle.records.files import COMPARISON
 from upcycle.studies.cells import Study, Variant, labels, run_cells
-from upcycle.studies.statistics import Cells, p_text, summary
+from upcycle.studies.statistics import Cells, filled, p_text, std_text, summary
 
 MATCHES = ("tokens", "flops")
 """What all variants of a comparison may have alike."""
@@ -110,8 +110,8 @@ def show(found: Comparison) -> None:
             ps = (p_text(value.p), p_text(value.p_corrected))
             flops = "" if row.flops is None else f"{row.flops:.3g}"
             spent = (f"{row.tokens:,}", flops)
-            lines.append((row.label, pattern.format(value.mean), pattern.format(value.std), gap, *ps, *spent))
+            lines.append((row.label, pattern.format(value.mean), std_text(pattern, value), gap, *ps, *spent))
         heads = ("variant", "mean", "std", f"against {found.reference}", "p (paired)", "p (Holm)", "tokens", "FLOPs")
-        table(f"{metric.replace('_', ' ')} of the MoE, {found.over}", heads, lines)
+        table(f"{metric.replace('_', ' ')} of the MoE, {found.over}", *filled(heads, lines))
     for problem in found.not_comparable:
         tell(f"NOT COMPARABLE: {problem}")

@@ -88,6 +88,17 @@ def paired(gaps: Sequence[float]) -> tuple[float, list[float], float]:
     return mean, [float(low), float(high)], float(test.pvalue)
 
 
+def std_text(pattern: str, value: Spread) -> str:
+    """Nothing for one seed, which has no spread; `nan` of a run that diverged."""
+    return "" if math.isnan(value.std) and not math.isnan(value.mean) else pattern.format(value.std)
+
+
+def filled(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns of a table in which a row has something: one seed has neither spread nor tests."""
+    places = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    return [heads[place] for place in places], [[row[place] for place in places] for row in rows]
+
+
 def p_text(p: float | None) -> str:
     """Three digits, or `< 0.001`; nothing of the reference itself or where no test could be made."""
     if p is None or math.isnan(p):

@@ -12,7 +12,7 @@ from upcycle.errors import UpcycleError, counted
 from upcycle.records.comparison import METRICS, Sweep
 from upcycle.records.files import SWEEP
 from upcycle.studies.cells import Study, labels, run_cells
-from upcycle.studies.statistics import summary
+from upcycle.studies.statistics import std_text, summary
 
 
 def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: bool = True) -> Sweep:
@@ -51,7 +51,8 @@ def show_sweep(found: Sweep) -> None:
     rows = []
     for row in found.summary:
         scores = ((METRICS[m], row.metric(m)) for m in found.metrics)
-        cells = (f"{pattern.format(value.mean)} +- {pattern.format(value.std)}" for pattern, value in scores)
+        cells = (" +- ".join(filter(None, (p.format(v.mean), std_text(p, v)))) for p, v in scores)
         rows.append((*(row.settings or {}).values(), f"{row.tokens:,}", *cells))
     heads = (*found.axes, "training tokens", *(metric.replace("_", " ") for metric in found.metrics))
-    table(f"sweep, {counted(found.seeds, 'seed')}: mean and standard deviation of the MoE", heads, rows)
+    what = "mean and standard deviation of the MoE" if found.seeds > 1 else "the MoE"
+    table(f"sweep, {counted(found.seeds, 'seed')}: {what}", heads, rows)
