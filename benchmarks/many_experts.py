@@ -4,16 +4,19 @@
     python benchmarks/many_experts.py --work /tmp/toy --toy
 
 Four perturbed checkpoints of a random 20M Llama (bf16); each row is one process-internal run, the best of three. Prints
-how the time grows against the bytes: 1.00 is linear. Then the peak anonymous memory of expansion and assembly to 16
-experts in a process of their own, for more layers and for more checkpoints.
+how the time grows against the bytes: 1.00 is linear. Then the seconds with experts in slices, in turn with whole ones,
+and the peak anonymous memory of expansion and assembly to 16 experts in a process of their own, for more layers and for
+more checkpoints.
 """
 
 import argparse
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import assembly_vs_mergekit as job
+from torch import Tensor
 
 from upcycle.console import table
 from upcycle.experts.gram import task_vector_gram
@@ -25,6 +28,7 @@ from upcycle.stages.model_upcycling.assemble import assemble
 from upcycle.weights.base import Base
 
 EXPERTS = (8, 16, 32, 64)
+GRANULARITIES = (1, 2, 4, 8)
 SHAPES = ((8, 4), (32, 4), (8, 12))
 """Layers and checkpoints."""
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6}
@@ -50,38 +54,65 @@ def main() -> None:
     arguments = parser.parse_args()
     job.CONFIG.update(SMALL, num_key_value_heads=6, vocab_size=8000)
     job.CONFIG.update(job.TOY if arguments.toy else {})
-    growth(arguments.work, arguments.repeats, EXPERTS[:2] if arguments.toy else EXPERTS)
+    made = make_job(arguments.work)
+    growth(made, arguments.repeats, EXPERTS[:2] if arguments.toy else EXPERTS)
+    slices(made, arguments.repeats)
     memory(arguments.work, ((2, 4),) if arguments.toy else SHAPES)
 
 
-def growth(work: Path, repeats: int, numbers: tuple[int, ...]) -> None:
-    """Seconds against bytes, from few to many experts."""
+@dataclass(frozen=True)
+class Job:
+    """What all assemblies start from."""
+
+    base: Base
+    folders: list[Path]
+    gram: Tensor
+    out: Path
+
+    def run(self, num_experts: int, granularity: int = 1) -> tuple[float, float]:
+        """Seconds of planning, and of assembly."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
+        choice = {"assemble": {"granularity": granularity}, "expand": {"num_experts": num_experts}}
+        recipe = parse_recipe({"base": self.base.name, "data": {"train": "none"}, **choice}, "benchmark")
+        checkpoints = [Checkpoint(name=folder.name, path=str(folder)) for folder in self.folders]
+        begin = time.perf_counter()
+        plan = make_plan(checkpoints, self.gram, recipe.expand, 0)
+        planned = time.perf_counter()
+        assemble(KINDS["ffn"], self.base, self.folders, plan, recipe, self.out)
+        return planned - begin, time.perf_counter() - planned
+
+
+def make_job(work: Path) -> Job:
     folder, *folders = job.make_models(work / "base-8")
-    checkpoints = [Checkpoint(name=f.name, path=str(f)) for f in folders]
     base = Base(folder, str(folder))
-    gram = task_vector_gram(base, folders)
+    return Job(base, folders, task_vector_gram(base, folders), work / "moe")
+
+
+def growth(made: Job, repeats: int, numbers: tuple[int, ...]) -> None:
+    """Seconds against bytes, from few to many experts."""
     rows, first = [], None
     for num_experts in numbers:
-        out = work / "moe"
-        values = {"base": base.name, "data": {"train": "none"}, "expand": {"num_experts": num_experts}}
-        recipe = parse_recipe(values, "benchmark")
-        planning, writing = [], []
-        for _ in range(repeats):
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir()
-            begin = time.perf_counter()
-            plan = make_plan(checkpoints, gram, recipe.expand, 0)
-            planning.append(time.perf_counter() - begin)
-            begin = time.perf_counter()
-            assemble(KINDS["ffn"], base, folders, plan, recipe, out)
-            writing.append(time.perf_counter() - begin)
-        size = sum(p.stat().st_size for p in out.glob("*.safetensors")) / 1e9
-        seconds = min(writing)
+        planning, seconds = (min(taken) for taken in zip(*(made.run(num_experts) for _ in range(repeats)), strict=True))
+        size = sum(p.stat().st_size for p in made.out.glob("*.safetensors")) / 1e9
         first = first or (size, seconds)
         ratio = (seconds / first[1]) / (size / first[0])
-        rows.append((str(num_experts), f"{size:.2f}", f"{seconds:.2f}", f"{ratio:.2f}", f"{min(planning):.3f}"))
+        rows.append((str(num_experts), f"{size:.2f}", f"{seconds:.2f}", f"{ratio:.2f}", f"{planning:.3f}"))
     columns = ("experts", "GB written", "assembly s", "growth against bytes", "planning s")
     table("experts of a 20M Llama, bf16, 4 checkpoints", columns, rows)
+
+
+def slices(made: Job, repeats: int) -> None:
+    """Seconds with experts in slices against whole ones, in turn."""
+    taken: dict[int, list[float]] = {granularity: [] for granularity in GRANULARITIES}
+    for _ in range(repeats):
+        for granularity, seconds in taken.items():
+            seconds.append(made.run(EXPERTS[0], granularity)[1])
+    whole = min(taken[1])
+    rows = [
+        (str(granularity), f"{min(found):.2f}", f"{min(found) / whole:.2f}") for granularity, found in taken.items()
+    ]
+    table(f"{EXPERTS[0]} experts in slices", ("slices", "assembly s", "over whole experts"), rows)
 
 
 if __name__ == "__main__":
