@@ -237,7 +237,7 @@ TABLES = {
     "rates": ("sft", "vanilla", "vanilla-sft", "upit", *RATES),
     "parts": ("upit", *PARTS, "router start random"),
     "starts": ("upit", "vanilla-sft", *STARTS),
-    "rows": ("sft", "vanilla-sft", "upit", *ROWS),
+    **{f"rows-{share}": tuple(name for name in ROWS if f" {share}%" in name) for share in (10, 30)},
     "sizes": ("upit", *SIZES),
 }
 """The first variant of a table is what the others are compared with."""
