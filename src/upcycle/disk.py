@@ -71,6 +71,12 @@ def check_writable(path: Path) -> None:
         raise UpcycleError(f"{path} cannot be written: it is a pipe or a device; name a file")
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """Raises UpcycleError if a folder cannot be made there, because a file lies on the way."""
+    if (there := next((path for path in (folder, *folder.parents) if path.exists()), None)) and not there.is_dir():
+        raise UpcycleError(f"{option} {folder} cannot be made: {there} is a file; name a folder")
+
+
 def check_new(folder: Path, option: str) -> None:
     """Before any work whose result goes there.
 

@@ -28,6 +28,7 @@ from upcycle.settings import (
     PrepareSettings,
     RouteSettings,
     Settings,
+    Source,
 )
 
 MOST_BYTES = 1 << 20
@@ -406,6 +407,8 @@ def _explain(error: Any) -> tuple[str, str]:
 def _meant(location: Sequence[str]) -> str:
     """What an unknown setting may be: one of that name in other sections, or the nearest of its own."""
     *sections, name = location
+    if sections == ["data"] and name in Source.model_fields:
+        return f"; it is a source's: data.train={{path: ..., {name}: ...}}"
     if elsewhere := [full for full in _settings() if full.rpartition(".")[2] == name]:
         *others, last = elsewhere
         return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"

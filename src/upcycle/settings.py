@@ -118,6 +118,11 @@ class DataSettings(Settings):
     def _sources(cls, value: Any) -> Any:
         return [_source(one) for one in value] if isinstance(value, list) and value else _source(value)
 
+    @field_validator("train", mode="before")  # runs first, as it stands last
+    @classmethod
+    def _not_null(cls, value: Any) -> Any:
+        return "" if value is None else value
+
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, values: dict[str, str]) -> dict[str, str]:

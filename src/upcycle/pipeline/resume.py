@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from upcycle.console import say
-from upcycle.disk import SCRATCH, write_text
+from upcycle.disk import SCRATCH, check_folder, write_text
 from upcycle.distributed.world import check_shared, is_main, on_main, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import stages
@@ -55,6 +55,7 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
             f"{devices.processes} processes, but there are {world_size()}; start them with torchrun (--nproc-per-node, "
             "--nnodes), or set devices.fsdp=1"
         )
+    on_main(lambda: check_folder(run.folder, "the run folder"))
     check_shared(run.folder)
     run.asked = tuple(stage_names() if names is None else names)
     with ExitStack() as held:
