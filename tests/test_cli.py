@@ -256,8 +256,8 @@ def test_an_error_of_the_system_is_one_line(
         monkeypatch.setattr("upcycle.api.report", lambda *_: write_text(Path("/nowhere/r.html"), ""))
     assert call(monkeypatch, *(word.format(run=tmp_path, recipe=recipe_file) for word in words)) == 2
     said = capsys.readouterr().err
-    said = capsys.readouterr().err
-    assert message.format(recipe=recipe_file) in said("\n") == 1
+    assert message.format(recipe=recipe_file) in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -420,3 +420,14 @@ def test_a_run_folder_that_is_a_file_is_refused(
 def test_check_refuses_more_experts_than_a_recipe_may_have(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert call(monkeypatch, "check", "builtin:tiny", "--num-experts", "600", "--granularity", "8") == 2
     assert capsys.readouterr().err == "error: --granularity 8 times --num-experts 600 is more than 4096 experts\n"
+
+
+@pytest.mark.parametrize("words", [("--run", ""), ("--out=",)])
+def test_a_place_without_a_name_is_not_the_current_folder(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert call(monkeypatch, "run", recipe_file, *words) == 2
+    assert "is empty, expected a name (is a variable of the shell not set?)" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before

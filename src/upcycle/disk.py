@@ -85,6 +85,7 @@ def check_new(folder: Path, option: str) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UpcycleError(f"{folder} is {'not empty' if folder.is_dir() else 'a file'}; give {option} a new folder")
+    check_folder(folder, option)
 
 
 def check_name(path: Path) -> Path:

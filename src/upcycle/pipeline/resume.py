@@ -222,20 +222,23 @@ def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) ->
 
 def _claim(run: Run, update: bool) -> None:
     """Write recipe.yaml, or compare with the one that made what is there."""
+    path, changes = RECIPE.of(run.folder), changes_of(run)
+    if changes and not update:
+        listed = "\n".join(f"  {change}" for change in changes)
+        raise UpcycleError(
+            f"{run.folder} was made by a different recipe:\n{listed}\nRepeat the settings that it was made with "
+            f"(`upcycle run {path} --run {run.folder}` has them), or use a different --run; --update accepts the "
+            "change and rebuilds the stages that it affects"
+        )
+    if changes is None or changes:
+        write_text(path, dump_recipe(run.recipe))
+
+
+def changes_of(run: Run) -> list[str] | None:
+    """What a run's recipe changes of the one that made what is in its folder; None: nothing was made there."""
     path = RECIPE.of(run.folder)
     begun = any(made_in(folder) for name in stage_names() for folder in run.folder.glob(f"{name}*"))
-    if path.exists() and begun:
-        changes = differences(load_recipe(str(path)), run.recipe)
-        if not changes:
-            return
-        if not update:
-            listed = "\n".join(f"  {change}" for change in changes)
-            raise UpcycleError(
-                f"{run.folder} was made by a different recipe:\n{listed}\nRepeat the settings that it was made with "
-                f"(`upcycle run {path} --run {run.folder}` has them), or use a different --run; --update accepts the "
-                "change and rebuilds the stages that it affects"
-            )
-    write_text(path, dump_recipe(run.recipe))
+    return differences(load_recipe(str(path)), run.recipe) if path.exists() and begun else None
 
 
 def is_worked_on(folder: Path) -> bool:
