@@ -431,3 +431,13 @@ def test_a_place_without_a_name_is_not_the_current_folder(
     assert call(monkeypatch, "run", recipe_file, *words) == 2
     assert "is empty, expected a name (is a variable of the shell not set?)" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_may_not_be_written_to_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr("upcycle.disk.os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    words = ("--base", "builtin:tiny", "--data", "builtin:train", "--out", tmp_path / "recipe.yaml")
+    assert call(monkeypatch, "init", *words) == 2
+    said = f"error: {tmp_path}/recipe.yaml cannot be written: the folder {tmp_path} may not be written to\n"
+    assert capsys.readouterr().err == said

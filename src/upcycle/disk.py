@@ -65,6 +65,8 @@ def check_writable(path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise UpcycleError(f"{path} cannot be written: {path.parent} is not a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise UpcycleError(f"{path} cannot be written: the folder {path.parent} may not be written to")
     if path.is_dir():
         raise UpcycleError(f"{path} cannot be written: it is a folder; name a file")
     if path.exists() and not path.is_file():  # replacing it would take a device from everybody

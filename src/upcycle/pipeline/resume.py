@@ -33,7 +33,7 @@ from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import stage_names
 from upcycle.recipe import differences, dump_recipe, load_recipe
-from upcycle.records.files import INPUTS, LOCK, RECIPE
+from upcycle.records.files import INPUTS, LOCK, POSTTRAIN, PREPARE, RECIPE
 from upcycle.records.manifest import Manifest
 
 
@@ -58,6 +58,7 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
     on_main(lambda: check_folder(run.folder, "the run folder"))
     check_shared(run.folder)
     run.asked = tuple(stage_names() if names is None else names)
+    _check_batches(run)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(_lock(run.folder)))
         on_main(lambda: _claim(run, update))
@@ -65,6 +66,14 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
             if names is None or stage.name in names:
                 on_main(partial(_adopt_stage, run, stage, donors))
                 _run_stage(run, stage, update)
+
+
+def _check_batches(run: Run) -> None:
+    """Before an hour of other stages. Raises UpcycleError if the processes cannot share the rows of a step."""
+    trains = {PREPARE: run.recipe.prepare if run.recipe.tunes else None, POSTTRAIN: run.recipe.posttrain}
+    for name, settings in trains.items():
+        if name in run.asked and settings and (uneven := settings.uneven(world_size(), f"{name}.")):
+            raise UpcycleError(uneven)
 
 
 def status(run: Run) -> list[tuple[str, str]]:
