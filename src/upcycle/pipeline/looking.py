@@ -22,7 +22,7 @@ def look(run: Run) -> Iterator[str]:
     from upcycle.weights.folders import is_here
 
     recipe = run.recipe
-    if recipe.prepare.trainer or recipe.posttrain.trainer:
+    if recipe.prepare.trainer or recipe.posttrain.trainer or recipe.posttrain.report_to != "none":
         from upcycle.pipeline.stages import check_training
 
         check_training(recipe)

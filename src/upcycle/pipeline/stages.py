@@ -70,7 +70,7 @@ def check_training(recipe: Recipe) -> None:
     not wait for it to be imported."""
     for name in (PREPARE, POSTTRAIN):
         settings: TrainingSettings = getattr(recipe, name)
-        if recipe.tunes or settings.trainer:
+        if recipe.tunes or settings.trainer or getattr(settings, "report_to", "none") != "none":
             from upcycle.training.trainer_settings import check
 
             check(name, settings)
