@@ -441,3 +441,9 @@ def test_a_folder_that_may_not_be_written_to_is_said_before_any_work(
     assert call(monkeypatch, "init", *words) == 2
     said = f"error: {tmp_path}/recipe.yaml cannot be written: the folder {tmp_path} may not be written to\n"
     assert capsys.readouterr().err == said
+
+
+def test_an_empty_recipe_is_called_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "r.yaml").write_text("# nothing\n")
+    assert call(monkeypatch, "run", tmp_path / "r.yaml", "--run", tmp_path / "run") == 2
+    assert capsys.readouterr().err == f"error: recipe {tmp_path}/r.yaml is empty, expected sections with settings\n"

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from upcycle import __version__, api
-from upcycle.command import LOUDNESS, is_verbose, quiet_libraries, run_command, writing
+from upcycle.command import LOUDNESS, is_verbose, quiet_bars, quiet_libraries, run_command, writing
 from upcycle.console import hide_progress, tell
-from upcycle.disk import check_new, check_writable
+from upcycle.disk import check_folder, check_new, check_writable
 from upcycle.distributed import world
 from upcycle.errors import UpcycleError
 from upcycle.hashes import verify_in_full
@@ -377,6 +377,7 @@ def benchmark(
 ) -> None:
     """Score base, checkpoints, experts and MoE of a run on benchmarks, through lm-evaluation-harness."""
     out = out or own_folder(models)
+    check_folder(out, "--out")
     from upcycle.reporting.figures import draw_benchmarks
     from upcycle.studies.benchmark import choose_tasks, run_benchmark
 
@@ -452,6 +453,7 @@ def _root(
 ) -> None:
     if quiet:
         hide_progress()
+        quiet_bars()
     if not verbose:
         quiet_libraries()
     if version:

@@ -96,6 +96,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def quiet_bars() -> None:
+    """Those of libraries that have no variable of their own (lm-eval)."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 def is_verbose() -> bool:
     """Whether the words that were typed ask for it."""
     return bool(set(sys.argv) & set(LOUDNESS["verbose"]))

@@ -356,7 +356,8 @@ def read_values(name: str) -> dict[str, Any]:
         text = shipped[name]
     values = parse_yaml(text, f"recipe {name}")
     if not isinstance(values, dict):
-        raise UpcycleError(f"recipe {name} holds {type(values).__name__}, expected sections with settings")
+        what = "is empty" if values is None else f"holds {brief(values)}"
+        raise UpcycleError(f"recipe {name} {what}, expected sections with settings")
     return values
 
 
