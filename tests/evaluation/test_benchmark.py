@@ -272,3 +272,18 @@ def test_one_row_has_no_standard_error() -> None:
 
     assert score_table({"base": {"t": scores(math.nan)}})[1] == [["base", "50.0%", "50.0%*"]]
     assert score_table({"base": {"t": scores(0.1)}})[1] == [["base", "50.0%", "50.0% +- 10.0%*"]]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_bars_of_lm_eval_are_silent_if_asked(
+    quiet: bool, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    monkeypatch.setattr("upcycle.console._progress_shown", not quiet)
+    asked = asked_model(load_model(base, torch.float32), load_tokenizer(base, None), 64)
+    capfd.readouterr()
+    asked.loglikelihood([Instance("loglikelihood", {}, ("say it", " a"), 0)])
+    asked.generate_until([Instance("generate_until", {}, ("say it", {"until": ["a"], "max_gen_toks": 2}), 0)])
+    said = capfd.readouterr().err
+    assert ("Running generate_until" in said) is ("Running loglikelihood" in said) is not quiet
