@@ -42,6 +42,7 @@ def test_stages_from_python_make_what_the_command_makes(tiny_recipe: dict[str, A
     again = upcycle.run(path, out=run.folder, base=tiny_recipe["base"], expand={"num_experts": 3})
     assert again.recipe == run.recipe
     assert again.scores == run.scores
+    assert upcycle.open_run(str(run.folder)).scores == run.scores
     assert upcycle.report(again).read_text().startswith("<!DOCTYPE html>")
     exported = upcycle.export(again, tmp_path / "exported")
     assert os.environ.get(VERIFY, "0") == "0"
@@ -81,3 +82,10 @@ def test_settings_are_merged_into_a_recipe(tmp_path: Path) -> None:
 def test_every_public_name_is_there_and_documented() -> None:
     for name in upcycle.__all__:
         assert getattr(upcycle, name).__doc__, name
+
+
+def test_a_run_without_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UpcycleError, match="out is empty, expected the name of a folder"):
+        upcycle.run("quickstart", out="")
+    assert not list(tmp_path.iterdir())

@@ -65,6 +65,16 @@ def test_dry_run_prints_the_recipe_and_does_nothing(
         ("data.train={folder}/*.jsonl", "{folder}/bad.jsonl:1: "),
         ("data.validation={folder}/empty.csv", "{folder}/empty.csv: no rows; expected chats"),
         ("prepare.checkpoints={folder}", "prepare.checkpoints: {folder} holds 0 folders named checkpoint-<step>"),
+        (
+            "posttrain.trainer={{max_grad_nrm: 1}}",
+            "posttrain.trainer.max_grad_nrm: TRL's SFTConfig has no such setting",
+        ),
+        ("prepare.trainer={{max_grad_norm: abc}}", "prepare.trainer.max_grad_norm: expected a number (found 'abc')"),
+        (
+            "data.domain=math",
+            "override 'data.domain=math': unknown setting; it is a source's: data.train={{path: ..., ",
+        ),
+        ("data.train=", "override 'data.train=': expected a file, folder, pattern or hub dataset"),
     ],
 )
 def test_a_dry_run_looks_at_base_and_data(
@@ -226,8 +236,11 @@ def test_a_signal_says_how_to_go_on_also_while_the_program_is_imported(signal: s
     ("words", "message"),
     [
         (("report", "{run}", "--out", "/nowhere/r.html"), "error: /nowhere/r.html cannot be written"),
-        (("run", "{recipe}", "--run", "/dev/null/x"), "error: /dev/null/x: Not a directory"),
-        (("run", "{recipe}", "--run", "{recipe}"), "File exists"),
+        (
+            ("run", "{recipe}", "--run", "/dev/null/x"),
+            "error: the run folder /dev/null/x cannot be made: /dev/null is a file",
+        ),
+        (("run", "{recipe}", "--run", "{recipe}"), "{recipe} is a file; name a folder"),
     ],
     ids=["report", "under a file", "a file"],
 )
@@ -243,7 +256,7 @@ def test_an_error_of_the_system_is_one_line(
         monkeypatch.setattr("upcycle.api.report", lambda *_: write_text(Path("/nowhere/r.html"), ""))
     assert call(monkeypatch, *(word.format(run=tmp_path, recipe=recipe_file) for word in words)) == 2
     said = capsys.readouterr().err
-    assert message in said
+    assert message.format(recipe=recipe_file) in said
     assert said.count("\n") == 1
 
 
@@ -393,3 +406,44 @@ def test_only_verbose_shows_a_traceback(words: list[str], traced: bool) -> None:
 def test_every_verb_has_a_panel() -> None:
     panels = {cli.RUN, cli.ONE_STAGE, cli.LOOK, cli.COMPARE, cli.SHARE}
     assert {verb.rich_help_panel for verb in cli.app.registered_commands} == panels
+
+
+def test_a_run_folder_that_is_a_file_is_refused(
+    monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    for run in ("file", "file/run"):
+        assert call(monkeypatch, "run", recipe_file, "--run", tmp_path / run) == 2
+        assert f"{tmp_path}/file is a file; name a folder" in capsys.readouterr().err
+
+
+def test_check_refuses_more_experts_than_a_recipe_may_have(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert call(monkeypatch, "check", "builtin:tiny", "--num-experts", "600", "--granularity", "8") == 2
+    assert capsys.readouterr().err == "error: --granularity 8 times --num-experts 600 is more than 4096 experts\n"
+
+
+@pytest.mark.parametrize("words", [("--run", ""), ("--out=",)])
+def test_a_place_without_a_name_is_not_the_current_folder(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert call(monkeypatch, "run", recipe_file, *words) == 2
+    assert "is empty, expected a name (is a variable of the shell not set?)" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_may_not_be_written_to_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr("upcycle.disk.os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    words = ("--base", "builtin:tiny", "--data", "builtin:train", "--out", tmp_path / "recipe.yaml")
+    assert call(monkeypatch, "init", *words) == 2
+    said = f"error: {tmp_path}/recipe.yaml cannot be written: the folder {tmp_path} may not be written to\n"
+    assert capsys.readouterr().err == said
+
+
+def test_an_empty_recipe_is_called_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "r.yaml").write_text("# nothing\n")
+    assert call(monkeypatch, "run", tmp_path / "r.yaml", "--run", tmp_path / "run") == 2
+    assert capsys.readouterr().err == f"error: recipe {tmp_path}/r.yaml is empty, expected sections with settings\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.distributed import world
+from upcycle.errors import UpcycleError
 from upcycle.hashes import every_file_read
 from upcycle.pipeline.manifest import verified
 from upcycle.pipeline.resume import run_stages
@@ -74,6 +75,8 @@ def run(
         UpcycleError: see `make_recipe` and `run_stages`.
     """
     stages = stages_until(until, "until")
+    if out == "":
+        raise UpcycleError("out is empty, expected the name of a folder")
     given = {name: value for name, value in (("base", base), ("data", data)) if value is not None}
     made = Run(make_recipe(recipe, **given, **settings), Path(out))
     world.start()

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from upcycle import __version__, api
-from upcycle.command import LOUDNESS, is_verbose, quiet_libraries, run_command, writing
+from upcycle.command import LOUDNESS, is_verbose, quiet_bars, quiet_libraries, run_command, writing
 from upcycle.console import hide_progress, tell
-from upcycle.disk import check_new, check_writable
+from upcycle.disk import check_folder, check_new, check_writable
 from upcycle.distributed import world
 from upcycle.errors import UpcycleError
 from upcycle.hashes import verify_in_full
@@ -204,8 +204,12 @@ def data(
     from upcycle.data.overview import overview
     from upcycle.data.splits import load_parts
 
-    settings = [word for word in sources if word.startswith("data.")]
+    settings = [word for word in sources if re.match(r"data\.\w+=", word)]  # data.jsonl is a file
     names = [word for word in sources if word not in settings]
+    if any(word.startswith("data.train=") for word in settings):
+        raise UpcycleError("data.train= is given by the sources; name the files alone")
+    if not names:
+        raise UpcycleError("no source among the settings; name files, folders, patterns or hub datasets")
     run = Run(load_recipe("upit", [f"base={base}", f"data.train={json.dumps(names)}", *settings]), Path())
     console.record = html is not None
     given = run.given_base  # whatever can be made of it
@@ -236,6 +240,10 @@ def check(
         raise UpcycleError("--json has no forecast for --devices; leave one of them out")
     if granularity not in (1, 2, 4, 8):
         raise UpcycleError(f"--granularity is {granularity}, expected 1, 2, 4 or 8")
+    if granularity * num_experts > MOST_EXPERTS:
+        raise UpcycleError(
+            f"--granularity {granularity} times --num-experts {num_experts} is more than {MOST_EXPERTS} experts"
+        )
     from upcycle.architectures.check import check
     from upcycle.experts.structure import offering_adapters
     from upcycle.pipeline.fit import parse_devices, show_fit
@@ -369,6 +377,7 @@ def benchmark(
 ) -> None:
     """Score base, checkpoints, experts and MoE of a run on benchmarks, through lm-evaluation-harness."""
     out = out or own_folder(models)
+    check_folder(out, "--out")
     from upcycle.reporting.figures import draw_benchmarks
     from upcycle.studies.benchmark import choose_tasks, run_benchmark
 
@@ -444,6 +453,7 @@ def _root(
 ) -> None:
     if quiet:
         hide_progress()
+        quiet_bars()
     if not verbose:
         quiet_libraries()
     if version:

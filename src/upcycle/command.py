@@ -7,8 +7,9 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ QUIET = {
 """What libraries are to be, unless the user has said otherwise."""
 LOUDNESS = {"quiet": ("-q", "--quiet"), "verbose": ("-v", "--verbose")}
 """Options of every verb, before or after it."""
+PLACES = ("--run", "--out", "--to", "--results")
+"""Options that name a place to write to."""
 
 
 def run_command(app: Callable[[list[str]], Any], shared: Collection[str]) -> None:
@@ -47,6 +50,7 @@ def run_command(app: Callable[[list[str]], Any], shared: Collection[str]) -> Non
     try:
         for word in words:
             word.encode()
+        _check_named(words)
         app(words)
         world.stop()
     except RelayedError:
@@ -92,6 +96,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def quiet_bars() -> None:
+    """Those of libraries that have no variable of their own (lm-eval)."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
 def is_verbose() -> bool:
     """Whether the words that were typed ask for it."""
     return bool(set(sys.argv) & set(LOUDNESS["verbose"]))
@@ -101,6 +110,14 @@ def _loudness_first(words: list[str]) -> list[str]:
     """`upcycle run -q ...` is `upcycle -q run ...`."""
     options = {option for names in LOUDNESS.values() for option in names}
     return sorted(words, key=lambda word: word not in options)
+
+
+def _check_named(words: Sequence[str]) -> None:
+    """Raises UpcycleError for a place without a name, which would be the current folder: a variable that is not set."""
+    for option, word in pairwise([*words, "-"]):
+        name, equals, value = option.partition("=")
+        if name in PLACES and not (value if equals else word):
+            raise UpcycleError(f"{name} is empty, expected a name (is a variable of the shell not set?)")
 
 
 def _stop(code: int, message: str) -> None:

@@ -44,6 +44,11 @@ def hide_progress() -> None:
     _progress_shown = False
 
 
+def is_progress_shown() -> bool:
+    """For bars of libraries."""
+    return _progress_shown
+
+
 def say(message: str) -> None:
     """One line of progress for the user."""
     if _progress_shown:

@@ -65,10 +65,18 @@ def check_writable(path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise UpcycleError(f"{path} cannot be written: {path.parent} is not a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise UpcycleError(f"{path} cannot be written: the folder {path.parent} may not be written to")
     if path.is_dir():
         raise UpcycleError(f"{path} cannot be written: it is a folder; name a file")
     if path.exists() and not path.is_file():  # replacing it would take a device from everybody
         raise UpcycleError(f"{path} cannot be written: it is a pipe or a device; name a file")
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raises UpcycleError if a folder cannot be made there, because a file lies on the way."""
+    if (there := next((path for path in (folder, *folder.parents) if path.exists()), None)) and not there.is_dir():
+        raise UpcycleError(f"{option} {folder} cannot be made: {there} is a file; name a folder")
 
 
 def check_new(folder: Path, option: str) -> None:
@@ -79,6 +87,7 @@ def check_new(folder: Path, option: str) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UpcycleError(f"{folder} is {'not empty' if folder.is_dir() else 'a file'}; give {option} a new folder")
+    check_folder(folder, option)
 
 
 def check_name(path: Path) -> Path:

@@ -28,6 +28,7 @@ from upcycle.settings import (
     PrepareSettings,
     RouteSettings,
     Settings,
+    Source,
 )
 
 MOST_BYTES = 1 << 20
@@ -355,7 +356,8 @@ def read_values(name: str) -> dict[str, Any]:
         text = shipped[name]
     values = parse_yaml(text, f"recipe {name}")
     if not isinstance(values, dict):
-        raise UpcycleError(f"recipe {name} holds {type(values).__name__}, expected sections with settings")
+        what = "is empty" if values is None else f"holds {brief(values)}"
+        raise UpcycleError(f"recipe {name} {what}, expected sections with settings")
     return values
 
 
@@ -406,6 +408,8 @@ def _explain(error: Any) -> tuple[str, str]:
 def _meant(location: Sequence[str]) -> str:
     """What an unknown setting may be: one of that name in other sections, or the nearest of its own."""
     *sections, name = location
+    if sections == ["data"] and name in Source.model_fields:
+        return f"; it is a source's: data.train={{path: ..., {name}: ...}}"
     if elsewhere := [full for full in _settings() if full.rpartition(".")[2] == name]:
         *others, last = elsewhere
         return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"

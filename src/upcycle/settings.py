@@ -118,6 +118,11 @@ class DataSettings(Settings):
     def _sources(cls, value: Any) -> Any:
         return [_source(one) for one in value] if isinstance(value, list) and value else _source(value)
 
+    @field_validator("train", mode="before")  # runs first, as it stands last
+    @classmethod
+    def _not_null(cls, value: Any) -> Any:
+        return "" if value is None else value
+
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, values: dict[str, str]) -> dict[str, str]:
@@ -197,6 +202,19 @@ class TrainingSettings(Settings):
     """Recompute activations in the backward pass: less memory for about a third more time."""
     trainer: dict[str, Any] = Field({})
     """Any other field of TRL's SFTConfig, by its own name: {optim: adamw_8bit, max_grad_norm: 0.5, ...}."""
+
+    def uneven(self, processes: int, section: str = "") -> str:
+        """What is wrong if that many processes cannot share the rows of a step evenly; no text if they can."""
+        own, odd = divmod(self.batch_size, processes)
+        if own and not odd:
+            return ""
+        near = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+        up = (own + 1) * processes
+        micro = "" if up % self.micro_batch_size == 0 else f" {section}micro_batch_size={own + 1}"
+        return (
+            f"{section}batch_size is {self.batch_size}, which {processes} processes cannot share evenly; set "
+            f"{section}batch_size={up}{micro}, or start {', '.join(map(str, near[-4:]))} processes"
+        )
 
     def micro_batch(self, processes: int) -> int:
         """Rows of a forward pass in each process: the largest divisor of its part of a step, up to micro_batch_size."""

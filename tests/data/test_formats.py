@@ -230,7 +230,7 @@ BAD = {
     '{"prompt": "x", "completion": null}': "found fields \\['prompt'\\]",
     '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}': "holds a part of type image",
     '{"messages": "none"}': "is not JSON|not JSON",
-    '{"instruction": "x", "output": "y", "history": [["a"]]}': "shorter|argument",
+    '{"instruction": "x", "output": "y", "history": [["a"]]}': "expected pairs",
 }
 
 
@@ -311,3 +311,140 @@ def test_a_row_of_ten_megabytes_is_a_row(tmp_path: Path, capsys: pytest.CaptureF
     long = {**CHATS[0], "pairs": [("x " * 5_000_000, "y")]}
     path.write_text(jsonl([plain(CHATS[0]), plain(long)]))
     assert len(found(path)) == 2
+
+
+def test_a_list_is_read_whatever_the_suffix_and_however_it_is_laid_out(tmp_path: Path) -> None:
+    values = [plain(spec) for spec in CHATS]
+    layouts = {
+        "one.jsonl": json.dumps(values),
+        "pretty.jsonl": json.dumps(values, indent=1),
+        "late.json": " " * 100 + "\n" * 40 + json.dumps(values),
+        "rows.txt": "[" + ",\n".join(map(json.dumps, values)) + "]",
+    }
+    for name, text in layouts.items():
+        (tmp_path / name).write_text(text)
+        assert found(tmp_path / name) == expected()
+    (tmp_path / "row.json").write_text(json.dumps(values[0], indent=2))
+    assert found(tmp_path / "row.json") == expected()[:1]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_csv_says_in_its_first_line_what_separates_its_cells(delimiter: str, tmp_path: Path) -> None:
+    lines = [("instruction", "output"), ("a, b?", "yes, c"), ("d?", "no")]
+    (tmp_path / "rows.csv").write_text("\n".join(map(delimiter.join, lines)))
+    assert [row.messages[1]["content"] for row in rows_of(tmp_path / "rows.csv")] == ["yes, c", "no"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            'instruction,output\na,b\nc,"d\ne,f\n',
+            r"unexpected end of data, in the record that begins in line 3; is a quote",
+        ),
+        ("instruction,output,output\na,b,c\n", "has two columns 'output'; rename or remove one"),
+    ],
+)
+def test_a_csv_that_would_lose_text_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(UpcycleError, match=said):
+        rows_of(tmp_path / "rows.csv")
+
+
+def test_hidden_files_of_a_folder_are_no_data(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(jsonl([plain(spec) for spec in CHATS]))
+    for name in ("._rows.jsonl", ".old.jsonl", "dataset_infos.json"):
+        (tmp_path / name).write_text("{}")
+    assert found(tmp_path) == found(f"{tmp_path}/*.jsonl") == expected()
+    (tmp_path / "above" / "inner").mkdir(parents=True)
+    with pytest.raises(
+        UpcycleError, match=r"no readable file in the folder .*above \(found inner/\); .*\*\*/\*\.jsonl"
+    ):
+        found(tmp_path / "above")
+
+
+def test_speakers_of_sharegpt_in_any_spelling(tmp_path: Path) -> None:
+    turns = [
+        [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}],
+        [{"role": "human", "value": "a"}, {"role": "gpt", "value": "b"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    ]
+    (tmp_path / "rows.jsonl").write_text(jsonl([{"conversations": some} for some in turns]))
+    chats = {json.dumps(messages) for messages, _ in found(tmp_path / "rows.jsonl")}
+    assert chats == {json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])}
+
+
+def test_a_row_without_a_label_has_the_domain_all() -> None:
+    for label in (None, "", float("nan")):
+        assert to_row({"prompt": "a", "completion": "b", "domain": label}, "x").domain == "all"
+
+
+def test_a_column_that_no_row_has_is_said_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_text(jsonl([{"question": "a", "answer": "b", "topic": "c"}]))
+    with pytest.raises(
+        UpcycleError, match=r"found fields \['answer', 'question', 'topic'\] \(data.columns calls 'comp"
+    ):
+        rows_of(path, columns={"prompt": "question", "completion": "anwser"})
+    rows_of(path, columns={"prompt": "question", "completion": "answer", "domain": "topci"})
+    said = capsys.readouterr()
+    assert "no row has the column 'topci', which data.columns takes for 'domain'; did you mean 'topic'?" in (
+        said.out + said.err
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "a", "input": 3, "output": "b"}, "x: 'input' is 3, expected a text"),
+        ({"instruction": 0, "output": "b"}, "x: 'instruction' is 0, expected a text"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, r"x: 'history' holds \['c'\], expected pairs"),
+    ],
+)
+def test_alpaca_says_which_column_is_wrong(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(UpcycleError, match=said):
+        to_row(row, "x")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expects"),
+    [("weight", 0.5, "0 or 1"), ("weight", "0", "0 or 1"), ("train", "false", "true or false"), ("train", 0, "true")],
+)
+def test_a_message_that_is_learned_in_part_is_refused(field: str, value: object, expects: str) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", field: value}]
+    with pytest.raises(UpcycleError, match=rf"messages\[1\]\.{field} is .*, expected {expects}"):
+        to_row({"messages": messages}, "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("äö".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        (gzip.compress(b"{}"), r"it is gzip; let its name end in \.gz"),
+        ("é".encode("latin-1"), "save it as UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_with_what_to_do(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(UpcycleError, match=rf"rows\.jsonl cannot be read as UTF-8 .*; {said}"):
+        rows_of(tmp_path / "rows.jsonl")
+
+
+def test_a_saved_dataset_without_its_tables_is_refused(tmp_path: Path) -> None:
+    Dataset.from_list([plain(spec) for spec in CHATS]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UpcycleError, match=r"has no split train; it is one table; leave the brackets out"):
+        found(f"{tmp_path / 'saved'}[train]")
+    for table in (tmp_path / "saved").glob("*.arrow"):
+        table.unlink()
+    with pytest.raises(UpcycleError, match=r"saved is a saved dataset without its \*\.arrow files"):
+        hash_sources([Source(path=str(tmp_path / "saved"))])
+
+
+def test_a_table_without_rows_says_so_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    with pytest.raises(UpcycleError, match=r"none\.parquet: no rows"):
+        rows_of(tmp_path / "none.parquet")
+    (tmp_path / "no.parquet").write_text("text")
+    with pytest.raises(UpcycleError, match=r"no\.parquet cannot be read as parquet"):
+        rows_of(tmp_path / "no.parquet")
+    assert "Failed" not in "".join(capfd.readouterr())

@@ -85,3 +85,33 @@ def test_benchmarks_questions_are_left_out_of_training(
     (tmp_path / "bench.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(UpcycleError, match=r"bench\.jsonl:1: .*of a benchmark, one of question, prompt"):
         seen("exact")
+
+
+def test_a_file_may_be_called_data(base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no setting `data.jsonl`."""
+    (tmp_path / "data.jsonl").write_text(rows.read_text())
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["data", "data.jsonl", "--base", str(base)])
+    assert "data.jsonl: " in said.output
+    assert said.exit_code == 0
+    said = CliRunner().invoke(app, ["data", "data.jsonl", "--base", str(base), "data.train=gone.jsonl"])
+    assert "data.train= is given by the sources" in str(said.exception)
+
+
+def test_rows_without_a_domain_are_not_called_all(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q {i}", "completion": "a", "domain": "x" if i % 3 else None} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = CliRunner().invoke(app, ["data", str(tmp_path / "rows.jsonl"), "--base", str(base)]).output
+    assert [line.split()[0] for line in said.splitlines() if line.startswith((" all", " x", " (no"))] == [
+        "(no",
+        "x",
+        "all",
+    ]
+
+
+def test_held_out_questions_of_an_empty_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(UpcycleError, match=r"data\.decontaminate_with: .*none\.jsonl has no rows"):
+        questions_of([str(tmp_path / "none.jsonl")])

@@ -84,3 +84,11 @@ def test_more_seed_data_than_half_the_rows_is_refused(tiny_recipe: dict[str, Any
     split(tiny_recipe, route__min_samples_per_expert=int(found[1]))
     with pytest.raises(UpcycleError, match="more than half"):
         split(tiny_recipe, route__min_samples_per_expert=int(found[1]) + 1)
+
+
+def test_rows_with_one_question_are_refused_as_what_they_are(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    values = [{"instruction": f"b {i}", "output": "c", "history": [["a", "hi"]]} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, values)))
+    said = "9 rows with 1 question (everything before the first answer, such as 'a'): held out for the evaluation"
+    with pytest.raises(UpcycleError, match=re.escape(said)):
+        split(tiny_recipe, data__train=str(tmp_path / "rows.jsonl"), data__validation=None)

@@ -185,9 +185,10 @@ def test_what_a_process_holds_falls_with_their_number(recipe: Path) -> None:
 
 ERRORS = {
     "a setting of the recipe": (["expand.num_expert=3"], "override 'expand.num_expert=3': unknown setting"),
-    "rows of a step": (
-        ["prepare.batch_size=7", "prepare.micro_batch_size=7"],
-        "batch_size is 7, which 2 processes cannot share evenly; set batch_size=8, or start 1, 7 processes",
+    "rows of a step": (  # of the last training, before anything is made
+        ["posttrain.batch_size=7", "posttrain.micro_batch_size=7"],
+        "posttrain.batch_size is 7, which 2 processes cannot share evenly; set posttrain.batch_size=8 "
+        "posttrain.micro_batch_size=4, or start 1, 7 processes",
     ),
     "a folder that is not shared": ([], "process 1 on .* does not see what the first process writes there"),
 }

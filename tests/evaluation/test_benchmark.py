@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from upcycle.evaluation.benchmark import Contender, asked_model, benchmark, chec
 from upcycle.evaluation.tasks import check_row, read_rows, read_tasks
 from upcycle.experts.kinds import load_model
 from upcycle.pipeline.benchmarks import own_folder
+from upcycle.records.benchmark import TaskScores, score_table
 from upcycle.records.files import BENCHMARK_SCORES
 from upcycle.reporting.figures import draw_benchmarks
 from upcycle.routing.routers import RouterRecorder
@@ -218,8 +220,13 @@ def test_names_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
             choose_tasks([name], None, False)
     row = {"prompt": "p", "test_list": ["assert f()"]}
     (tmp_path / "program.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UpcycleError, match="no task is left of"):
+    with pytest.raises(UpcycleError, match=r"no task is left of .*; --allow-code permits that"):
         choose_tasks([], tmp_path, False)
+    with pytest.raises(UpcycleError, match=r"--task-folder .*gone is no folder; expected one with"):
+        choose_tasks([], tmp_path / "gone", False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UpcycleError, match=r"--task-folder .*empty has no \*\.jsonl files"):
+        choose_tasks([], tmp_path / "empty", False)
     shutil.copy(tmp_path / "program.jsonl", tmp_path / "program.jsonl.gz")
     with pytest.raises(UpcycleError, match="every task needs its own name"):
         read_tasks(tmp_path)
@@ -257,3 +264,26 @@ def test_a_gap_in_the_question_stands_for_the_choice(tmp_path: Path) -> None:
     (document,) = read_tasks(tmp_path)["gap"]["custom_dataset"]()["test"]
     assert document["text"] == "I took the"
     assert document["choices"] == ["umbrella because it rained.", "sun because it rained."]
+
+
+def test_one_row_has_no_standard_error() -> None:
+    def scores(error: float) -> TaskScores:
+        return TaskScores.model_validate({"rows": 1, "acc,none": 0.5, "acc_stderr,none": error})
+
+    assert score_table({"base": {"t": scores(math.nan)}})[1] == [["base", "50.0%", "50.0%*"]]
+    assert score_table({"base": {"t": scores(0.1)}})[1] == [["base", "50.0%", "50.0% +- 10.0%*"]]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_bars_of_lm_eval_are_silent_if_asked(
+    quiet: bool, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    monkeypatch.setattr("upcycle.console._progress_shown", not quiet)
+    asked = asked_model(load_model(base, torch.float32), load_tokenizer(base, None), 64)
+    capfd.readouterr()
+    asked.loglikelihood([Instance("loglikelihood", {}, ("say it", " a"), 0)])
+    asked.generate_until([Instance("generate_until", {}, ("say it", {"until": ["a"], "max_gen_toks": 2}), 0)])
+    said = capfd.readouterr().err
+    assert ("Running generate_until" in said) is ("Running loglikelihood" in said) is not quiet

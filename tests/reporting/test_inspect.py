@@ -141,3 +141,12 @@ def test_a_name_with_brackets_is_shown_as_it_is() -> None:
     with console.capture() as capture:
         console.print(lineage_tree(odd))
     assert "E0 [bold]c[/bold]" in capture.get()
+
+
+def test_a_folder_in_a_run_that_is_no_stage_has_no_experts(tmp_path: Path) -> None:
+    for name in ("expand", "posttrain", "mine"):
+        (tmp_path / name).mkdir()
+    PLAN.write(tmp_path / "expand", plan_of(2))
+    assert find_plan(tmp_path / "posttrain") == plan_of(2)
+    with pytest.raises(UpcycleError, match="mine has no expansion plan"):
+        find_plan(tmp_path / "mine")

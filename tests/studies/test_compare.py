@@ -13,6 +13,7 @@ from scipy.stats import t, ttest_rel
 from transformers import AutoModelForCausalLM
 
 from upcycle.errors import UpcycleError
+from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run, open_run
 from upcycle.pipeline.stages import training_tokens
 from upcycle.recipe import load_recipe, parse_recipe
@@ -271,3 +272,24 @@ def test_training_tokens_of_the_routers_start_count(recipe_file: Path, tmp_path:
     tokens = [training_tokens(tmp_path / "out" / f"{number}-seed0") for number in (0, 1)]
     assert tokens[0] == {**tokens[1], "route": 0}
     assert tokens[1]["route"] == ROUTE_REPORT.read_of(tmp_path / "out" / "1-seed0").cost.backward > 0
+
+
+def test_what_a_study_could_not_mean_is_refused_before_anything_runs(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UpcycleError, match=r"variant 'upit seed=3' sets seed, .* use --seeds"):
+        run_cells(Study(["upit", "upit seed=3"], [0], out))
+    with pytest.raises(UpcycleError, match=r"route\.start is there twice; .*: route\.start=VALUE,VALUE"):
+        sweep("upit", ["route.start=ridge,random", "route.start=kmeans"], 1, out)
+    assert axis_values("a.b={x: 1, y: 2},{x: 3}") == ["a.b={x: 1, y: 2}", "a.b={x: 3}"]
+    assert not out.exists()
+    out.mkdir()
+    (out / "recipe.yaml").write_text("")
+    with pytest.raises(UpcycleError, match=r"--out .*out is the folder of a run; name a new one"):
+        run_cells(Study(["upit", "upit route.start=ridge"], [0], out))
+
+
+def test_a_folder_of_another_variant_says_what_to_do(recipe_file: Path, tmp_path: Path) -> None:
+    run_stages(Study([str(recipe_file)], [0], tmp_path / "out").run(0, 0), ["prepare"])
+    said = r"0-seed0 was made by a different variant \(route\.start: .* -> ridge\); name the same variants"
+    with pytest.raises(UpcycleError, match=said):
+        run_cells(Study([f"{recipe_file} route.start=ridge"], [0], tmp_path / "out"))

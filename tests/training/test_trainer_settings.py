@@ -17,7 +17,7 @@ from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe, parse_recipe
 from upcycle.records.files import LOG, POSTTRAIN, PREPARE
-from upcycle.settings import OWNED, DevicesSettings, TrainingSettings
+from upcycle.settings import OWNED, DevicesSettings, PosttrainSettings, TrainingSettings
 from upcycle.training.fine_tune import classes_kept, fine_tune, per_process
 from upcycle.training.trainer import UpcyclingTrainer
 from upcycle.training.trainer_settings import check, config
@@ -32,6 +32,15 @@ def settings(**trainer: Any) -> TrainingSettings:
 
 def test_every_name_that_is_ours_is_one_of_trls() -> None:
     assert set(OWNED) - {field.name for field in fields(SFTConfig)} == set()
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upcycle.training.trainer_settings.integrations.is_wandb_available", lambda: False)
+    said = "posttrain.report_to is wandb, but the package wandb is not installed; `pip install wandb`, or leave"
+    with pytest.raises(UpcycleError, match=said):
+        check(POSTTRAIN, PosttrainSettings(report_to="wandb"))
+    monkeypatch.setattr("upcycle.training.trainer_settings.integrations.is_wandb_available", lambda: True)
+    check(POSTTRAIN, PosttrainSettings(report_to="wandb"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 from upcycle.errors import UpcycleError, nearest
 from upcycle.reading import brief, parse_json
-from upcycle.settings import COLUMNS, AnyFormat, Source
+from upcycle.settings import COLUMNS, Source
 
 MISSPELT = 0.75
 """How alike a column must be to one of ours to be taken for a slip."""
@@ -97,16 +97,15 @@ def _chat(values: Values) -> list[Any]:
 
 
 def _sharegpt(values: Values) -> list[Any]:
-    """`from` and `value`; some spell `conversations` with `role` and `content`."""
+    """`from` and `value`, or `role` and `content`, or as some have it, one of each."""
     turns = _listed(values["conversations"], "conversations")
     return [*_system(values), *(_turn(turn) if isinstance(turn, dict) else turn for turn in turns)]
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    if "from" not in turn:
-        return turn
-    said_by, rest = turn["from"], {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return {"role": SAID_BY.get(said_by, said_by), "content": turn.get("value"), **rest}
+    said_by, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    return {"role": SAID_BY.get(str(said_by).lower(), said_by), "content": said, **rest}
 
 
 def _prompt_completion(values: Values) -> list[Any]:
@@ -125,8 +124,13 @@ def _side(value: Any, role: str, column: str) -> list[Any]:
 
 def _alpaca(values: Values) -> list[Any]:
     """Instruction and input on lines of their own; `history` has pairs of earlier turns (LLaMA-Factory)."""
-    asked = "\n".join(text for text in (values["instruction"], values.get("input")) if text)
+    given = {name: values.get(name) for name in ("instruction", "input")}
+    if odd := next((name for name, text in given.items() if not isinstance(text, str | None)), None):
+        raise UpcycleError(f"'{odd}' is {brief(given[odd])}, expected a text")
+    asked = "\n".join(text for text in given.values() if text)
     pairs = _listed(values.get("history") or [], "history")
+    if odd_pair := next((pair for pair in pairs if not isinstance(pair, list) or len(pair) != 2), None):
+        raise UpcycleError(f"'history' holds {brief(odd_pair)}, expected pairs [question, answer]")
     earlier = [
         {"role": role, "content": text}
         for pair in pairs
@@ -175,7 +179,7 @@ def to_row(value: Any, where: str, source: Source | None = None) -> Row:
         kind = type(value).__name__
         raise UnusableError(where, "is no object", f"expected an object with a non-empty 'messages' list, found {kind}")
     values = renamed(value, source)
-    form = FORMATS[format_of(values, where, source.format)]
+    form = FORMATS[format_of(values, where, source)]
     try:
         turns = form.messages(values)
     except (UpcycleError, ValueError, TypeError) as error:
@@ -193,17 +197,22 @@ def to_row(value: Any, where: str, source: Source | None = None) -> Row:
 
 def renamed(values: Values, source: Source) -> Values:
     """A row with our names for the columns that the source calls otherwise."""
+    if not source.columns:
+        return values
     return {**values, **{ours: values.get(theirs) for ours, theirs in source.columns.items()}}
 
 
-def format_of(values: Values, where: str, chosen: AnyFormat = "auto") -> str:
+def format_of(values: Values, where: str, source: Source) -> str:
     """The name of a row's format, by its columns.
+
+    Args:
+        values: `renamed` ones.
 
     Raises:
         UnusableError: the row has not the columns of the chosen one, or of any.
     """
     there = {column for column, value in values.items() if value is not None}
-    names = list(FORMATS) if chosen == "auto" else [chosen]
+    names = list(FORMATS) if source.format == "auto" else [source.format]
     for name in names:
         if there.issuperset(FORMATS[name].needs):
             return name
@@ -211,10 +220,14 @@ def format_of(values: Values, where: str, chosen: AnyFormat = "auto") -> str:
     if "text" in there:
         reason = "holds 'text', which does not say what is an answer"
         raise UnusableError(where, reason, f"{reason}; expected {expected}")
-    others = sorted(there - set(COLUMNS))
-    hint = next((near for column in others if (near := nearest(column, COLUMNS, MISSPELT))), "")
-    found = f"found fields {sorted(there)} (data.columns says what ours are called there{hint})"
-    raise UnusableError(where, "has no format that is known", f"expected {expected}, {found}")
+    theirs = sorted(there - {ours for ours, column in source.columns.items() if ours != column})
+    gone = next(((ours, column) for ours, column in source.columns.items() if column not in values), None)
+    if gone is not None:
+        hint = f"data.columns calls '{gone[0]}' '{gone[1]}', which is not there{nearest(gone[1], theirs)}"
+    else:
+        near = (nearest(column, COLUMNS, MISSPELT) for column in theirs if column not in COLUMNS)
+        hint = f"data.columns says what ours are called there{next(filter(None, near), '')}"
+    raise UnusableError(where, "has no format that is known", f"expected {expected}, found fields {theirs} ({hint})")
 
 
 def _message(turn: Any, name: str, where: str) -> Message:
@@ -226,7 +239,17 @@ def _message(turn: Any, name: str, where: str) -> Message:
             f"{name} is {brief(turn)}, expected a 'role' ({', '.join(ROLES)}) and a text 'content'",
         )
     found["content"] = _content(found, name, where)
+    _check_learned(found, name, where)
     return found
+
+
+def _check_learned(message: Message, name: str, where: str) -> None:
+    """A share, or the text "0", would be taken for a 1 without a word."""
+    for field, kinds in (("weight", (int, float)), ("train", (bool,))):
+        value = message.get(field, 1 if field == "weight" else True)
+        if not isinstance(value, kinds) or value not in (0, 1):
+            detail = f"{name}.{field} is {brief(value)}, expected {'0 or 1' if field == 'weight' else 'true or false'}"
+            raise UnusableError(where, f"a message has another '{field}' than is known", detail)
 
 
 def _content(message: Message, name: str, where: str) -> str | None:
@@ -270,8 +293,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _domain(label: object, where: str) -> str:
-    """A label as text; `all` for a row that has none."""
-    if label is None:
+    """A label as text; `all` for a row that has none, as tables spell it: null, no text, or not a number."""
+    if label is None or label == "" or label != label:
         return "all"
     if not isinstance(label, (str, int, float)):
         raise UnusableError(where, "'domain' is no text", f"'domain' is {brief(label)}, expected a text or a number")

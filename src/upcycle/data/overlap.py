@@ -36,9 +36,15 @@ def questions_of(names: Sequence[str]) -> list[str]:
     """What the rows of files ask: chats, or a benchmark's `question` or `prompt`.
 
     Raises:
-        UpcycleError: a row has neither.
+        UpcycleError: a row has neither, or a file has no rows.
     """
-    return [_asked(value, where) for name in names for value, where in decoded_rows(str(Path(name)))]
+    found: list[str] = []
+    for name in names:
+        asked = [_asked(value, where) for value, where in decoded_rows(str(Path(name)))]
+        if not asked:
+            raise UpcycleError(f"data.decontaminate_with: {name} has no rows; expected questions")
+        found += asked
+    return found
 
 
 def _asked(value: object, where: str) -> str:

@@ -10,6 +10,7 @@ from upcycle.console import console, table, tell
 from upcycle.data.chat import Sample
 from upcycle.data.samples import by_domain, lengths, num_answer_tokens
 from upcycle.errors import counted
+from upcycle.records.record import ALL
 from upcycle.routing.batch import IGNORED
 from upcycle.types import Tokenizer
 
@@ -31,9 +32,10 @@ def overview(train: Sequence[Sample], tokenizer: Tokenizer) -> None:
 
 def show_domains(train: Sequence[Sample]) -> None:
     """Print rows and tokens by domain."""
-    rows = [_row(domain, samples) for domain, samples in by_domain(train).items()]
+    parts = by_domain(train)
+    rows = [_row("(no domain)" if name == ALL and len(parts) > 1 else name, some) for name, some in parts.items()]
     if len(rows) > 1:
-        rows.append(_row("all", train))
+        rows.append(_row(ALL, train))
     note = "mean to longest: tokens of a row; learned: share of the tokens that the loss covers"
     table("training rows", COLUMNS, rows, note=note)
     tell(f"{counted(sum(lengths(train)), 'token')} an epoch, of which {num_answer_tokens(train):,} are learned")

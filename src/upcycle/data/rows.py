@@ -22,7 +22,7 @@ from upcycle.disk import digest
 from upcycle.errors import UpcycleError
 from upcycle.settings import Source
 
-FORMAT = 1
+FORMAT = 2
 """Of the table; another one is another table."""
 TABLE, REPORT = "rows.arrow", "report.json"
 ROWS_AT_ONCE = 4096
@@ -97,7 +97,7 @@ def open_table(path: Path) -> pa.Table:
 def _write(sources: Sequence[Source], max_bad: float, out: Path) -> None:
     lines: list[str] = []
     unread: set[str] = set()
-    total = 0
+    total, first = 0, ""
     with pa.OSFile(str(out / TABLE), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for source in sources:
             tally = Tally(source.path)
@@ -105,11 +105,13 @@ def _write(sources: Sequence[Source], max_bad: float, out: Path) -> None:
                 writer.write_batch(batch)
             tally.check(max_bad)
             total += tally.rows
+            first = first or next(iter(tally.first.values()), "")
             unread |= tally.unread
             lines += tally.lines()
     if not total:
         names = ", ".join(source.path for source in sources)
-        raise UpcycleError(f"{names}: no rows; expected chats, such as a 'messages' list each")
+        none = f"no row can be used ({first})" if first else "no rows"
+        raise UpcycleError(f"{names}: {none}; expected chats, such as a 'messages' list each")
     if unread:
         named = sorted(unread)
         lines.append(f"data: fields that Upcycle does not use: {', '.join(named[:8])}{' ...' * (len(named) > 8)}")

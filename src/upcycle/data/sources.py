@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, cast
 
 from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed, to_row
 from upcycle.disk import digest, inside
-from upcycle.errors import UpcycleError, counted
+from upcycle.errors import UpcycleError, counted, nearest
 from upcycle.hashes import hash_file
 from upcycle.reading import hub_problem, parse_json
 from upcycle.settings import Source
@@ -46,6 +46,8 @@ class Tally:
     """By reason."""
     first: dict[str, str] = field(default_factory=dict)
     """Reason to what was said of the first such row."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """Columns that no row has, after what they would be here."""
 
     @property
     def num_unusable(self) -> int:
@@ -59,6 +61,11 @@ class Tally:
         """What to say of it."""
         builtin = self.name.startswith(BUILTIN)
         found = [] if builtin or not self.rows else [f"data: {self}"]
+        found += [
+            f"warning: {self.name}: no row has the column '{column}', which data.columns takes for '{ours}'"
+            f"{nearest(column, self.unread)}"
+            for ours, column in self.absent.items()
+        ]
         return [*found, f"warning: {self.name}: {self._left_out()}"] if self.num_unusable else found
 
     def check(self, max_bad: float) -> None:
@@ -87,10 +94,13 @@ class Tally:
 def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
     """The chats of a source; those that cannot be used are counted. All have the format of the first."""
     by_file = source.domain is not None and "{file}" in source.domain
+    tally.absent = dict(source.columns)
     for value, where in decoded_rows(source.path):
+        if tally.absent and isinstance(value, dict):
+            tally.absent = {ours: column for ours, column in tally.absent.items() if column not in value}
         try:
             if source.format == "auto" and isinstance(value, dict):
-                source = source.model_copy(update={"format": format_of(renamed(value, source), where)})
+                source = source.model_copy(update={"format": format_of(renamed(value, source), where, source)})
             row = to_row(value, where, source)
         except UnusableError as error:
             tally.unusable[error.reason] += 1
@@ -150,22 +160,37 @@ def files_of(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if saved := _saved(name):
-        return sorted(file for file in saved.rglob("*.arrow"))
+        if not (tables := sorted(saved.rglob("*.arrow"))):
+            raise UpcycleError(f"{saved} is a saved dataset without its *.arrow files; copy the whole folder")
+        return tables
     if path.is_dir():
-        return _readable(sorted(p for p in path.iterdir() if p.is_file()), f"in the folder {name}")
+        return _readable(sorted(path.iterdir()), f"in the folder {name}")
     if glob.has_magic(name) and not HUB.fullmatch(name):
         base, inner = (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (Path(), path)
         return _readable(sorted(base.glob(str(inner))), f"for the pattern {name}")
     if HUB.fullmatch(name) and _kind(path) not in READERS and not name.startswith("."):
         return []
+    if "://" in name:
+        raise UpcycleError(f"data {name} is an address; download the file, or name a hub dataset as owner/name")
     raise UpcycleError(f"data file {name} does not exist (paths are relative to the current folder)")
 
 
 def _readable(paths: list[Path], where: str) -> list[Path]:
-    found = [path for path in paths if _kind(path) in READERS]
+    """Files whose suffix is known; not hidden ones, which a shell's pattern does not mean either."""
+    found = [path for path in paths if _kind(path) in READERS and path.is_file() and not _is_aside(path)]
     if not found:
-        raise UpcycleError(f"no readable file {where}; expected {', '.join(READERS)}, plain or compressed")
+        others = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in paths[:5])
+        there = f" (found {others}{' ...' * (len(paths) > 5)})" if paths else ""
+        deeper = ", or a pattern of them such as 'FOLDER/**/*.jsonl'" if any(path.is_dir() for path in paths) else ""
+        raise UpcycleError(
+            f"no readable file {where}{there}; expected {', '.join(READERS)}, plain or compressed{deeper}"
+        )
     return found
+
+
+def _is_aside(path: Path) -> bool:
+    """Hidden (macOS puts a `._rows.jsonl` beside `rows.jsonl`), or what `datasets` writes about a folder."""
+    return path.name.startswith(".") or path.name in (*SAVED, "dataset_infos.json")
 
 
 def _kind(path: Path) -> str:
@@ -184,7 +209,7 @@ def decoded_rows(name: str) -> Decoded:
         yield from _read_saved(saved)
     elif files := files_of(name):
         for path in files:
-            yield from READERS.get(_kind(path), _read_lines)(path)
+            yield from READERS.get(_kind(path), _read_json)(path)
     else:
         yield from _read_hub(name)
 
@@ -215,40 +240,62 @@ def _read_lines(path: Path) -> Decoded:
 
 
 def _read_json(path: Path) -> Decoded:
-    """One list of rows, or a row a line."""
+    """A row a line, or one list of rows, whatever the suffix promises; or one row over several lines."""
     with _opened(path, "JSON") as file:
-        begin = file.read(64).lstrip()
-    if not begin.startswith("["):
+        lines = (line for line in file if not line.isspace())
+        first, goes_on = next(lines, ""), next(lines, None) is not None
+    if not _spans_lines(first.strip(), goes_on):
         yield from _read_lines(path)
         return
     with _opened(path, "JSON") as file:
         values = parse_json(file.read(), str(path))
-    yield from ((value, f"{path}:{number}") for number, value in enumerate(values, start=1))
+    rows = values if isinstance(values, list) else [values]
+    yield from ((value, f"{path}:{number}") for number, value in enumerate(rows, start=1))
+
+
+def _spans_lines(first: str, goes_on: bool) -> bool:
+    """Whether a file is one JSON value, by its first line and whether there is a further one."""
+    return first == "{" or (first.startswith("[") and not (goes_on and first.endswith("]")))
 
 
 def _read_csv(path: Path) -> Decoded:
     """Cells are text; empty ones are none."""
     csv.field_size_limit(sys.maxsize)
     with _opened(path, "CSV") as file:
+        delimiter = _delimiter(path, file.readline())
+    with _opened(path, "CSV") as file:
+        # strict: a quote that is never closed would swallow the rows behind it without a word
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
-            for number, row in enumerate(
-                csv.DictReader(file, delimiter="\t" if _kind(path) == ".tsv" else ","), start=1
-            ):
+            if twice := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+                raise UpcycleError(f"{path} has two columns '{twice[0]}'; rename or remove one")
+            for number, row in enumerate(reader, start=1):
                 if None in row:
                     more = "has more cells than the first line has columns"
                     yield UnusableError(f"{path}:{number}", more, more), f"{path}:{number}"
                     continue
                 yield {name: cell or None for name, cell in row.items()}, f"{path}:{number}"
         except csv.Error as error:
-            raise UpcycleError(f"{path} cannot be read as CSV: {error}") from None
+            where = f"the record that begins in line {reader.line_num + 1}"
+            raise UpcycleError(f"{path} cannot be read as CSV: {error}, in {where}; is a quote not closed?") from None
+
+
+def _delimiter(path: Path, header: str) -> str:
+    """What a suffix promises, unless the first line has another one instead (Excel writes `;` in half of Europe)."""
+    usual = "\t" if _kind(path) == ".tsv" else ","
+    return usual if usual in header else next((sign for sign in ",;\t" if sign in header), usual)
 
 
 def _read_table(path: Path) -> Decoded:
     """Parquet or Arrow, a batch at a time."""
-    from datasets import load_dataset
+    from datasets import load_dataset, logging
+    from pyarrow.parquet import read_metadata
 
+    logging.set_verbosity(logging.CRITICAL)  # it logs what it raises, too
     try:
         kind = "parquet" if _kind(path) == ".parquet" else "arrow"
+        if kind == "parquet" and not read_metadata(path).num_rows:
+            return  # an empty batch is an error to it
         rows = iter(load_dataset(kind, data_files=str(path), split="train", streaming=True))
         yield from ((value, f"{path}:{number}") for number, value in enumerate(rows, start=1))
     except Exception as error:  # of pyarrow, of datasets, of the system
@@ -256,8 +303,8 @@ def _read_table(path: Path) -> Decoded:
 
 
 READERS: dict[str, Callable[[Path], Decoded]] = {
-    ".jsonl": _read_lines,
-    ".ndjson": _read_lines,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
@@ -280,7 +327,26 @@ def _opened(path: Path, what: str) -> Iterator[IO[str]]:
     except UpcycleError:
         raise
     except Exception as error:  # a damaged file raises any of its codec's errors
-        raise UpcycleError(f"{path} cannot be read as UTF-8 {what}: {_first_line(error)}") from None
+        raise UpcycleError(f"{path} cannot be read as UTF-8 {what}: {_first_line(error)}{_remedy(path)}") from None
+
+
+MAGIC = {
+    b"\x1f\x8b": "it is gzip; let its name end in .gz",
+    b"PK\x03\x04": "it is a zip archive; unpack it",
+    b"PAR1": "it is Parquet; let its name end in .parquet",
+    b"(\xb5/\xfd": "it is zstd; let its name end in .zst",
+    b"\xff\xfe": "it is UTF-16; save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16; save it as UTF-8",
+}
+"""What a file begins with, to what it is and what to do."""
+
+
+def _remedy(path: Path) -> str:
+    if _compression(path):
+        return "; is it a whole file, packed as its name says?"
+    with path.open("rb") as file:
+        begin = file.read(4)
+    return "; " + next((said for magic, said in MAGIC.items() if begin.startswith(magic)), "save it as UTF-8")
 
 
 def _compression(path: Path) -> str | None:
@@ -310,7 +376,8 @@ def _saved(name: str) -> Path | None:
         return folder
     if not (chosen := inside(folder, split)).is_dir():
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise UpcycleError(f"{folder} has no split {split}; it has {', '.join(there)}")
+        has = f"it has {', '.join(there)}" if there else "it is one table; leave the brackets out"
+        raise UpcycleError(f"{folder} has no split {split}; {has}")
     return chosen
 
 

@@ -15,6 +15,7 @@ from upcycle.data.overlap import Alike, questions_of
 from upcycle.data.rows import Rows, open_rows
 from upcycle.data.samples import Encoded, Samples
 from upcycle.errors import UpcycleError, counted
+from upcycle.reading import brief
 from upcycle.recipe import Recipe
 from upcycle.settings import DataSettings
 from upcycle.types import Tokenizer
@@ -91,7 +92,10 @@ def load_parts(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> tup
         rows = open_rows(data.sources(data.validation), data.max_bad)
         held_out = in_hash_order(answered(rows, "validation"), recipe.seed)
     else:
-        held_out, train = split_questions(train, math.ceil(len(train) * data.validation_fraction))
+        every = train
+        held_out, train = split_questions(every, math.ceil(len(every) * data.validation_fraction))
+        if every and not train:
+            raise UpcycleError(_one_question(every))
     train = _without_questions(train, held_out, data)
     train, held_out = train[: math.ceil(len(train) * data.fraction)], held_out[: data.max_validation]
     encode = _encoder(train, held_out, tokenizer, data, limit)
@@ -195,11 +199,21 @@ def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: s
         warn(f"left out {counted(int((~learns).sum()), f'{name} row')} whose answer is empty")
     places = places[learns]
     if not len(places):
-        raise UpcycleError(f"no {name} row is left of {len(part)}; see the warnings above")
+        raise UpcycleError(f"no {name} row is left; see the warnings above")
     if dropped := int((table.numbers("dropped")[places] > 0).sum()):
         where = counted(dropped, f"{name} row")
         say(f"data: the chat template leaves text of answers out of {where} (earlier thoughts, mostly)")
     return Samples(table, places)
+
+
+def _one_question(part: Part) -> str:
+    """What is wrong if holding out a question, everything before the first answer, leaves nothing."""
+    asks = len(set(part.questions))
+    return (
+        f"{counted(len(part), 'row')} with {counted(asks, 'question')} (everything before the first answer, such as "
+        f"{brief(part.questions[0])}): held out for the evaluation, nothing is left to train on; give rows with more "
+        "questions, or data.validation"
+    )
 
 
 def _too_long(table: Encoded, places: Int[np.ndarray, " n"], limit: int, name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from upcycle.console import console, say, table
+from upcycle.console import console, is_progress_shown, say, table
 from upcycle.disk import digest
 from upcycle.distributed.world import is_main, share, wait
 from upcycle.errors import UpcycleError
@@ -195,6 +195,12 @@ def asked_model(network: Model, tokenizer: Tokenizer, length: int) -> Any:
                     f"model can score 1 to {self.max_length}"
                 )
             return question, choice
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm or not is_progress_shown())
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm or not is_progress_shown())
 
     return AskedHFLM(
         pretrained=network,

@@ -67,17 +67,21 @@ def read_tasks(folder: Path, names: Sequence[str] = (), allow_code: bool = False
         allow_code: whether programs that the model wrote may be run.
 
     Raises:
-        UpcycleError: no such task, one that would run code though that is not allowed, or a row that is not of one of
-            the three kinds (file, line and field are named).
+        UpcycleError: no such folder or task, one that would run code though that is not allowed, or a row that is not
+            of one of the three kinds (file, line and field are named).
     """
     files: dict[str, Path] = {}
+    if not folder.is_dir():
+        raise UpcycleError(f"--task-folder {folder} is no folder; expected one with *.jsonl files, a task each")
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
         name = path.name.removesuffix(".gz").removesuffix(".jsonl")
         if name in files:
             raise UpcycleError(f"{folder} has {files[name].name} and {path.name}; every task needs its own name")
         files[name] = path
+    if not files:
+        raise UpcycleError(f"--task-folder {folder} has no *.jsonl files; expected a task each")
     if unknown := sorted(set(names) - files.keys()):
-        raise UpcycleError(f"{folder} has no task {unknown[0]}; it has {', '.join(files) or 'no *.jsonl files'}")
+        raise UpcycleError(f"{folder} has no task {unknown[0]}; it has {', '.join(files)}")
     try:
         rows = {name: read_rows(path) for name, path in files.items() if not names or name in names}
     except UpcycleError as error:

@@ -17,11 +17,15 @@ def look(run: Run) -> Iterator[str]:
 
     Raises:
         UpcycleError: what the first stage would say: nothing can be made of the base, checkpoints or files are missing,
-            the first row of a file cannot be read.
+            the first row of a file cannot be read, or TRL has no such setting.
     """
     from upcycle.weights.folders import is_here
 
     recipe = run.recipe
+    if recipe.prepare.trainer or recipe.posttrain.trainer or recipe.posttrain.report_to != "none":
+        from upcycle.pipeline.stages import check_training
+
+        check_training(recipe)
     if is_here(recipe.base):
         yield f"base: {run.base.folder}, {run.base.config['model_type']}"
     else:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from upcycle.console import say
-from upcycle.disk import SCRATCH, write_text
+from upcycle.disk import SCRATCH, check_folder, write_text
 from upcycle.distributed.world import check_shared, is_main, on_main, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.pipeline import stages
@@ -33,7 +33,7 @@ from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import stage_names
 from upcycle.recipe import differences, dump_recipe, load_recipe
-from upcycle.records.files import INPUTS, LOCK, RECIPE
+from upcycle.records.files import INPUTS, LOCK, POSTTRAIN, PREPARE, RECIPE
 from upcycle.records.manifest import Manifest
 
 
@@ -55,8 +55,10 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
             f"{devices.processes} processes, but there are {world_size()}; start them with torchrun (--nproc-per-node, "
             "--nnodes), or set devices.fsdp=1"
         )
+    on_main(lambda: check_folder(run.folder, "the run folder"))
     check_shared(run.folder)
     run.asked = tuple(stage_names() if names is None else names)
+    _check_batches(run)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(_lock(run.folder)))
         on_main(lambda: _claim(run, update))
@@ -64,6 +66,14 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
             if names is None or stage.name in names:
                 on_main(partial(_adopt_stage, run, stage, donors))
                 _run_stage(run, stage, update)
+
+
+def _check_batches(run: Run) -> None:
+    """Before an hour of other stages. Raises UpcycleError if the processes cannot share the rows of a step."""
+    trains = {PREPARE: run.recipe.prepare if run.recipe.tunes else None, POSTTRAIN: run.recipe.posttrain}
+    for name, settings in trains.items():
+        if name in run.asked and settings and (uneven := settings.uneven(world_size(), f"{name}.")):
+            raise UpcycleError(uneven)
 
 
 def status(run: Run) -> list[tuple[str, str]]:
@@ -221,20 +231,23 @@ def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) ->
 
 def _claim(run: Run, update: bool) -> None:
     """Write recipe.yaml, or compare with the one that made what is there."""
+    path, changes = RECIPE.of(run.folder), changes_of(run)
+    if changes and not update:
+        listed = "\n".join(f"  {change}" for change in changes)
+        raise UpcycleError(
+            f"{run.folder} was made by a different recipe:\n{listed}\nRepeat the settings that it was made with "
+            f"(`upcycle run {path} --run {run.folder}` has them), or use a different --run; --update accepts the "
+            "change and rebuilds the stages that it affects"
+        )
+    if changes is None or changes:
+        write_text(path, dump_recipe(run.recipe))
+
+
+def changes_of(run: Run) -> list[str] | None:
+    """What a run's recipe changes of the one that made what is in its folder; None: nothing was made there."""
     path = RECIPE.of(run.folder)
     begun = any(made_in(folder) for name in stage_names() for folder in run.folder.glob(f"{name}*"))
-    if path.exists() and begun:
-        changes = differences(load_recipe(str(path)), run.recipe)
-        if not changes:
-            return
-        if not update:
-            listed = "\n".join(f"  {change}" for change in changes)
-            raise UpcycleError(
-                f"{run.folder} was made by a different recipe:\n{listed}\nRepeat the settings that it was made with "
-                f"(`upcycle run {path} --run {run.folder}` has them), or use a different --run; --update accepts the "
-                "change and rebuilds the stages that it affects"
-            )
-    write_text(path, dump_recipe(run.recipe))
+    return differences(load_recipe(str(path)), run.recipe) if path.exists() and begun else None
 
 
 def is_worked_on(folder: Path) -> bool:

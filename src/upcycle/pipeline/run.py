@@ -44,13 +44,14 @@ def is_run(folder: Path) -> bool:
     return RECIPE.of(folder).is_file()
 
 
-def open_run(folder: Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
+def open_run(folder: str | Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
     """The run in a folder, by its own recipe.
 
     Raises:
         UpcycleError: the folder is no run, one that has not come as far as the stages that it `needs`, or one of which
             only the scores were kept; or a file of these stages is damaged.
     """
+    folder = Path(folder)
     if not is_run(folder):
         raise UpcycleError(f"{folder} is not a run: it has no {RECIPE.name}")
     if DELETED.of(folder).exists():

@@ -44,7 +44,7 @@ def _prepare(run: Run, out: Path) -> None:
     from upcycle.weights.safetensors_io import ModelReader
 
     base, recipe = run.base, run.recipe
-    _check_training(recipe)
+    check_training(recipe)
     say_text_part(ModelReader(base.folder), recipe.assemble.keep_vision)
     found = run.kind.read_base(base, recipe)
     if recipe.tunes or POSTTRAIN in run.asked:  # else nothing is trained yet, and TRL is not waited for
@@ -65,12 +65,12 @@ def _prepare(run: Run, out: Path) -> None:
         tune(run.kind, base, run.splits.train, recipe, out, run.splits.validation)
 
 
-def _check_training(recipe: Recipe) -> None:
+def check_training(recipe: Recipe) -> None:
     """What TRL would refuse, before anything is made; a run that brings its checkpoints and says nothing to TRL does
     not wait for it to be imported."""
     for name in (PREPARE, POSTTRAIN):
         settings: TrainingSettings = getattr(recipe, name)
-        if recipe.tunes or settings.trainer:
+        if recipe.tunes or settings.trainer or getattr(settings, "report_to", "none") != "none":
             from upcycle.training.trainer_settings import check
 
             check(name, settings)

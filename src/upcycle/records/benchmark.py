@@ -69,7 +69,7 @@ def score_table(found: Mapping[str, Mapping[str, TaskScores]], sign: str = "+-")
     for model, scores in found.items():
         figures = [scores[task].main for task in tasks]
         cells = [
-            f"{value:.1%} {sign} {error:.1%}" + "*" * (value == best[task])
+            f"{value:.1%}" + f" {sign} {error:.1%}" * (error == error) + "*" * (value == best[task])  # one row has none
             for task, (value, error) in zip(tasks, figures, strict=True)
         ]
         rows.append([model, f"{fmean(value for value, _ in figures):.1%}", *cells])

@@ -11,6 +11,7 @@ from rich.tree import Tree
 from upcycle.console import console, table, tell
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.manifest import read_manifest, verified
+from upcycle.pipeline.stages import stage_names
 from upcycle.records.description import Description
 from upcycle.records.files import DELETED, EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
 from upcycle.records.plan import ExpansionPlan
@@ -74,8 +75,9 @@ def find_plan(path: Path) -> ExpansionPlan:
         (PLAN, path),  # the stage's own folder
         (LINEAGE, path),  # a MoE's
         (PLAN, path / PLAN.stage),  # a run
-        (PLAN, path.resolve().parent / PLAN.stage),  # beside a stage's
     ]
+    if path.resolve().name in stage_names():
+        places.append((PLAN, path.resolve().parent / PLAN.stage))  # beside a stage's
     for file, folder in places:
         if (plan := file.known(folder)) is not None:
             return plan

@@ -55,7 +55,9 @@ def choose_tasks(names: Sequence[str], folder: Path | None, allow_code: bool) ->
         return {name: name for name in names}
     chosen = read_tasks(folder, names, allow_code)
     if not chosen:
-        raise UpcycleError(f"no task is left of {folder}")
+        raise UpcycleError(
+            f"no task is left of {folder}: they run programs that the model writes; --allow-code permits that"
+        )
     return chosen
 
 

@@ -10,8 +10,8 @@ from upcycle.console import say
 from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.costs import read_costs
-from upcycle.pipeline.resume import run_stages
-from upcycle.pipeline.run import Run
+from upcycle.pipeline.resume import changes_of, run_stages
+from upcycle.pipeline.run import Run, is_run
 from upcycle.pipeline.stages import stage_names, training_flops, training_tokens
 from upcycle.recipe import differences, load_recipe, parse_recipe
 from upcycle.records.comparison import Cell, Dense, Measures
@@ -110,11 +110,10 @@ def run_cells(study: Study, check: Callable[[Cells], None] = lambda _: None) -> 
         check: called after each seed with what has been measured; may raise.
 
     Raises:
-        UpcycleError: two variants are the same, or have the same name; or what `check` raises.
+        UpcycleError: two variants are the same, or have the same name; one has a seed of its own; the folder holds
+            other things; or what `check` raises.
     """
-    named = [*study.texts, *_names(study.texts)]
-    if twice := [text for text in named if named.count(text) > 1]:
-        raise UpcycleError(f"there are two variants '{twice[0]}'")
+    _check(study)
     cells: dict[str, list[Measures]] = {text: [] for text in study.texts}
     donors: list[Path] = []
     for seed in study.seeds:
@@ -131,12 +130,32 @@ def run_cells(study: Study, check: Callable[[Cells], None] = lambda _: None) -> 
     return cells
 
 
+def _check(study: Study) -> None:
+    named = [*study.texts, *_names(study.texts)]
+    if twice := [text for text in named if named.count(text) > 1]:
+        raise UpcycleError(f"there are two variants '{twice[0]}'; give each a name of its own, or leave one out")
+    if seeded := [text for text in study.texts if any(word.startswith("seed=") for word in Variant(text).words[1:])]:
+        raise UpcycleError(f"variant '{seeded[0]}' sets seed, but every variant runs with the same seeds: use --seeds")
+    if is_run(study.out):
+        raise UpcycleError(f"--out {study.out} is the folder of a run; name a new one")
+
+
+def _check_folder(run: Run) -> None:
+    """Raises UpcycleError if the cell's folder holds another variant."""
+    if changes := changes_of(run):
+        raise UpcycleError(
+            f"{run.folder} was made by a different variant ({'; '.join(changes)}); name the same variants in the same "
+            "order, use a different --out, or remove the folder"
+        )
+
+
 def _cell(study: Study, run: Run, text: str, donors: list[Path]) -> Measures:
     """What is known of a cell, or what running it gives; it becomes a donor of the next ones."""
     say(f"{Variant(text).name or text}, seed {run.recipe.seed}: {run.folder}")
     kept = study.kept(text, run.recipe.seed)
     if found := on_main(lambda: _known(run, study.keep_models, kept)):
         return found
+    on_main(lambda: _check_folder(run))
     run_stages(run, donors=donors)
     donors.append(run.folder)
 

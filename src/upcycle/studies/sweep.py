@@ -22,13 +22,15 @@ def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: 
     Resumable.
 
     Raises:
-        UpcycleError: an axis without values.
+        UpcycleError: an axis without values, or a setting with two axes.
     """
+    names = [axis.partition("=")[0] for axis in axes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UpcycleError(f"{twice} is there twice; give all its values at once: {twice}=VALUE,VALUE")
     points = list(itertools.product(*(axis_values(axis) for axis in axes)))
     texts = [" ".join([shlex.quote(recipe), *map(shlex.quote, point)]) for point in points]
     cells = run_cells(Study(texts, range(seeds), out, keep_models=keep_models))
     settings = [dict(setting.split("=", 1) for setting in point) for point in points]
-    names = [axis.partition("=")[0] for axis in axes]
     rows = summary(cells, labels(texts), settings)
     found = Sweep(variants=cells, summary=rows, recipe=recipe, grid=list(axes), axes=names)
     if is_main():
@@ -38,9 +40,9 @@ def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: 
 
 
 def axis_values(axis: str) -> list[str]:
-    """`a.b=1,2` to [`a.b=1`, `a.b=2`]; commas within brackets part nothing."""
+    """`a.b=1,2` to [`a.b=1`, `a.b=2`]; commas within brackets or braces part nothing."""
     name, equals, values = axis.partition("=")
-    parts = [value for value in re.split(r",(?![^\[]*\])", values) if value]
+    parts = [value for value in re.split(r",(?![^\[{]*[\]}])", values) if value]
     if not equals or not parts:
         raise UpcycleError(f"'{axis}' is not of the form section.field=value,value,...")
     return [f"{name}={value}" for value in parts]

@@ -116,14 +116,8 @@ def per_process(settings: TrainingSettings, processes: int) -> TrainingSettings:
     Raises:
         UpcycleError: the rows of a step cannot be divided evenly.
     """
-    own, odd = divmod(settings.batch_size, processes)
-    if odd or not own:
-        near = [n for n in range(1, settings.batch_size + 1) if settings.batch_size % n == 0]
-        up = (own + 1) * processes
-        raise UpcycleError(
-            f"batch_size is {settings.batch_size}, which {processes} processes cannot share evenly; set batch_size="
-            f"{up}, or start {', '.join(map(str, near[-4:]))} processes"
-        )
+    if uneven := settings.uneven(processes):
+        raise UpcycleError(uneven)
     micro = settings.micro_batch(processes)
     if micro != settings.micro_batch_size:
         say(f"micro_batch_size is {micro} in each of {processes} processes: batch_size={settings.batch_size} is global")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import Trainer
+from transformers import Trainer, integrations
 from trl import SFTConfig
 
 from upcycle.errors import UpcycleError, expected, nearest
@@ -72,11 +72,12 @@ def _without_attention(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(section: str, settings: TrainingSettings) -> None:
-    """Everything that can be known of `trainer` before anything is trained.
+    """Everything that can be known of `trainer` and of the tracker before anything is trained.
 
     Raises:
         UpcycleError: SFTConfig has no such field, the value is of another type, or a package is missing.
     """
+    _check_tracker(section, getattr(settings, "report_to", "none"))
     hints = typing.get_type_hints(SFTConfig)
     names = {field.name for field in fields(SFTConfig) if field.init}
     for name, value in settings.trainer.items():
@@ -94,6 +95,15 @@ def check(section: str, settings: TrainingSettings) -> None:
             Trainer.get_optimizer_cls_and_kwargs(made)  # the others want the model
     except (ValueError, ImportError, TypeError) as error:
         raise UpcycleError(f"{section}.trainer: {str(error).strip()}") from None
+
+
+def _check_tracker(section: str, name: str) -> None:
+    """Raises UpcycleError if the Trainer would not find it."""
+    if name != "none" and not getattr(integrations, f"is_{name}_available")():
+        raise UpcycleError(
+            f"{section}.report_to is {name}, but the package {name} is not installed; `pip install {name}`, or leave "
+            "the setting out"
+        )
 
 
 def _check_model_kwargs(section: str, settings: TrainingSettings) -> None:

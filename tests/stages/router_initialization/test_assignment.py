@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from upcycle.errors import UpcycleError
 from upcycle.stages.router_initialization.assignment import (
     assign,
+    assign_unseen,
     balanced,
     bootstrap_gain,
     bucket_table,
@@ -114,3 +115,12 @@ def test_the_bootstrap_tells_experts_of_domains_from_noise() -> None:
     found = bootstrap_gain(skilled, domains, 0)
     assert found.more_than_noise
     assert found.gain == pytest.approx(4 / 3, abs=0.4)  # the best single expert is right in one domain of three
+
+
+def test_unseen_samples_have_the_expert_that_started_from_their_domain() -> None:
+    """Not the one that few unseen samples would choose; of an unknown domain, the best."""
+    samples = [a_sample(domain="x"), a_sample(domain="z")]
+    losses = np.array([[0.1, 9.0], [9.0, 0.1]])
+    assert assign_unseen(losses, samples, "domain", 0, {"x": 1, "y": 0}) == [1, 1]
+    assert assign_unseen(losses[:1], samples[:1], "domain", 0, {"x": 1}) == [1]  # one domain is no error here
+    assert assign_unseen(losses, samples, "lowest_loss", 0, {"x": 1}) == [0, 1]

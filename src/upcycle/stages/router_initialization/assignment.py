@@ -4,7 +4,7 @@ Legend: N samples, E experts, D domains.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,9 +81,24 @@ def assign(losses: Losses, samples: Sequence[Sample], rule: str, seed: int) -> E
     if rule == "domain" and len(set(domains)) < 2:
         raise UpcycleError(
             f"route.assignment=domain: found {counted(len(samples), 'seed row')} of one domain, '{domains[0]}'; give "
-            "rows a field `domain`, or use a different assignment"
+            "rows a field `domain`, raise route.min_samples_per_expert, or use a different assignment"
         )
     return ASSIGNMENTS[rule](losses, domains, seed)
+
+
+def assign_unseen(
+    losses: Losses, samples: Sequence[Sample], rule: str, seed: int, known: Mapping[str, int]
+) -> list[int]:
+    """Expert of each sample that only measures the router.
+
+    Args:
+        known: the expert of each domain among the samples that start the router; with the rule `domain` it is that of
+            the unseen ones too, and of a domain that is not there, the expert with the lowest loss.
+    """
+    if rule != "domain":
+        return [int(expert) for expert in assign(losses, samples, rule, seed)]
+    best = losses.argmin(axis=1)
+    return [known.get(sample.domain, int(expert)) for sample, expert in zip(samples, best, strict=True)]
 
 
 def fill_empty(experts: Experts, losses: Losses) -> dict[int, list[int]]:

@@ -25,6 +25,7 @@ from upcycle.stages.router_initialization.assignment import (
     Experts,
     Losses,
     assign,
+    assign_unseen,
     bootstrap_gain,
     bucket_table,
     equal_steps,
@@ -120,7 +121,8 @@ def _start(seed: Seed, test: Sequence[Sample], losses: Losses, names: Sequence[s
     held_out = None
     if test:
         load_routers(seed.model, out_dir / ROUTER.name)
-        assigned = assign(test_losses, test, settings.assignment, seed.seed).tolist()
+        known = dict(zip((sample.domain for sample in fit), experts.tolist(), strict=True))
+        assigned = assign_unseen(test_losses, test, settings.assignment, seed.seed, known)
         batches = make_batches(test, limit, seed.pad_token_id, seed.model.device)
         found = ranking(seed.model, batches, assigned, settings.tokens)
         held_out = HeldOut(**found.model_dump(), assigned=assigned)
