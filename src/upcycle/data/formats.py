@@ -243,12 +243,15 @@ def _message(turn: Any, name: str, where: str) -> Message:
     return found
 
 
+LEARNED = (("weight", (int, float), "0 or 1"), ("train", bool, "true or false"))
+"""Fields that say whether an answer is learned, their types and what is expected."""
+
+
 def _check_learned(message: Message, name: str, where: str) -> None:
     """A share, or the text "0", would be taken for a 1 without a word."""
-    for field, kinds in (("weight", (int, float)), ("train", (bool,))):
-        value = message.get(field, 1 if field == "weight" else True)
-        if not isinstance(value, kinds) or value not in (0, 1):
-            detail = f"{name}.{field} is {brief(value)}, expected {'0 or 1' if field == 'weight' else 'true or false'}"
+    for field, kinds, expected in LEARNED:
+        if field in message and (not isinstance(value := message[field], kinds) or value not in (0, 1)):
+            detail = f"{name}.{field} is {brief(value)}, expected {expected}"
             raise UnusableError(where, f"a message has another '{field}' than is known", detail)
 
 
