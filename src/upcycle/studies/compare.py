@@ -92,10 +92,11 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
             totals, unit = [run.total_tokens for run in runs], "numbers of training tokens"
             alike = len(set(totals)) == 1
         else:
-            totals, unit = [run.total_flops for run in runs], "training FLOPs"
+            totals, unit = [run.total_flops for run in runs], "training FLOPs, the router's start included"
             alike = max(totals) <= (1 + FLOPS_TOLERANCE) * min(totals)
         if not alike:
-            listed = ", ".join(f"{text}: {total:,}" for text, total in zip(cells, totals, strict=True))
+            named = zip(cells, totals, strict=True)
+            listed = ", ".join(f"{Variant(text).name or text}: {total:,}" for text, total in named)
             problems.append(f"seed {seed}: different {unit} ({listed})")
     return problems
 
