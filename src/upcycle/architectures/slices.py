@@ -41,10 +41,11 @@ class Slicing:
         first, block = element // width, values.view(-1, width)
         for region, own in zip(regions, members(self, width if move.down else rows), strict=True):
             if move.down:
-                yield region, first * len(own), block[:, own] * self.granularity
-            else:
-                begin, end = torch.searchsorted(own, torch.tensor([first, first + len(block)])).tolist()
-                yield region, begin * width, block[own[begin:end] - first]
+                yield region, first * len(own), block[:, _run(own)] * self.granularity
+                continue
+            begin, end = torch.searchsorted(own, torch.tensor([first, first + len(block)])).tolist()
+            if begin < end:
+                yield region, begin * width, block[_run(own[begin:end] - first)]
 
     def whole(self, move: FfnMove, expert: int, read: Callable[[Region], Tensor]) -> Tensor:
         """An expert's weight from its slices: what `place` has put there, in the dense tensor's shape."""
@@ -70,6 +71,14 @@ def members(slicing: Slicing, channels: int) -> list[Int[Tensor, " C"]]:
     elif slicing.channels == "random":
         order = torch.randperm(channels, generator=torch.Generator().manual_seed(slicing.seed))
     return [part.sort().values for part in order.view(slicing.granularity, -1)]
+
+
+def _run(places: Int[Tensor, " C"]) -> slice | Int[Tensor, " C"]:
+    """Places that are equally far apart as a slice: a view is taken, nothing is gathered."""
+    steps = places.diff()
+    if len(steps) and not (steps == steps[0]).all():
+        return places
+    return slice(int(places[0]), int(places[-1]) + 1, int(steps[0]) if len(steps) else 1)
 
 
 WHOLE = Slicing()
