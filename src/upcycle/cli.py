@@ -447,8 +447,7 @@ def _root(
         bool, typer.Option(*LOUDNESS["quiet"], help="Print only results, warnings and errors, no progress.")
     ] = False,
     verbose: Annotated[
-        bool,
-        typer.Option(*LOUDNESS["verbose"], help="Also print what libraries say, and the traceback of an error."),
+        bool, typer.Option(*LOUDNESS["verbose"], help="Also print what libraries say, and the traceback of an error.")
     ] = False,
 ) -> None:
     if quiet:

@@ -39,10 +39,12 @@ class Slicing:
             return
         rows, width = move.dense.shape
         first, block = element // width, values.view(-1, width)
-        for region, own in zip(regions, members(self, width if move.down else rows), strict=True):
-            if move.down:
-                yield region, first * len(own), block[:, _run(own)] * self.granularity
-                continue
+        if move.down:
+            share = width // self.granularity
+            for region, columns in zip(regions, _columns(self, width), strict=True):
+                yield region, first * share, block[:, columns] * self.granularity
+            return
+        for region, own in zip(regions, members(self, rows), strict=True):
             begin, end = torch.searchsorted(own, torch.tensor([first, first + len(block)])).tolist()
             if begin < end:
                 yield region, begin * width, block[_run(own[begin:end] - first)]
@@ -71,6 +73,12 @@ def members(slicing: Slicing, channels: int) -> list[Int[Tensor, " C"]]:
     elif slicing.channels == "random":
         order = torch.randperm(channels, generator=torch.Generator().manual_seed(slicing.seed))
     return [part.sort().values for part in order.view(slicing.granularity, -1)]
+
+
+@cache
+def _columns(slicing: Slicing, channels: int) -> list[slice | Int[Tensor, " C"]]:
+    """`members`, as every piece of a down projection takes them."""
+    return [_run(own) for own in members(slicing, channels)]
 
 
 def _run(places: Int[Tensor, " C"]) -> slice | Int[Tensor, " C"]:

@@ -95,8 +95,8 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
             totals, unit = [run.total_flops for run in runs], "training FLOPs, the router's start included"
             alike = max(totals) <= (1 + FLOPS_TOLERANCE) * min(totals)
         if not alike:
-            named = zip(cells, totals, strict=True)
-            listed = ", ".join(f"{Variant(text).name or text}: {total:,}" for text, total in named)
+            named = zip(labels(list(cells)), totals, strict=True)
+            listed = ", ".join(f"{label}: {total:,}" for label, total in named)
             problems.append(f"seed {seed}: different {unit} ({listed})")
     return problems
 
