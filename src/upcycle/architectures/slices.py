@@ -6,7 +6,8 @@ idea is He et al. 2024's (arXiv 2410.07524: virtual groups, weight scaling) and 
 Legend: I channels of a whole FFN, H hidden, G slices.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -45,9 +46,9 @@ class Slicing:
                 yield region, first * share, block[:, columns] * self.granularity
             return
         for region, own in zip(regions, members(self, rows), strict=True):
-            begin, end = torch.searchsorted(own, torch.tensor([first, first + len(block)])).tolist()
+            begin, end = bisect_left(own, first), bisect_left(own, first + len(block))
             if begin < end:
-                yield region, begin * width, block[_run(own[begin:end] - first)]
+                yield region, begin * width, block[_index(own[begin:end], first)]
 
     def whole(self, move: FfnMove, expert: int, read: Callable[[Region], Tensor]) -> Tensor:
         """An expert's weight from its slices: what `place` has put there, in the dense tensor's shape."""
@@ -56,7 +57,7 @@ class Slicing:
             return read(regions[0])
         rows, width = move.dense.shape
         found = torch.empty(rows, width)
-        for region, own in zip(regions, members(self, width if move.down else rows), strict=True):
+        for region, own in zip(regions, _columns(self, width if move.down else rows), strict=True):
             if move.down:
                 found[:, own] = read(region).float() / self.granularity
             else:
@@ -65,28 +66,28 @@ class Slicing:
 
 
 @cache
-def members(slicing: Slicing, channels: int) -> list[Int[Tensor, " C"]]:
+def members(slicing: Slicing, channels: int) -> list[Sequence[int]]:
     """The channels of each slice, in order, out of `channels`, which G divides."""
-    order = torch.arange(channels)
+    granularity, share = slicing.granularity, channels // slicing.granularity
+    if slicing.channels == "contiguous":
+        return [range(begin, begin + share) for begin in range(0, channels, share)]
     if slicing.channels == "strided":
-        order = order.view(-1, slicing.granularity).T.flatten()
-    elif slicing.channels == "random":
-        order = torch.randperm(channels, generator=torch.Generator().manual_seed(slicing.seed))
-    return [part.sort().values for part in order.view(slicing.granularity, -1)]
+        return [range(begin, channels, granularity) for begin in range(granularity)]
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(slicing.seed))
+    return [tuple(part.sort().values.tolist()) for part in order.view(granularity, -1)]
 
 
 @cache
 def _columns(slicing: Slicing, channels: int) -> list[slice | Int[Tensor, " C"]]:
     """`members`, as every piece of a down projection takes them."""
-    return [_run(own) for own in members(slicing, channels)]
+    return [_index(own) for own in members(slicing, channels)]
 
 
-def _run(places: Int[Tensor, " C"]) -> slice | Int[Tensor, " C"]:
-    """Places that are equally far apart as a slice: a view is taken, nothing is gathered."""
-    steps = places.diff()
-    if len(steps) and not (steps == steps[0]).all():
-        return places
-    return slice(int(places[0]), int(places[-1]) + 1, int(steps[0]) if len(steps) else 1)
+def _index(places: Sequence[int], first: int = 0) -> slice | Int[Tensor, " C"]:
+    """Places as an index, counted from `first`: of a range a slice, so that a view is taken and nothing is gathered."""
+    if isinstance(places, range):
+        return slice(places.start - first, places.stop - first, places.step)
+    return torch.tensor(places) - first
 
 
 WHOLE = Slicing()
