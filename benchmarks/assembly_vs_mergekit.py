@@ -199,9 +199,14 @@ def run_verbs(folders: list[Path], out: Path, log: Path, verbs: tuple[tuple[str,
     for folder in (out, cache):
         shutil.rmtree(folder, ignore_errors=True)
     for verb in verbs:
-        line = [sys.executable, "-m", "upcycle", verb[0], "upit", "--run", str(out), *verb[1:], *settings(folders)]
-        cost += measured(line, log, cache)
+        cost += run_verb(folders, out, log, *verb)
     return cost
+
+
+def run_verb(folders: list[Path], out: Path, log: Path, verb: str, *words: str) -> Cost:
+    """A whole command of a user whose cache is beside the run."""
+    line = [sys.executable, "-m", "upcycle", verb, "upit", "--run", str(out), *settings(folders), *words]
+    return measured(line, log, out.with_name("cache"))
 
 
 def run_mergekit(python: Path, folders: list[Path], plan: ExpansionPlan, out: Path, log: Path) -> Cost:

@@ -3,10 +3,10 @@
     python benchmarks/training_step.py --work DIR                          # 8 rows of 256, hidden 576, 8 layers
     python benchmarks/training_step.py --work DIR --rows 16 --length 1024  # bf16 on a GPU
 
-All models see the same batch in turn. A step is forward, loss, balance loss and the count of the experts' load,
-backward and AdamW over all parameters. Prints the median of each, its ratio to the dense ones, and that of the FLOPs;
-and the ratio to the same FFNs without a router, each with its share of the tokens as they stand: what lies between is
-routing, hooks and balance loss, and the rest is what more weights cost this machine.
+Each MoE is measured in turn with the models that it is compared with, on the same batch. A step is forward, loss,
+balance loss and the count of the experts' load, backward and AdamW over all parameters. Prints the median of each, its
+ratio to the dense ones, and that of the FLOPs; and the ratio to the same FFNs in plain PyTorch without a router, each
+with its share of the tokens as they stand.
 """
 
 import argparse
@@ -141,17 +141,16 @@ def make_step(model: Any, size: Size, recorders: ExitStack) -> Callable[[], None
     return step
 
 
-def measure(work: Path, size: Size) -> dict[str, float]:
-    """Median seconds of a step of each model, in turn."""
-    make_models(work, size)
-    times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, *CHOICES, *map(FLOOR.format, CHOICES))}
-    with kept_heap(), ExitStack() as recorders:
+def measure(work: Path, size: Size, choice: str) -> dict[str, float]:
+    """Median seconds of a step of a MoE and of the models that it is compared with, in turn."""
+    times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, choice, FLOOR.format(choice))}
+    with ExitStack() as recorders:
 
         def load(name: str) -> Any:
             return load_model(work / name, torch.float32, pick_device())
 
-        models = {name: load(name).train() for name in (DENSE, WIDE, *CHOICES)}
-        models |= {FLOOR.format(name): unrouted(load(DENSE), *choice).train() for name, choice in CHOICES.items()}
+        models = {name: load(name).train() for name in (DENSE, WIDE, choice)}
+        models[FLOOR.format(choice)] = unrouted(load(DENSE), *CHOICES[choice]).train()
         steps = {name: make_step(model, size, recorders) for name, model in models.items()}
         for _ in range(size.rounds + 1):
             for name, step in steps.items():
@@ -161,14 +160,9 @@ def measure(work: Path, size: Size) -> dict[str, float]:
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the models; made once")
-    for field, value in asdict(Size()).items():
-        parser.add_argument(f"--{field}", type=int, default=value)
-    arguments = vars(parser.parse_args())
-    work, size = arguments.pop("work"), Size(**arguments)
-    median, dense, lines = measure(work, size), work / DENSE, []
+def compared(work: Path, median: dict[str, float]) -> list[tuple[str, ...]]:
+    """A line for each model: its milliseconds, and its ratios to the others of its group."""
+    dense, lines = work / DENSE, []
     for name, seconds in median.items():
         k, granularity = CHOICES.get(name.removesuffix(FLOOR.format("")), (1, 1))
         mapping = map_model(dense, ModelReader(dense), EXPERTS, Slicing(granularity))
@@ -176,6 +170,19 @@ def main() -> None:
         floor = f"{seconds / median[FLOOR.format(name)]:.2f}" if name in CHOICES else ""
         over = (f"{seconds / median[d]:.2f}" for d in (DENSE, WIDE))
         lines.append((name, f"{1e3 * seconds:.0f}", *over, floor, flops))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the models; made once")
+    for field, value in asdict(Size()).items():
+        parser.add_argument(f"--{field}", type=int, default=value)
+    arguments = vars(parser.parse_args())
+    work, size = arguments.pop("work"), Size(**arguments)
+    make_models(work, size)
+    with kept_heap():
+        lines = [line for choice in CHOICES for line in compared(work, measure(work, size, choice))]
     threads = f"{torch.get_num_threads()} threads" if pick_device().type == "cpu" else str(pick_device())
     title = f"a step of {size.rows} x {size.length} tokens, hidden {size.hidden}, {size.layers} layers, {threads}"
     heads = ("model", "ms", "over dense", "over the wide one", "over the same without routing", "FLOPs over dense")

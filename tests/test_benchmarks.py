@@ -32,6 +32,7 @@ COMMANDS = {
     "profile_steps": "--work WORK --base BASE --rows 1 --length 16",
     "results": "",
     "routing_share": "RECIPE --out WORK",
+    "slices_assembly": "--work WORK --toy --repeats 1",
     "smollm2_methods": "--base BASE --data DATA --out WORK --size toy --seeds 1",
     "smollm2_router_starts": "--base BASE --data DATA --out WORK --size toy --seeds 1",
     "testbeds": "toy --data DATA --out WORK",

@@ -1,10 +1,11 @@
-"""A plain MoE's experts as one grouped product a weight, for training: transformers' own, with less beside it.
+"""A plain MoE's experts for training: on an accelerator as one grouped product a weight, on a CPU one by one.
 
+What is grouped is transformers' own, with less beside it.
 torch has no autocast rule for grouped products: within autocast the weights are cast here, as those of linear layers
 are, else fp32 would be multiplied. Slots are brought into the order of their experts by a permutation, whose gradient
 is the inverse one; and of gate and up nothing but the products themselves is kept.
 
-Legend: T tokens, k experts per token, S = T k slots, H hidden, I channels, E experts.
+Legend: T tokens, k experts per token, S = T k slots, H hidden, I channels, J = 2 I, E experts.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from upcycle.experts.lora_ffn import SILU, by_expert
+from upcycle.experts.on_cpu import expert_ffns
 from upcycle.types import Model
 
 GROUPED = "grouped_mm"
@@ -39,13 +41,26 @@ def _forward(
     up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
     dtype = dtype or up.dtype
     order, ends = by_expert(indices.reshape(-1), len(up))
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    compute = expert_ffns if hidden.device.type == "cpu" else grouped_ffns
     with torch.autocast(hidden.device.type, enabled=False):
-        inputs = _dispatched(hidden.to(dtype), order, inverse, indices.shape[1])
-        inner = _gated(torch.nn.functional.grouped_mm(inputs, up.to(dtype).mT, offs=ends))
-        outputs = torch.nn.functional.grouped_mm(inner, down.to(dtype).mT, offs=ends)
-        mixed = _permuted(outputs, inverse, order).view(*indices.shape, -1) * weights[:, :, None].to(dtype)
-        return mixed.sum(dim=1).to(hidden.dtype)
+        mixed = compute(hidden.to(dtype), up.to(dtype), down.to(dtype), weights.to(dtype), order, ends)
+        return mixed.to(hidden.dtype)
+
+
+def grouped_ffns(
+    hidden: Float[Tensor, "T H"],
+    up: Float[Tensor, "E J H"],
+    down: Float[Tensor, "E H I"],
+    weights: Float[Tensor, "T k"],
+    order: Int[Tensor, " S"],
+    ends: Int[Tensor, " E"],
+) -> Float[Tensor, "T H"]:
+    """What `on_cpu.expert_ffns` computes, by grouped products."""
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    inputs = _dispatched(hidden, order, inverse, weights.shape[1])
+    inner = _gated(torch.nn.functional.grouped_mm(inputs, up.mT, offs=ends))
+    outputs = torch.nn.functional.grouped_mm(inner, down.mT, offs=ends)
+    return (_permuted(outputs, inverse, order).view(*weights.shape, -1) * weights[:, :, None]).sum(dim=1)
 
 
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
+from upcycle.experts import grouped, on_cpu
 from upcycle.experts.grouped import use_own_products
 from upcycle.types import Config, Model
 
@@ -107,7 +108,8 @@ def _of_layers(written: str, layers: int, step: Step, trained: frozenset[str]) -
         cut["num_kv_shared_layers"] = 0
     made = CONFIG_MAPPING[cut["model_type"]](**cut)
     dtype = torch.bfloat16 if step.bf16 and step.sharded else torch.float32
-    with FakeTensorMode(allow_non_fake_inputs=True), _products_without_values(), _head(step.bf16, config["vocab_size"]):
+    head = _head(step.bf16, config["vocab_size"])
+    with FakeTensorMode(allow_non_fake_inputs=True), _experts_without_values(step.bf16), head:
         model: Model = AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False)
         model.train()
         use_own_products(model)
@@ -148,11 +150,24 @@ def _head(on_accelerator: bool, vocabulary: int) -> Iterator[None]:
 
 
 @contextmanager
-def _products_without_values() -> Iterator[None]:
-    """Grouped products in any dtype: torch's own rule for tensors without values knows bf16 alone."""
+def _experts_without_values(on_accelerator: bool) -> Iterator[None]:
+    """Experts that nobody can ask how many tokens they have, and grouped products in any dtype: torch's own rule for
+    tensors without values knows bf16 alone."""
     product: Any = _Product.apply
-    with mock.patch.object(torch.nn.functional, "grouped_mm", lambda a, b, offs: product(a, b)):
+    with (
+        mock.patch.object(grouped, "expert_ffns", grouped.grouped_ffns if on_accelerator else _equal_ffns),
+        mock.patch.object(on_cpu, "each_run", lambda compute, runs: [compute(*run) for run in runs]),
+        mock.patch.object(torch.nn.functional, "grouped_mm", lambda a, b, offs: product(a, b)),
+    ):
         yield
+
+
+def _equal_ffns(hidden: Tensor, up: Tensor, down: Tensor, weights: Tensor, order: Tensor, _ends: Tensor) -> Tensor:
+    """Experts with equal shares of the slots; those that threads compute at once are one, which holds as much."""
+    apply: Any = on_cpu.ExpertFfns.apply
+    runs = -(-len(up) // torch.get_num_threads())
+    output: Tensor = apply(hidden, up, down, weights, order, [len(order) * (n + 1) // runs for n in range(runs)])
+    return output
 
 
 class _Product(torch.autograd.Function):
