@@ -21,7 +21,8 @@ from upcycle.distributed.launch import first_host, slurm_variables
 from worlds import some_long
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
-TRAINING = {"batch_size": 8, "learning_rate": 1e-3, "warmup_fraction": 0.0}
+TRAINING = {"batch_size": 8, "learning_rate": 1e-3, "warmup_fraction": 0.0, "trainer": {"adam_epsilon": 1e-3}}
+"""With Adam's own epsilon a gradient of nothing but rounding would move a weight as far as any other."""
 
 
 def environment(**more: str) -> dict[str, str]:
