@@ -228,6 +228,8 @@ VARIANTS: dict[str, Row] = (
 TABLES = {
     "core": ("sft", "vanilla", "vanilla-sft", "upit"),
     "methods": tuple(METHODS),
+    "from-base": ("vanilla", "noise", "drop"),
+    "lora": ("upit-lora", "sft-lora", "self-moe", "lora-moe", "pesc"),
     "when": ("sft", "vanilla", "upit", "vanilla-sft", *WHEN),
     "flops": ("sft", "vanilla", "vanilla-sft", "upit", *FLOPS),
     "scale": ("sft", "vanilla", "vanilla-sft", "upit, spread 1", *UNSCALED),
