@@ -9,15 +9,15 @@ from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError, nearest
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe
-from upcycle.records.comparison import METRICS, Comparison
-from upcycle.records.files import COMPARISON
+from upcycle.records.comparison import METRICS, Comparison, Measures
+from upcycle.records.files import COMPARISON, ROUTE
 from upcycle.studies.cells import Study, Variant, labels, run_cells
 from upcycle.studies.statistics import Cells, filled, p_text, std_text, summary
 
 MATCHES = ("tokens", "flops")
 """What all variants of a comparison may have alike."""
 FLOPS_TOLERANCE = 0.01
-"""A training is a whole number of steps, and the router's start is not scaled."""
+"""A training is a whole number of steps."""
 
 
 def compare(study: Study, force: bool, against: str | None = None, match: str = "tokens") -> Comparison:
@@ -53,7 +53,15 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
         study.out.mkdir(parents=True, exist_ok=True)  # all cells may have been taken from the results
         COMPARISON.write(study.out, found)
     show(found)
+    if match == "flops":
+        share = max(_start(run) / max(run.total_flops, 1) for runs in cells.values() for run in runs)
+        tell(f"FLOPs are those of all stages; the router's start, at most {share:.1%} of a variant's, is not matched")
     return found
+
+
+def _start(run: Measures) -> int:
+    """FLOPs of the router's start."""
+    return (run.flops or {}).get(ROUTE, 0)
 
 
 def matched(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -81,7 +89,7 @@ def _scaled(recipe: Recipe, factor: float) -> list[str]:
 def differences(cells: Cells, match: str = "tokens") -> list[str]:
     """What makes the variants not comparable: different data, or different training tokens (or FLOPs) for a seed.
 
-    Those of all stages count, the router's start included.
+    Tokens of all stages count, the router's start included; FLOPs of the two trainings, which are what is matched.
     """
     problems = []
     for runs in zip(*cells.values(), strict=True):
@@ -92,7 +100,7 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
             totals, unit = [run.total_tokens for run in runs], "numbers of training tokens"
             alike = len(set(totals)) == 1
         else:
-            totals, unit = [run.total_flops for run in runs], "training FLOPs, the router's start included"
+            totals, unit = [run.total_flops - _start(run) for run in runs], "training FLOPs"
             alike = max(totals) <= (1 + FLOPS_TOLERANCE) * min(totals)
         if not alike:
             named = zip(labels(list(cells)), totals, strict=True)
