@@ -1,12 +1,14 @@
 """Our grouped products beside transformers': outputs and every gradient, in each family's own module."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.activations import ACT2FN
 
+from upcycle.experts import grouped
 from upcycle.experts.grouped import GROUPED, OURS, _gated, _permuted, use_own_products
 
 COMMON = {
@@ -27,10 +29,23 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(params=[1, 2], ids=["one by one", "grouped"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many as decide how four experts are computed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_outputs_and_gradients_are_those_of_transformers(name: str, autocast: bool) -> None:
+def test_outputs_and_gradients_are_those_of_transformers(
+    name: str, autocast: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    unused = "grouped_ffns" if threads == 1 else "expert_ffns"
+    monkeypatch.setattr(grouped, unused, None)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32)
     ids = torch.randint(64, (3, 20))
     assert model.config._experts_implementation == GROUPED
@@ -52,7 +67,7 @@ def test_outputs_and_gradients_are_those_of_transformers(name: str, autocast: bo
         torch.testing.assert_close(ours[parameter], gradient, **tolerance, msg=lambda text, p=parameter: f"{p}: {text}")
 
 
-def test_experts_without_a_token_get_no_gradient() -> None:
+def test_experts_without_a_token_get_no_gradient(threads: int) -> None:
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["mixtral"]), dtype=torch.float32)
     use_own_products(model)
     experts = model.model.layers[0].mlp.experts

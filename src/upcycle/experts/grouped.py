@@ -1,9 +1,9 @@
-"""A plain MoE's experts for training: on an accelerator as one grouped product a weight, on a CPU one by one.
+"""A plain MoE's experts for training: as one grouped product a weight, or one by one on a CPU of few threads.
 
-What is grouped is transformers' own, with less beside it.
-torch has no autocast rule for grouped products: within autocast the weights are cast here, as those of linear layers
-are, else fp32 would be multiplied. Slots are brought into the order of their experts by a permutation, whose gradient
-is the inverse one; and of gate and up nothing but the products themselves is kept.
+What is grouped is transformers' own, with less beside it. torch has no autocast rule for grouped products: within
+autocast the weights are cast here, as those of linear layers are, else fp32 would be multiplied. Slots are brought into
+the order of their experts by a permutation, whose gradient is the inverse one; and of gate and up nothing but the
+products themselves is kept.
 
 Legend: T tokens, k experts per token, S = T k slots, H hidden, I channels, J = 2 I, E experts.
 """
@@ -22,6 +22,8 @@ from upcycle.types import Model
 GROUPED = "grouped_mm"
 OURS = "upcycle_grouped_mm"
 """Our name among transformers' implementations of experts."""
+EXPERTS_PER_THREAD = 4
+"""At least, for a CPU to compute experts one by one: with fewer, threads would wait for the longest run."""
 
 
 def use_own_products(model: Model) -> None:
@@ -41,7 +43,8 @@ def _forward(
     up, down = experts.get_parameter("gate_up_proj"), experts.get_parameter("down_proj")
     dtype = dtype or up.dtype
     order, ends = by_expert(indices.reshape(-1), len(up))
-    compute = expert_ffns if hidden.device.type == "cpu" else grouped_ffns
+    one_by_one = hidden.device.type == "cpu" and len(up) >= EXPERTS_PER_THREAD * torch.get_num_threads()
+    compute = expert_ffns if one_by_one else grouped_ffns
     with torch.autocast(hidden.device.type, enabled=False):
         mixed = compute(hidden.to(dtype), up.to(dtype), down.to(dtype), weights.to(dtype), order, ends)
         return mixed.to(hidden.dtype)
