@@ -107,9 +107,10 @@ def machine() -> dict[str, Any]:
 
 
 def steps(work: Path, size: training_step.Size) -> dict[str, Any]:
-    """Milliseconds of a step of dense models and MoEs in turn."""
+    """Milliseconds of a step of each MoE and of the models that it is compared with, in turn."""
     found = training_step.measure(work / f"step-{size.hidden}-{size.layers}", size)
-    return {"size": vars(size), "ms": {name: round(1e3 * seconds, 3) for name, seconds in found.items()}}
+    ms = {choice: {name: round(1e3 * taken, 3) for name, taken in median.items()} for choice, median in found.items()}
+    return {"size": vars(size), "ms": ms}
 
 
 def agreement(work: Path, size: training_step.Size) -> dict[str, Any]:
@@ -251,6 +252,10 @@ def main() -> None:
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
         for part in pool.map(lambda part: measured(*part), runs):
             keep(part)
+    if failed := [name for name, part in found["parts"].items() if "error" in part]:
+        raise SystemExit(
+            f"failed: {', '.join(failed)}; {arguments.out} has the traces, and the same command tries them again"
+        )
 
 
 if __name__ == "__main__":

@@ -141,8 +141,15 @@ def make_step(model: Any, size: Size, recorders: ExitStack) -> Callable[[], None
     return step
 
 
-def measure(work: Path, size: Size, choice: str) -> dict[str, float]:
-    """Median seconds of a step of a MoE and of the models that it is compared with, in turn."""
+def measure(work: Path, size: Size) -> dict[str, dict[str, float]]:
+    """Of each MoE: median seconds of its step and of those of the models that it is compared with."""
+    make_models(work, size)
+    with kept_heap():
+        return {choice: in_turn(work, size, choice) for choice in CHOICES}
+
+
+def in_turn(work: Path, size: Size, choice: str) -> dict[str, float]:
+    """Median seconds of a step of a MoE, both dense models and its FFNs without a router."""
     times: dict[str, list[float]] = {name: [] for name in (DENSE, WIDE, choice, FLOOR.format(choice))}
     with ExitStack() as recorders:
 
@@ -180,9 +187,7 @@ def main() -> None:
         parser.add_argument(f"--{field}", type=int, default=value)
     arguments = vars(parser.parse_args())
     work, size = arguments.pop("work"), Size(**arguments)
-    make_models(work, size)
-    with kept_heap():
-        lines = [line for choice in CHOICES for line in compared(work, measure(work, size, choice))]
+    lines = [line for median in measure(work, size).values() for line in compared(work, median)]
     threads = f"{torch.get_num_threads()} threads" if pick_device().type == "cpu" else str(pick_device())
     title = f"a step of {size.rows} x {size.length} tokens, hidden {size.hidden}, {size.layers} layers, {threads}"
     heads = ("model", "ms", "over dense", "over the wide one", "over the same without routing", "FLOPs over dense")
