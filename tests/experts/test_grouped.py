@@ -1,7 +1,6 @@
 """Our grouped products beside transformers': outputs and every gradient, in each family's own module."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,15 +26,6 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**COMMON, intermediate_size=48, moe_intermediate_size=24, num_experts=4, head_dim=8),
     "another activation": MixtralConfig(**COMMON, intermediate_size=48, num_local_experts=4, hidden_act="gelu"),
 }
-
-
-@pytest.fixture(params=[1, 2], ids=["one by one", "grouped"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """As many as decide how four experts are computed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,6 +1,6 @@
 """A plain MoE's experts on a CPU, beside grouped products and beside numbers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import Thread
 
 import pytest
@@ -14,14 +14,6 @@ from upcycle.experts.on_cpu import each_run, expert_ffns
 TOKENS, HIDDEN, CHANNELS, EXPERTS = 11, 8, 16, 5
 CHOICES = torch.tensor([[0, 1], [1, 0], [3, 0], [0, 4]] * 3)[:TOKENS]
 """Unequal shares, and none for expert 2."""
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def _given(dtype: torch.dtype) -> list[Tensor]:

@@ -42,7 +42,7 @@ class Slicing:
         first, block = element // width, values.view(-1, width)
         if move.down:
             share = width // self.granularity
-            for region, columns in zip(regions, _columns(self, width), strict=True):
+            for region, columns in zip(regions, _indices(self, width), strict=True):
                 yield region, first * share, block[:, columns] * self.granularity
             return
         for region, own in zip(regions, members(self, rows), strict=True):
@@ -57,7 +57,7 @@ class Slicing:
             return read(regions[0])
         rows, width = move.dense.shape
         found = torch.empty(rows, width)
-        for region, own in zip(regions, _columns(self, width if move.down else rows), strict=True):
+        for region, own in zip(regions, _indices(self, width if move.down else rows), strict=True):
             if move.down:
                 found[:, own] = read(region).float() / self.granularity
             else:
@@ -78,8 +78,8 @@ def members(slicing: Slicing, channels: int) -> list[Sequence[int]]:
 
 
 @cache
-def _columns(slicing: Slicing, channels: int) -> list[slice | Int[Tensor, " C"]]:
-    """`members`, as every piece of a down projection takes them."""
+def _indices(slicing: Slicing, channels: int) -> list[slice | Int[Tensor, " C"]]:
+    """`members`, as indices: made once, not for every piece of a tensor."""
     return [_index(own) for own in members(slicing, channels)]
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from upcycle.experts.lora_ffn import SILU, by_expert
+from upcycle.experts.lora_ffn import SILU, by_expert, inverse_of
 from upcycle.experts.on_cpu import expert_ffns
 from upcycle.types import Model
 
@@ -59,7 +59,7 @@ def grouped_ffns(
     ends: Int[Tensor, " E"],
 ) -> Float[Tensor, "T H"]:
     """What `on_cpu.expert_ffns` computes, by grouped products."""
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    inverse = inverse_of(order)
     inputs = _dispatched(hidden, order, inverse, weights.shape[1])
     inner = _gated(torch.nn.functional.grouped_mm(inputs, up.mT, offs=ends))
     outputs = torch.nn.functional.grouped_mm(inner, down.mT, offs=ends)

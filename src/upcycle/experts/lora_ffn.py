@@ -48,6 +48,11 @@ def by_expert(experts: Int[Tensor, " S"], num_experts: int) -> tuple[Int[Tensor,
     return order, torch.searchsorted(ordered, numbers, right=True, out_int32=True)
 
 
+def inverse_of(order: Int[Tensor, " S"]) -> Int[Tensor, " S"]:
+    """Where each slot stands in the order."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
 @dataclass(frozen=True)
 class Factors:
     """Low-rank parts of all experts."""

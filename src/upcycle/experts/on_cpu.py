@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from upcycle.experts.lora_ffn import inverse_of
+
 Run = tuple[int, slice]
 """An expert, and where its slots stand in their order."""
 
@@ -59,7 +61,7 @@ class ExpertFfns(torch.autograd.Function):
             torch.mm(silu(gate).mul_(value), down[expert].T, out=outputs[run])
 
         each_run(compute, runs)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).view_as(weights)
+        places = inverse_of(order).view_as(weights)
         ctx.save_for_backward(hidden, up, down, weights, order, tokens, places, both)
         ctx.runs = runs
         return _mixed(outputs, places, weights)
