@@ -193,3 +193,12 @@ def isolation() -> None:
         passes("", "", [])
     except UpcycleError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of torch. With four experts, one computes them one by one, and two by grouped products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
