@@ -122,21 +122,12 @@ def forced_logits(model: Model, experts: list[int], num_experts: int) -> torch.T
         return model(IDS).logits
 
 
-def assert_same_logits(found: torch.Tensor, expected: torch.Tensor, error: float = 1e-5) -> None:
-    """Up to what fp32 rounds: a machine's products round in an order of their own.
-
-    Args:
-        error: of the largest logit, where that is above 1.
-    """
-    torch.testing.assert_close(found, expected, rtol=0, atol=error * max(1.0, float(expected.abs().max())))
-
-
 def assert_experts_are(folders: list[Path], moe: Path) -> None:
     """Forced to expert i, the MoE gives the logits of the i-th dense model."""
     model = load_model(moe, torch.float32)
     for expert, folder in enumerate(folders):
         found = forced_logits(model, [expert, expert], len(folders))
-        assert_same_logits(found, logits(folder))
+        torch.testing.assert_close(found, logits(folder), rtol=0, atol=1e-5)
 
 
 def rows_of(path: str | Path, max_bad: float = 0.0, **settings: Any) -> list[Row]:

@@ -36,7 +36,7 @@ from upcycle.training.packing import TOKEN_MASK, SideBySide, can_pack, fill_line
 from upcycle.types import Model
 from upcycle.weights.folders import read_config
 from upcycle.weights.safetensors_io import ModelReader
-from worlds import IDS, assembled, assert_experts_are, assert_same_logits, logits
+from worlds import IDS, assembled, assert_experts_are, logits
 
 ALTERNATING = ["sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0, "original_max_position_embeddings": 32}
@@ -259,7 +259,9 @@ def test_equal_experts_give_the_dense_logits(
     check_agreement(reader, with_own_head(reader, read_config(source)))  # a tied Nemotron-H is not tied
     made = assembled(source, [source] * 3, tmp_path / "moe")
     assert json.loads((made / "config.json").read_text())["model_type"] == moe
-    assert_same_logits(logits(made), logits(source))
+    expected = logits(source)
+    largest = max(1.0, float(expected.abs().max()))  # fp32 rounds the larger ones by more, on some machines to 1.1e-5
+    torch.testing.assert_close(logits(made), expected, rtol=0, atol=1e-5 * largest)
     assert greedy(made).equal(greedy(source))
     for folder in (source, made):
         model = load_model(folder, torch.float32).train()
@@ -293,7 +295,7 @@ def assert_rows_see_themselves_alone(model: Model) -> None:
     for number, place in lines:
         begin, count = begins[number], len(rows[place])
         assert batch["input_ids"][number, begin : begin + count].equal(rows[place])
-        assert_same_logits(found[number, begin : begin + count], expected[place, :count], 2e-5)
+        torch.testing.assert_close(found[number, begin : begin + count], expected[place, :count], rtol=0, atol=2e-5)
         begins[number] += count
 
 

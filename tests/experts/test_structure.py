@@ -20,18 +20,7 @@ from upcycle.settings import DevicesSettings, TrainingSettings
 from upcycle.training.forecast import forecast
 from upcycle.training.packing import can_pack
 from upcycle.weights.folders import read_config
-from worlds import (
-    IDS,
-    as_base,
-    assemble,
-    assert_same_logits,
-    forced_logits,
-    logits,
-    make_adapter,
-    mixture,
-    plan_of,
-    shrunk,
-)
+from worlds import IDS, as_base, assemble, forced_logits, logits, make_adapter, mixture, plan_of, shrunk
 
 WINDOWS: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 NARROW = {**WINDOWS, "head_dim": 8}
@@ -255,7 +244,7 @@ def test_a_mixture_folds_into_weights_that_are_rewritten_or_split(tmp_path: Path
         made, plain = mixture(base, adapters, tmp_path / f"{dense}-mixture"), tmp_path / f"{dense}-plain"
         plain.mkdir()
         KINDS["lora"].fold(made, plain, "float32", None)
-        assert_same_logits(logits(plain), logits(made), 2e-5)
+        torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("dense", "changes"), [("glm", {"head_dim": 8}), ("youtu", LATENT), ("gemma4_text", GEMMA4)])
@@ -275,7 +264,7 @@ def test_a_moe_that_weighs_experts_otherwise_takes_one_for_a_token_or_none(
         assert KINDS["lora"].describe(made).folds == folds
         if folds:
             KINDS["lora"].fold(made, plain, "float32", None)
-            assert_same_logits(logits(plain), logits(made))
+            torch.testing.assert_close(logits(plain), logits(made), rtol=0, atol=1e-5)
         else:
             with pytest.raises(
                 UpcycleError, match=r"would give different logits.*, the mixture.* softmax; export .*without"
