@@ -62,11 +62,11 @@ BEDS = {
         0.5,
     ),
     "middle": Bed(
-        f"base=runs/testbeds/middle/base data.train=runs/testbeds/middle/train.jsonl {TEXT}",
+        f"base=benchmarks/testbeds/middle data.train=runs/testbeds/middle/train.jsonl {TEXT}",
         "data.validation=runs/testbeds/middle/validation.jsonl",
         "data.validation=runs/testbeds/middle/search.jsonl",
         ("5e-4", "1e-3", "2e-3"),
-        1.0,
+        0.25,
         2.0,
     ),
     "smollm2": Bed(

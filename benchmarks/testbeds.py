@@ -1,16 +1,17 @@
 """Testbeds of real text: a small base model made here, and the rows that it is tuned on and scored with.
 
-    python benchmarks/testbeds.py capacity --data DATA_FOLDER --out runs/testbeds     # about five minutes on one core
-    python benchmarks/testbeds.py middle --data DATA_FOLDER --out runs/testbeds       # about an hour and a half
-    python benchmarks/testbeds.py toy --data DATA_FOLDER --out runs/testbeds          # as small as can be
-    python benchmarks/testbeds.py smollm2 --data DATA_FOLDER --out runs/testbeds      # rows alone, for a GPU
+    python benchmarks/testbeds.py capacity --data DATA_FOLDER --out runs/testbeds          # some seconds
+    python benchmarks/testbeds.py middle --data DATA_FOLDER --out runs/testbeds
+    python benchmarks/testbeds.py smollm2 --data DATA_FOLDER --out runs/testbeds           # rows alone, for a GPU
+    python benchmarks/testbeds.py middle --base --data DATA_FOLDER --out FOLDER         # its base too: half an hour
+    python benchmarks/testbeds.py toy --data DATA_FOLDER --out FOLDER                      # as small as can be
 
 DATA_FOLDER has `instruct/*.jsonl.gz`. Short rows of one question and one answer are split by the hash of the question
 into training, validation and search (learning rates are chosen on those alone); the base is pre-trained on the text of
 the longer rows. `capacity` is short of capacity: 20 training tokens and more for each parameter in four epochs of half
-the rows. `middle` is a model of some size with a vocabulary of its own. The weights of `capacity` are in this folder,
-since another machine's rounding would make another base; the rows are not. `smollm2` is for SmolLM2-135M-Instruct: put
-it, or a link to it, at runs/testbeds/smollm2/base.
+the rows. `middle` is a larger model with few tokens for it: a quarter of one for each parameter in two epochs of a
+quarter of the rows. The weights of both are in this folder, since another machine's rounding would make another base;
+the rows are not. `smollm2` is for SmolLM2-135M-Instruct: put it, or a link to it, at runs/testbeds/smollm2/base.
 """
 
 import argparse
@@ -61,11 +62,11 @@ TESTBEDS = {
         learning_rate=3e-3,
     ),
     "middle": Testbed(
-        3072,
-        {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4},
-        longest=600,
-        pretraining_tokens=10_000_000,
-        learning_rate=1e-3,
+        2048,
+        {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 3},
+        longest=400,
+        pretraining_tokens=6_000_000,
+        learning_rate=2e-3,
     ),
 }
 TESTBEDS["toy"] = replace(TESTBEDS["capacity"], vocabulary=300, pretraining_tokens=32 * BLOCK)
@@ -182,7 +183,8 @@ def main() -> None:
         print(f"the base is {kept}")
         return
     tokenizer = make_tokenizer(texts[:6000], testbed.vocabulary)
-    pretrain(testbed, tokenizer, texts, out).save_pretrained(out / "base")
+    model = pretrain(testbed, tokenizer, texts, out)
+    model.bfloat16().float().save_pretrained(out / "base")  # rounded, so that git packs the file to half
     tokenizer.save_pretrained(out / "base")
 
 

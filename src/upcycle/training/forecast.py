@@ -17,7 +17,7 @@ GATHERED_LAYERS = 2
 """Whole at once under FSDP: as they come from the others, and as they are multiplied."""
 SAVED_COPIES = 2
 """Of the weights that are saved: under the names on disk, and as bytes."""
-PROCESS = 0.85e9
+PROCESS = 0.8e9
 """Bytes of the interpreter, the libraries and what earlier stages leave; measured."""
 
 
