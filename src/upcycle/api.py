@@ -75,7 +75,7 @@ def run(
         UpcycleError: see `make_recipe` and `run_stages`.
     """
     stages = stages_until(until, "until")
-    if out == "":
+    if not out:
         raise UpcycleError("out is empty, expected the name of a folder")
     given = {name: value for name, value in (("base", base), ("data", data)) if value is not None}
     made = Run(make_recipe(recipe, **given, **settings), Path(out))
@@ -84,40 +84,50 @@ def run(
     return made
 
 
-def prepare(run: Run) -> list[Checkpoint]:
+def prepare(run: Run | Name) -> list[Checkpoint]:
     """Stage 1: fine-tune the base and keep checkpoints, or take the recipe's; in the order of training."""
+    run = _opened(run)
     run_stages(run, (PREPARE,))
     return run.checkpoints
 
 
-def expand(run: Run) -> ExpansionPlan:
+def expand(run: Run | Name) -> ExpansionPlan:
     """Stage 2: which experts there are, and what each is made of."""
+    run = _opened(run)
     run_stages(run, (EXPAND,))
     return run.plan
 
 
-def assemble(run: Run) -> Path:
+def assemble(run: Run | Name) -> Path:
     """Stage 4, first half: the folder of the MoE before any training of its own."""
+    run = _opened(run)
     run_stages(run, (ASSEMBLE,))
     return run.assembled_moe
 
 
-def route(run: Run) -> RouteReport:
+def route(run: Run | Name) -> RouteReport:
     """Stage 3: which expert got which seed data, and how the router starts."""
+    run = _opened(run)
     run_stages(run, (ROUTE,))
     return run.route_report
 
 
-def posttrain(run: Run) -> Path:
+def posttrain(run: Run | Name) -> Path:
     """Stage 4: the folder of the finished model."""
+    run = _opened(run)
     run_stages(run, (POSTTRAIN,))
     return run.result
 
 
-def evaluate(run: Run) -> Scores:
+def evaluate(run: Run | Name) -> Scores:
     """Held-out loss and exact match by model and domain: of base, checkpoints and MoE."""
+    run = _opened(run)
     run_stages(run, (EVALUATE,))
     return run.scores
+
+
+def _opened(run: Run | Name) -> Run:
+    return run if isinstance(run, Run) else open_run(Path(run), {})
 
 
 def report(run: Run | Name, out: Name | None = None) -> Path:

@@ -210,7 +210,7 @@ def data(
         raise UpcycleError("data.train= is given by the sources; name the files alone")
     if not names:
         raise UpcycleError("no source among the settings; name files, folders, patterns or hub datasets")
-    run = Run(load_recipe("upit", [f"base={base}", f"data.train={json.dumps(names)}", *settings]), Path())
+    run = Run(load_recipe("upit", [f"base={json.dumps(base)}", f"data.train={json.dumps(names)}", *settings]), Path())
     console.record = html is not None
     given = run.given_base  # whatever can be made of it
     train, _ = load_parts(run.recipe, given.tokenizer, given.context_length)

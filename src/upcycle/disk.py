@@ -22,14 +22,22 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def expanded(name: str | Path) -> Path:
+    """With `~` replaced.
+
+    Raises:
+        UpcycleError: there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UpcycleError(f"{name}: no home folder is known for that user; write the path without ~") from None
+
+
 def cache_folder() -> Path:
     """Where what can be made again is kept: `$UPCYCLE_CACHE`, or `upcycle` in the user's folder of caches."""
     given = os.environ.get(CACHE)
-    return (
-        Path(given).expanduser()
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "upcycle"
-    )
+    return expanded(given) if given else expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "upcycle"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from upcycle.errors import UpcycleError, expected, nearest
+from upcycle.idle import without_effect
 from upcycle.reading import brief, parse_yaml, read_text
 from upcycle.settings import (
     MOST_EXPERTS,
@@ -112,12 +113,13 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _there_is_a_state_to_carry(self) -> "Recipe":
-        if self.carries and not str(self.posttrain.trainer.get("optim", "adamw_torch")).startswith("adamw_torch"):
-            raise ValueError(
-                "posttrain.optimizer_state is carry, but posttrain.trainer.optim is "
-                f"{self.posttrain.trainer['optim']}, which has no moments of torch's AdamW; set "
-                "posttrain.optimizer_state=fresh"
-            )
+        for stage in ("prepare", "posttrain") if self.carries else ():
+            optim = str(getattr(self, stage).trainer.get("optim", "adamw_torch"))
+            if not optim.startswith("adamw_torch"):
+                raise ValueError(
+                    f"posttrain.optimizer_state is carry, but {stage}.trainer.optim is {optim}, which has no moments "
+                    "of torch's AdamW; set posttrain.optimizer_state=fresh"
+                )
         nothing = not self.tunes or self.prepare.by_domain or self.expand.copies_of == "base"
         if self.carries and nothing:
             raise ValueError(
@@ -184,6 +186,12 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _every_setting_has_an_effect(self) -> "Recipe":
+        if problem := next(without_effect(self), None):
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _fewer_active_than_experts(self) -> "Recipe":
         k, m = self.assemble.num_experts_per_tok, self.expand.num_experts
         if k > m:
@@ -234,16 +242,16 @@ def shipped_recipes() -> dict[str, str]:
     return {Path(f.name).stem: f.read_text() for f in folder.iterdir() if f.name.endswith(".yaml")}
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in file `name` (or shipped under that name) with `section.field=value` overrides.
 
     Raises:
         UpcycleError: no such recipe, not YAML, an unknown field, a value of the wrong type or range.
     """
-    values = read_values(name)
+    values = read_values(str(name))
     for override in overrides:
         _apply(values, override)
-    return parse_recipe(values, name, overrides)
+    return parse_recipe(values, str(name), overrides)
 
 
 def parse_recipe(values: Any, where: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -327,12 +335,13 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every setting of every section, by `section.field`; one that is a mapping is one setting."""
+    for section, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from ((f"{section}.{field}", one) for field, one in value.items())
         else:
-            yield f"{prefix}{key}", value
+            yield section, value
 
 
 def read_values(name: str) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class DataSettings(Settings):
             one.model_copy(
                 update={
                     "format": self.format if one.format == "auto" else one.format,
-                    "columns": {**self.columns, **one.columns},
+                    "columns": one.columns or self.columns,
                 }
             )
             for one in found

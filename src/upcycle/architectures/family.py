@@ -31,6 +31,8 @@ class Moe:
     routing: Literal["softmax", "sigmoid", "normed"] = "softmax"
     """The weights of a token's experts: their logits' softmax, their sigmoids over their sum, or the softmax for a
     hidden state that the router normalises."""
+    least_experts: int = 1
+    """Its router compares so many."""
 
 
 @dataclass(frozen=True)

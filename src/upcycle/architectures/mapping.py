@@ -137,6 +137,12 @@ def map_model(
     family = family_of(config, str(base))
     check_shapes(reader, family, config)
     check_granularity(channels(family.layout, config), slicing.granularity, base)
+    least = family.moe.least_experts
+    if num_experts * slicing.granularity < least:
+        raise UpcycleError(
+            f"{base}: expand.num_experts is {num_experts}, but the router of {family.moe.model_type}, which this model "
+            f"becomes, compares at least {least} experts"
+        )
     return Mapping(base, family, config, shared_shapes(reader, family, config), num_experts, slicing)
 
 
@@ -150,7 +156,12 @@ def check_granularity(size: int, granularity: int, where: Path) -> None:
     Raises:
         UpcycleError: G does not divide the FFN's channels.
     """
-    if granularity > 1 and size % (granularity * SLICE_MULTIPLE):
+    if size % SLICE_MULTIPLE:
+        raise UpcycleError(
+            f"{where}: the FFN has {size} channels (intermediate_size), which is no multiple of {SLICE_MULTIPLE}; "
+            "grouped products of experts need one"
+        )
+    if size % (granularity * SLICE_MULTIPLE):
         raise UpcycleError(
             f"{where}: assemble.granularity is {granularity}, which does not divide the FFN's {size} channels "
             "(intermediate_size) into a multiple of "

@@ -56,6 +56,7 @@ GLM_MOE = Moe(
     "n_routed_experts",
     partial="first",
     routing="sigmoid",
+    least_experts=2,
 )
 DEEPSEEK_V3 = replace(GLM_MOE, model_type="deepseek_v3", architecture="DeepseekV3ForCausalLM")
 BEAM = Moe(
@@ -64,6 +65,7 @@ BEAM = Moe(
     with_constants(QWEN_LAYOUT, selection_bias("mlp.gate.e_score_correction_bias"), *OPEN_GATE),
     partial="any",
     routing="sigmoid",
+    least_experts=2,
 )
 LFM2_MOE = Moe("lfm2_moe", "Lfm2MoeForCausalLM", LFM2_LAYOUT, partial="first", routing="sigmoid")
 HUNYUAN_MOE = Moe(
@@ -80,4 +82,5 @@ NEMOTRON_H = Moe(
     "n_routed_experts",
     partial="any",
     routing="sigmoid",
+    least_experts=2,
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed, to_row
-from upcycle.disk import digest, inside
+from upcycle.disk import digest, expanded, inside
 from upcycle.errors import UpcycleError, counted, nearest
 from upcycle.hashes import hash_file
 from upcycle.reading import hub_problem, parse_json
@@ -93,7 +93,7 @@ class Tally:
 
 def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
     """The chats of a source; those that cannot be used are counted. All have the format of the first."""
-    by_file = source.domain is not None and "{file}" in source.domain
+    by_file = _is_by_file(source)
     tally.absent = dict(source.columns)
     for value, where in decoded_rows(source.path):
         if tally.absent and isinstance(value, dict):
@@ -107,8 +107,7 @@ def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
             tally.first.setdefault(error.reason, str(error))
             continue
         if by_file:
-            stem = Path(where.rpartition(":")[0]).name.split(".")[0]
-            row = replace(row, domain=row.domain.replace("{file}", stem))
+            row = replace(row, domain=row.domain.replace("{file}", _stem(Path(where.rpartition(":")[0]))))
         tally.rows += 1
         tally.title = FORMATS[source.format].title
         tally.domains.add(row.domain)
@@ -125,11 +124,27 @@ def weigh(question: str, weight: float) -> int:
 
 
 def hash_sources(sources: Sequence[Source]) -> str:
-    """A hash of the rows' content, the same wherever the files lie."""
+    """A hash of the rows' content and of how they are read, the same wherever the files lie."""
     return digest([_hash_source(source) for source in sources])
 
 
 def _hash_source(source: Source) -> str:
+    content, settings = _hash_content(source), source.model_dump(exclude={"path"}, exclude_defaults=True)
+    if _is_by_file(source):
+        settings["files"] = [_stem(path) for path in files_of(source.path)]
+    return digest([content, settings]) if settings else content
+
+
+def _is_by_file(source: Source) -> bool:
+    """Whether the names of its files are domains."""
+    return source.domain is not None and "{file}" in source.domain
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]
+
+
+def _hash_content(source: Source) -> str:
     files = files_of(source.path)
     hashes = [_hash_file(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     if hashes:
@@ -156,7 +171,7 @@ def files_of(name: str) -> list[Path]:
     """
     if name.startswith(BUILTIN):
         return []
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return [path]
     if saved := _saved(name):
@@ -369,7 +384,7 @@ def _saved(name: str) -> Path | None:
         UpcycleError: it has no such split.
     """
     found = re.fullmatch(r"(.+?)(?:\[([^\[\]]+)\])?", name)
-    folder = Path(found[1]).expanduser() if found else Path(name)
+    folder = expanded(found[1]) if found else Path(name)
     if found is None or not any((folder / file).is_file() for file in SAVED):
         return None
     if not (split := found[2]):

@@ -20,6 +20,7 @@ from upcycle.recipe import Recipe
 from upcycle.settings import DataSettings
 from upcycle.types import Tokenizer
 
+NOTHING_LEFT = "nothing is left to train on; give rows with more questions"
 MOST = 0.9
 """Share of the rows from which on all are encoded, so that other seeds and settings find them encoded."""
 
@@ -95,7 +96,8 @@ def load_parts(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> tup
         every = train
         held_out, train = split_questions(every, math.ceil(len(every) * data.validation_fraction))
         if every and not train:
-            raise UpcycleError(_one_question(every))
+            few = _few(every.questions)
+            raise UpcycleError(f"{few}: held out for the evaluation, {NOTHING_LEFT}, or data.validation")
     train = _without_questions(train, held_out, data)
     train, held_out = train[: math.ceil(len(train) * data.fraction)], held_out[: data.max_validation]
     encode = _encoder(train, held_out, tokenizer, data, limit)
@@ -142,9 +144,13 @@ def split_questions(part: Part, size: int) -> tuple[Part, Part]:
 
 def cut_questions(samples: Samples, size: int) -> tuple[Samples, Samples]:
     """`split_questions` of samples."""
-    known, rows = samples.encoded.rows.questions, samples.encoded.numbers("row")[samples.chosen]
-    size = _cut([known[row] for row in rows], size)
+    size = _cut(_questions(samples), size)
     return samples[:size], samples[size:]
+
+
+def _questions(samples: Samples) -> list[str]:
+    known, rows = samples.encoded.rows.questions, samples.encoded.numbers("row")[samples.chosen]
+    return [known[row] for row in rows]
 
 
 def _cut(questions: list[str], size: int) -> int:
@@ -206,13 +212,12 @@ def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: s
     return Samples(table, places)
 
 
-def _one_question(part: Part) -> str:
+def _few(questions: Sequence[str]) -> str:
     """What is wrong if holding out a question, everything before the first answer, leaves nothing."""
-    asks = len(set(part.questions))
+    asks = counted(len(set(questions)), "question")
     return (
-        f"{counted(len(part), 'row')} with {counted(asks, 'question')} (everything before the first answer, such as "
-        f"{brief(part.questions[0])}): held out for the evaluation, nothing is left to train on; give rows with more "
-        "questions, or data.validation"
+        f"{counted(len(questions), 'row')} with {asks} (everything before the first answer, such as "
+        f"{brief(questions[0])})"
     )
 
 
@@ -236,4 +241,7 @@ def _seed_data(train: Samples, recipe: Recipe) -> tuple[Samples, Samples]:
             f"the recipe asks for {fit} + {test} seed rows (for the router, and to test it), more than half of the "
             f"{counted(len(train), 'training row')}; {would}, or give more data"
         )
-    return cut_questions(train, fit + test)
+    seed, rest = cut_questions(train, fit + test)
+    if recipe.route.seed_from == "held_out" and not len(rest):
+        raise UpcycleError(f"{_few(_questions(train))}: held out to start the router, {NOTHING_LEFT}")
+    return seed, rest

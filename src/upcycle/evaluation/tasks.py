@@ -6,7 +6,7 @@ Three kinds of rows, a file each kind (plain or .gz, the file's name is the task
     {"prompt": "...", "answer": "..." or ["...", "..."]}                                   by generation, exact match
     {"prompt": "...", "test_list": ["assert ..."], "test_setup_code": "optional"}         by running the generated code
 
-A `_` in a question stands for the choice (Winogrande).
+One `_` that stands alone in a question stands for the choice (Winogrande); not that of `Z_3`.
 """
 
 import re
@@ -25,6 +25,7 @@ from upcycle.reading import brief
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"-?[\d,]*\.?\d+")
+GAP = re.compile(r"(?<!\w)_(?!\w)")
 Check = tuple[Callable[[Any], bool], str]
 """What a field must be, and in words."""
 
@@ -175,9 +176,9 @@ def task_of(name: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _choice_document(row: Row) -> Row:
     context = f"{row['context']}\n" if row.get("context") else ""
-    before, gap, after = row["question"].partition("_")
-    if gap and "_" not in after:
-        text, choices = f"{context}{before}".rstrip(), [f"{choice}{after}" for choice in row["choices"]]
+    parts = GAP.split(row["question"])
+    if len(parts) == 2:
+        text, choices = f"{context}{parts[0]}".rstrip(), [f"{choice}{parts[1]}" for choice in row["choices"]]
     else:
         text, choices = f"{context}Question: {row['question']}\nAnswer:", list(row["choices"])
     return {"text": text, "choices": choices, "target": row["answer"]}

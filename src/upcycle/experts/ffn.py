@@ -51,6 +51,7 @@ from upcycle.settings import AssembleSettings, DevicesSettings, ExpandSettings, 
 from upcycle.types import Config, Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, load_dense, read_config, write_config
+from upcycle.weights.names import HEAD
 from upcycle.weights.safetensors_io import ModelReader, pieces
 from upcycle.weights.streaming import BLOCK, PIECE
 from upcycle.weights.wrappers import wrapper_in
@@ -73,7 +74,18 @@ def check_checkpoint(base: Base, first: Path, checkpoint: Path) -> None:
     check_same_architecture(base, checkpoint)
     check_precision(base, first, checkpoint)
     reader = ModelReader(checkpoint)
-    check_agreement(reader, with_own_head(reader, read_config(checkpoint)))
+    config = with_own_head(reader, read_config(checkpoint))
+    check_agreement(reader, config)
+    if _is_tied(config) != _is_tied(with_own_head(ModelReader(base.folder), base.config)):
+        has, other = ("the base", checkpoint) if _is_tied(config) else (checkpoint, "the base")
+        raise UpcycleError(
+            f"{checkpoint}: {has} has a head of its own ({HEAD}), but {other} takes its embeddings as the head "
+            "(tie_word_embeddings), so one of the two would be lost; checkpoints of one run are alike in this"
+        )
+
+
+def _is_tied(config: Config) -> bool:
+    return bool(config.get("tie_word_embeddings"))
 
 
 def check_same_architecture(base: Base, checkpoint: Path) -> None:
@@ -248,7 +260,9 @@ def _pieces(sources: _Sources, plan: ExpansionPlan, down: str, made_in: torch.dt
         made = _children(plan, theta, experts, region.tensor, start, made_in)
         last = sources.checkpoints[-1].elements(region.tensor, start, count) if plan.spread != 1 else None
         for number, values in enumerate(chain(experts, made)):
-            yield number, begin, values if last is None else spread(last, values, plan.spread)
+            if last is not None and plan.experts[number].kind != "base":
+                values = spread(last, values, plan.spread)
+            yield number, begin, values
 
 
 def _children(
@@ -269,7 +283,7 @@ def _children(
 def _expert(sources: _Sources, plan: ExpansionPlan, down: str, number: int, region: Region) -> Tensor:
     """A weight of an expert that is a checkpoint, the base or a perturbed copy of one."""
     weight = read_region(sources.experts[number], region)
-    if plan.spread != 1:
+    if plan.spread != 1 and plan.experts[number].kind != "base":
         return spread(read_region(sources.checkpoints[-1], region), weight, plan.spread)
     if plan.perturb == "none":
         return weight

@@ -84,11 +84,16 @@ def must_spread(folders: Iterable[Path], base: Path) -> bool:
     return any(is_spread(ModelReader(base if is_adapter(folder) else folder).num_parameters) for folder in folders)
 
 
-def load_for_scoring(folder: Path, base: Path | None) -> Model:
-    """A model of any kind in the device's own dtype; over all devices if one is too small."""
+def load_for_scoring(folder: Path, base: Path | None, exact: bool = False) -> Model:
+    """A model of any kind in the device's own dtype; over all devices if one is too small.
+
+    Args:
+        exact: in fp32: it is trained or written.
+    """
     device = pick_device()
     where = {"device_map": "auto"} if must_spread([folder], base or folder) else {}
-    return load_model(folder, compute_dtype(device), device, base, where=where)
+    dtype = torch.float32 if exact else compute_dtype(device)
+    return load_model(folder, dtype, device, base, where=where)
 
 
 def load_for_training(folder: Path, base: Path, four_bit: bool, fixed: str, devices: DevicesSettings) -> Model:

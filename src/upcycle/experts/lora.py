@@ -182,8 +182,8 @@ def target_linears(model: Model, targets: Sequence[str]) -> list[str]:
 def compare(base: Base, folders: Sequence[Path], settings: ExpandSettings, seed: int) -> tuple[Gram, Measure]:
     """Inner products of what adapters add; those of children are measured, as they are not linear in the products."""
     adapters = [read_adapter(folder, base.config) for folder in folders]
-    if settings.adapters != "product" and len(adapters) + settings.keep_base < settings.num_experts:
-        check_equal_ranks(folders, adapters)
+    if _has_children(settings, len(adapters)):
+        check_mergeable(folders, adapters, settings.adapters)
     known: list[Adapter] = []
     gram = np.zeros((0, 0))
 
@@ -208,15 +208,29 @@ def _adapter(
     return {} if expert.checkpoint is None else checkpoints[expert.checkpoint]
 
 
-def check_equal_ranks(folders: Sequence[Path], adapters: Sequence[Adapter]) -> None:
-    """Raises UpcycleError if the adapters of a weight have different ranks: A and B cannot be merged apart then."""
-    for folder, adapter in zip(folders, adapters, strict=True):
+def _has_children(settings: ExpandSettings, n: int) -> bool:
+    try:
+        chosen = settings.num_chosen(n)
+    except ValueError as error:
+        raise UpcycleError(str(error)) from None
+    return settings.copies_of == "none" and chosen + settings.keep_base < settings.num_experts
+
+
+def check_mergeable(folders: Sequence[Path], adapters: Sequence[Adapter], how: str) -> None:
+    """Raises UpcycleError if A and B cannot be merged apart: ranks of a weight differ, or a scaling is negative."""
+    known: dict[str, tuple[Path, int]] = {}
+    for folder, adapter in zip(folders, adapters, strict=True) if how != "product" else ():
         for name, update in adapter.items():
-            first = adapters[0].get(name, update)
-            if update.rank != first.rank:
+            first, rank = known.setdefault(name, (folder, update.rank))
+            if update.rank != rank:
                 raise UpcycleError(
-                    f"{folder}: rank {update.rank} at {name}, but {first.rank} in {folders[0]}; set "
-                    "expand.adapters=product, which merges products of any ranks, or as many experts as adapters"
+                    f"{folder}: rank {update.rank} at {name}, but {rank} in {first}; set expand.adapters=product, "
+                    "which merges products of any ranks, or as many experts as adapters"
+                )
+            if update.scaling < 0:
+                raise UpcycleError(
+                    f"{folder}: lora_alpha at {name} is negative, so A and B have no shares of the scaling to be "
+                    "merged apart with; set expand.adapters=product, or as many experts as adapters"
                 )
 
 
@@ -254,13 +268,14 @@ def lora_experts(plan: ExpansionPlan, adapters: Sequence[Adapter], lora: LoraSet
 
 def _fresh(number: int, lora: LoraSettings, config: Config, seed: int) -> Adapter:
     draw = torch.Generator().manual_seed(seed * 65_537 + number)
-    return {name: fresh(shape, lora.rank, lora.scaling, draw) for name, shape in ffn_shapes(config).items()}
+    shapes = {name: shape for name, shape in ffn_shapes(config).items() if name.rpartition(".")[2] in lora.targets}
+    return {name: fresh(shape, lora.rank, lora.scaling, draw) for name, shape in shapes.items()}
 
 
 def _uniform(experts: Sequence[Mapping[str, LowRank]], config: Config) -> NewExperts:
     """One rank and scaling per expert, with zeros where it adds nothing."""
     ranks = [max(update.rank for update in expert.values()) for expert in experts]
-    scalings = [next(iter(expert.values())).scaling for expert in experts]
+    scalings = [next((update.scaling for update in expert.values() if update.scaling), 1.0) for expert in experts]
     tensors: dict[str, Tensor] = {}
     for number, (expert, rank, scaling) in enumerate(zip(experts, ranks, scalings, strict=True)):
         for name, (outputs, inputs) in ffn_shapes(config).items():

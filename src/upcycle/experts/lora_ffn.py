@@ -5,7 +5,7 @@ Expert e is the FFN with weights W + s_e B_e A_e. For the k experts of a token x
     g_e = W_gate x + s_e B_e A_e x,   u_e = W_up x + s_e B_e A_e x,   h_e = act(g_e) * u_e    (first terms once a token)
     y = W_down sum_e w_e h_e  +  sum_e w_e s_e B_e A_e h_e                                  (one down projection)
 
-Biases are the dense model's: W x has them, and as the weights w sum to 1, the down projection's comes once.
+Biases are the dense model's: W x has them; the down projection's comes as often as the weights w sum to, mostly 1.
 An FFN without a gate has h_e = act(u_e).
 
 Tokens are sorted by their first expert before anything is done to them, so that for the first choice nothing as large
@@ -170,6 +170,8 @@ def lora_ffn(
             apply: Any = _Mix.apply
             mixed, low = apply(x, *inner, weights, experts, scaling, ffn.act_fn, grouped, *low_rank)
     output = ffn.down(mixed) + low
+    if (bias := getattr(ffn.down, "bias", None)) is not None:
+        output = output + (weights.sum(dim=1, keepdim=True) - 1) * bias  # a token gets it as often as its experts weigh
     return torch.empty_like(output).index_copy(0, order, output)
 
 

@@ -22,6 +22,7 @@ from upcycle.errors import UpcycleError, counted
 from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from upcycle.experts.kind import Load, Routers
 from upcycle.experts.linears import Shapes, Structure, structure_of
+from upcycle.reading import MAX_BYTES
 from upcycle.records.files import LINEAGE
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import Record, read_record, write_record
@@ -72,7 +73,7 @@ class MixtureConfig(Record):
         Raises:
             UpcycleError: it is not the configuration of a mixture, or its fields contradict each other.
         """
-        found: MixtureConfig = read_record(folder / CONFIG, cls)
+        found: MixtureConfig = read_record(folder / CONFIG, cls, most_bytes=MAX_BYTES)
         return found
 
 

@@ -1,5 +1,6 @@
 """Will it fit, and how long: what the trainings of a recipe need on given devices, before anything is spent."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -229,20 +230,32 @@ def typed(overrides: Sequence[str]) -> str:
 
 def show_fit(model: str, mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:
     """A table of settings: memory of each stage on a card, whether it fits, hours."""
-    make = partial(_recipe, model, mapping.num_experts, k, devices)
+    make = partial(_recipe, model, mapping, k, devices)
     recipe = make(())
     length = recipe.data.max_length
     show_ways(list(ways(make, mapping, [length], devices)), recipe, length, devices)
     tell_the_rest(mapping, k, devices)
 
 
-def _recipe(model: str, m: int, k: int, devices: Devices, overrides: Sequence[str]) -> Recipe:
+def _recipe(
+    model: str,
+    mapping: "upcycle.architectures.mapping.Mapping",
+    k: int,
+    devices: Devices,
+    overrides: Sequence[str],
+) -> Recipe:
     """`upit` with these settings, a batch that all cards can share, and `prepare.train=full`."""
     per_card = max(1, 16 // devices.count) * devices.count
     batch = [f"{s}.batch_size={per_card}" for s in (PREPARE, POSTTRAIN)]
     micro = [f"{s}.micro_batch_size={max(n for n in (1, 2, 4) if per_card % n == 0)}" for s in (PREPARE, POSTTRAIN)]
-    experts = [f"expand.num_experts={m}", f"assemble.num_experts_per_tok={k}", "prepare.train=full"]
-    return load_recipe("upit", [f"base={model}", "data.train=rows.jsonl", *experts, *batch, *micro, *overrides])
+    experts = [
+        f"expand.num_experts={mapping.num_experts}",
+        f"assemble.num_experts_per_tok={k}",
+        f"assemble.granularity={mapping.granularity}",
+        "prepare.train=full",
+    ]
+    given = [f"base={json.dumps(model)}", "data.train=rows.jsonl"]
+    return load_recipe("upit", [*given, *experts, *batch, *micro, *overrides])
 
 
 def tell_the_rest(mapping: "upcycle.architectures.mapping.Mapping", k: int, devices: Devices) -> None:

@@ -85,12 +85,21 @@ def open_partial(folder: Path, inputs: Inputs, update: bool) -> Path:
                 f"{partial} was left by a run with different inputs ({changed_inputs(left, inputs)} changed); rerun "
                 "with --update to set it aside and start this stage again, or restore those inputs to resume it"
             )
-        aside = _unused(partial)
-        partial.rename(aside)
-        say(f"{partial} was left by a run with different inputs: set aside as {aside.name}")
+        set_aside(folder)
     partial.mkdir(parents=True, exist_ok=True)
     INPUTS.write(partial, dict(inputs))
     return partial
+
+
+def set_aside(folder: Path) -> None:
+    """Rename the working folder that a run with different inputs left of a stage, if there is one."""
+    partial = partial_of(folder)
+    if made_in(partial):
+        aside = _unused(partial)
+        partial.rename(aside)
+        say(f"{partial} was left by a run with different inputs: set aside as {aside.name}")
+    elif partial.exists():
+        shutil.rmtree(partial)
 
 
 def _left_inputs(partial: Path, inputs: Inputs) -> dict[str, str]:

@@ -27,11 +27,12 @@ from upcycle.pipeline.manifest import (
     partial_of,
     read_manifest,
     seal,
+    set_aside,
     verify,
 )
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
-from upcycle.pipeline.stages import stage_names
+from upcycle.pipeline.stages import stage_names, stages_until
 from upcycle.recipe import differences, dump_recipe, load_recipe
 from upcycle.records.files import INPUTS, LOCK, POSTTRAIN, PREPARE, RECIPE
 from upcycle.records.manifest import Manifest
@@ -57,7 +58,10 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
         )
     on_main(lambda: check_folder(run.folder, "the run folder"))
     check_shared(run.folder)
+    names = (names,) if isinstance(names, str) else names
     run.asked = tuple(stage_names() if names is None else names)
+    for name in run.asked:
+        stages_until(name, "a stage to run")
     _check_batches(run)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(_lock(run.folder)))
@@ -147,6 +151,7 @@ def _begin(run: Run, stage: Stage, update: bool) -> _Work | None:
     folder = run.folder / stage.name
     if _is_current(run, stage, inputs, update):
         clear_up(folder)
+        set_aside(folder)
         say(f"{stage.name}: already done, {folder}")
         return None
     working = open_partial(folder, inputs, update)

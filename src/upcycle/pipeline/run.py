@@ -66,10 +66,10 @@ def open_run(folder: str | Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
 
 
 class Run:
-    """A recipe and its run folder."""
+    """A recipe, or the name of one, and its run folder."""
 
-    def __init__(self, recipe: Recipe, folder: str | Path) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe | str | Path, folder: str | Path) -> None:
+        self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
         self.folder = Path(folder)
         self.verified: set[str] = set()
         self.asked: tuple[str, ...] = ()

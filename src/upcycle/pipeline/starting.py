@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upcycle.console import tell, warn
-from upcycle.disk import check_writable, write_text
+from upcycle.disk import check_writable, expanded, write_text
 from upcycle.errors import NoTwinError, UpcycleError, counted, nearest
 from upcycle.pipeline.commented import commented
 from upcycle.pipeline.fit import CHOSEN_FIRST, Devices, devices_here, show_ways, tell_the_rest, typed, ways
@@ -181,7 +181,7 @@ def _draft(wanted: Wanted, method: str, checkpoints: Sequence[Path]) -> Draft:
     if wanted.validation:
         values["data.validation"] = wanted.validation
     if wanted.checkpoints:
-        is_folder = Path(wanted.checkpoints).expanduser().is_dir()
+        is_folder = expanded(wanted.checkpoints).is_dir()
         values["prepare.checkpoints"] = wanted.checkpoints if is_folder else list(map(str, checkpoints))
     draft = Draft(method, tuple(f"{name}={json.dumps(value)}" for name, value in values.items()))
     if checkpoints and not draft.recipe().prepares:
@@ -200,7 +200,7 @@ def _checkpoints(given: str | None) -> list[Path]:
             return checkpoint_folders(given)
         except UpcycleError as error:
             raise UpcycleError(str(error).replace("prepare.checkpoints", "--checkpoints")) from None
-    pattern = Path(given).expanduser()
+    pattern = expanded(given)
     found = [path for path in Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))) if path.is_dir()]
     if not found:
         raise UpcycleError(f"--checkpoints: no folder matches the pattern {given}")

@@ -1,6 +1,6 @@
 """What comparisons and sweeps of recipes measure."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -168,6 +168,13 @@ class Comparison(Found):
 
     not_comparable: list[str]
     """What speaks against the comparison."""
+    match: Literal["flops"] | None = optional()
+    """What the variants' epochs were scaled to have alike; None: they have their own, and tokens are alike."""
+
+    @property
+    def budget(self) -> str:
+        """What all variants have alike."""
+        return "training FLOPs" if self.match else "training tokens"
 
 
 class Sweep(Found):

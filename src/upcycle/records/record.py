@@ -62,17 +62,18 @@ def write_record(path: Path, value: Any) -> None:
     write_json(path, to_jsonable_python(value, inf_nan_mode="constants"))
 
 
-def read_record(path: Path, kind: Any, remedy: str = "restore it, or rebuild it") -> Any:
+def read_record(path: Path, kind: Any, remedy: str = "restore it, or rebuild it", most_bytes: int | None = None) -> Any:
     """The value of type `kind` in a file.
 
     Args:
         remedy: what to do if it is damaged.
+        most_bytes: of a file that may be a stranger's; None: a run's own records may be of any size.
 
     Raises:
         UpcycleError: it is missing, not JSON, or not of that type; names the file and the first field that is wrong.
     """
     try:
-        return TypeAdapter(kind).validate_json(read_bytes(path, most_bytes=None))
+        return TypeAdapter(kind).validate_json(read_bytes(path, most_bytes))
     except ValidationError as error:
         raise UpcycleError(f"{path} is damaged: {first_problem(error)}; {remedy}") from None
 

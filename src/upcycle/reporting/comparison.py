@@ -132,9 +132,9 @@ class InShort:
 def summarise(found: Comparison | Sweep) -> InShort:
     """The lead sentence and the charts."""
     problems = found.not_comparable if isinstance(found, Comparison) else []
-    fair = isinstance(found, Comparison) and not problems
+    budget = found.budget if isinstance(found, Comparison) and not problems else ""
     return InShort(
-        heading="At equal training tokens" if fair else "Beside the other runs of the same folder",
+        heading=f"At equal {budget}" if budget else "Beside the other runs of the same folder",
         lead=_lead(found),
         problems=problems,
         charts=[chart for metric in found.metrics for chart in _charts(found, metric)],
@@ -329,7 +329,21 @@ def _costs(folder: Path, found: Found) -> Table:
 def _command(found: Comparison | Sweep) -> str:
     words = ["sweep", found.recipe, *found.grid] if isinstance(found, Sweep) else ["compare", *found.variants]
     options = f"--seeds {found.seeds} --out FOLDER"
+    if isinstance(found, Comparison):
+        options += _fairness(found)
     return " \\\n  ".join([f"upcycle {words[0]}", *map(shlex.quote, words[1:]), options])
+
+
+def _fairness(found: Comparison) -> str:
+    """Options that say what a comparison is against and what its variants have alike."""
+    against = found.summary[0].metric("loss").difference is not None
+    return "".join(
+        [
+            f" --against {shlex.quote(found.reference)}" * against,
+            f" --match {found.match}" if found.match else "",
+            " --force" * bool(found.not_comparable),
+        ]
+    )
 
 
 def _versions(folder: Path) -> str:

@@ -12,6 +12,7 @@ from upcycle.console import console, table, tell
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.manifest import read_manifest, verified
 from upcycle.pipeline.stages import stage_names
+from upcycle.reading import MAX_BYTES
 from upcycle.records.description import Description
 from upcycle.records.files import DELETED, EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
 from upcycle.records.plan import ExpansionPlan
@@ -39,7 +40,10 @@ def inspect(path: Path, figure: Path | None = None, made: Description | None = N
     rows = [(label, *map(_cell, row)) for label, row in zip(plan.labels, plan.similarities, strict=True)]
     table(f"similarity of experts ({plan.similarity} of FFN task vectors)", ("", *names), rows)
     if figure is not None:
-        draw("heat map and dendrogram", figure, partial(similarity_figure, plan))
+        if np.isnan(plan.similarities[~np.eye(len(names), dtype=bool)]).all():
+            tell(f"{figure} is not drawn: no two of the experts have a similarity")
+        else:
+            draw("heat map and dendrogram", figure, partial(similarity_figure, plan))
         draw_routing(path, figure)
 
 
@@ -69,7 +73,7 @@ def find_plan(path: Path) -> ExpansionPlan:
         UpcycleError: there is none.
     """
     if path.is_file() and path.suffix == ".json":
-        found: ExpansionPlan = read_record(path, ExpansionPlan)
+        found: ExpansionPlan = read_record(path, ExpansionPlan, most_bytes=MAX_BYTES)
         return found
     places: list[tuple[RecordFile[ExpansionPlan], Path]] = [
         (PLAN, path),  # the stage's own folder

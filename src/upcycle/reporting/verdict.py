@@ -98,7 +98,9 @@ def _budget(found: Found, number: int, other: int) -> str:
     own, its = found.summary[number], found.summary[other]
     alike = own.tokens == its.tokens
     tokens = (
-        f"Both saw {own.tokens:,} training tokens" if alike else f"It saw {its.tokens:,}, not {own.tokens:,} tokens"
+        f"Both saw {own.tokens:,} training tokens"
+        if alike
+        else f"“{own.label}” saw {own.tokens:,} training tokens, “{its.label}” {its.tokens:,}"
     )
     if not (own.flops and its.flops):
         return f"{tokens}."

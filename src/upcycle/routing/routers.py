@@ -15,6 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from upcycle.types import Model
 
+CONSTANT = "e_score_correction_bias"
+SIGMOID = frozenset({"glm4_moe", "deepseek_v3", "beam", "lfm2_moe", "nemotron_h"})
+"""Model types whose routers take a sigmoid of each logit."""
 Router = TypeVar("Router", bound=nn.Module)
 
 ROUTER_NAMES = ("gate", "router")
@@ -54,6 +57,19 @@ def logits_of(router: nn.Module, returned: Float[Tensor, "T E"]) -> Float[Tensor
     return returned.clamp_min(torch.finfo(returned.dtype).tiny).log()  # it returns probabilities
 
 
+def scores_of(model: Model, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """What a model's routers weigh experts by, in fp32: their probabilities, or a sigmoid of each logit."""
+    sigmoid = model.config.model_type in SIGMOID
+    return logits.float().sigmoid() if sigmoid else torch.softmax(logits.float(), dim=-1)
+
+
+def weights_of(router: nn.Module, scores: Float[Tensor, "T E"], indices: Int[Tensor, "T k"]) -> Float[Tensor, "T k"]:
+    """The weights that a router gives to chosen experts: their scores, renormalised; Gemma 4 scales them after that."""
+    own = scores.gather(1, indices)
+    weights, scale = own / own.sum(dim=1, keepdim=True), getattr(router, "per_expert_scale", None)
+    return weights if scale is None else weights * scale[indices]
+
+
 def granularity(model: Model) -> int:
     """Slices that an expert is cut into, as `experts.kinds.load_model` found them in its lineage; 1 for any other."""
     return int(getattr(model, "granularity", 1))
@@ -70,18 +86,26 @@ def num_slices(model: Model) -> int:
 
 
 def parts(model: Model) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter of a MoE with the part that it belongs to: `router`, `experts`, or `shared` for all the rest."""
-    gates = {id(routing_vectors(router)) for router in router_modules(model)}
+    """Every parameter of a MoE with the part that it belongs to.
+
+    `router` (Gemma 4's has scales beside its vectors), `experts`, `constant` (ERNIE's bias on the choice of experts,
+    which no loss reaches), or `shared` for all the rest.
+    """
+    gates = {id(parameter) for router in router_modules(model) for parameter in router.parameters()}
     for name, parameter in model.named_parameters():
-        yield "router" if id(parameter) in gates else "experts" if ".experts." in name else "shared", parameter
+        if name.endswith(CONSTANT):
+            yield "constant", parameter
+        else:
+            yield "router" if id(parameter) in gates else "experts" if ".experts." in name else "shared", parameter
 
 
 def freeze(model: Model, fixed: Collection[str]) -> None:
     """Leave the named `parts` of a MoE as they are; what trains is in fp32."""
     for part, parameter in parts(model):
-        if part not in fixed:
+        trains = part not in {"constant", *fixed}
+        if trains:
             parameter.data = parameter.data.float() if parameter.dtype != torch.float32 else parameter.data
-        parameter.requires_grad_(part not in fixed)
+        parameter.requires_grad_(trains)
 
 
 class RowExperts:

@@ -15,7 +15,7 @@ from upcycle.pipeline.run import Run, is_run
 from upcycle.pipeline.stages import stage_names, training_flops, training_tokens
 from upcycle.recipe import differences, load_recipe, parse_recipe
 from upcycle.records.comparison import Cell, Dense, Measures
-from upcycle.records.files import DELETED, MEASURES, SCORES, run_of
+from upcycle.records.files import DELETED, MEASURES, RECIPE, SCORES, run_of
 from upcycle.records.record import ByDomain, read_record, write_record
 from upcycle.records.scores import MOE, MOE_INIT, ModelScores
 from upcycle.studies.provenance import code_version, machine
@@ -156,7 +156,13 @@ def _cell(study: Study, run: Run, text: str, donors: list[Path]) -> Measures:
     if found := on_main(lambda: _known(run, study.keep_models, kept)):
         return found
     on_main(lambda: _check_folder(run))
-    run_stages(run, donors=donors)
+    try:
+        run_stages(run, donors=donors)
+    except UpcycleError as error:
+        if "--update" not in str(error):
+            raise
+        again = f"upcycle run {RECIPE.of(run.folder)} --run {run.folder} --update"
+        raise UpcycleError(f"{error} (here: `{again}`, then this command again)") from None
     donors.append(run.folder)
 
     def measured() -> Cell:

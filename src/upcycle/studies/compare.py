@@ -48,7 +48,12 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
 
     cells = run_cells(study, (lambda _: None) if force else refuse)
     rows = summary(cells, names, against=names.index(against) if against else 0)
-    found = Comparison(variants=cells, summary=rows, not_comparable=differences(cells, match))
+    found = Comparison(
+        variants=cells,
+        summary=rows,
+        not_comparable=differences(cells, match),
+        match="flops" if match == "flops" else None,
+    )
     if is_main():
         study.out.mkdir(parents=True, exist_ok=True)  # all cells may have been taken from the results
         COMPARISON.write(study.out, found)

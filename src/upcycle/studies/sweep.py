@@ -1,7 +1,6 @@
 """A grid of settings: score against data size, experts, anything."""
 
 import itertools
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,10 +41,16 @@ def sweep(recipe: str, axes: Sequence[str], seeds: int, out: Path, keep_models: 
 def axis_values(axis: str) -> list[str]:
     """`a.b=1,2` to [`a.b=1`, `a.b=2`]; commas within brackets or braces part nothing."""
     name, equals, values = axis.partition("=")
-    parts = [value for value in re.split(r",(?![^\[{]*[\]}])", values) if value]
-    if not equals or not parts:
+    depth, parts = 0, [""]
+    for character in values:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if not equals or not any(parts):
         raise UpcycleError(f"'{axis}' is not of the form section.field=value,value,...")
-    return [f"{name}={value}" for value in parts]
+    return [f"{name}={value}" for value in parts if value]
 
 
 def show_sweep(found: Sweep) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from upcycle.records.files import ROUTER_BIAS
-from upcycle.routing.routers import logits_of, num_slices, router_modules
+from upcycle.routing.routers import logits_of, num_slices, router_modules, scores_of, weights_of
 from upcycle.types import Model
 
 DECAY_FROM = 0.75
@@ -20,7 +20,9 @@ DECAY_FROM = 0.75
 
 
 class LossFreeBias:
-    """A bias b per layer and expert: the top k are chosen by p_i + b_i, their weights are p_i, renormalised.
+    """A bias b per layer and expert: the top k are chosen by p_i + b_i, weighted as the model itself weighs them.
+
+    p_i is the router's own score: the softmax of the logits, or their sigmoid.
 
     After each step b_i grows by `rate` if expert i had less than the mean load and falls by it if it had more. Hardly a
     MoE here has a place for it (ERNIE's alone), so it fades out linearly over the last quarter of the
@@ -29,7 +31,7 @@ class LossFreeBias:
     """
 
     def __init__(self, model: Model, rate: float) -> None:
-        self._gates = router_modules(model)
+        self._model, self._gates = model, router_modules(model)
         self._rate = rate
         self._handles: list[RemovableHandle] = []
         self.bias: Float[Tensor, "L E"] = torch.zeros(len(self._gates), num_slices(model), device=model.device)
@@ -69,7 +71,7 @@ class LossFreeBias:
         self.strength = values["strength"].item()
 
     def _choose(self, layer: int, logits: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        probabilities = torch.softmax(logits_of(self._gates[layer], logits).float(), dim=-1)
-        chosen = (probabilities + self.strength * self.bias[layer]).topk(indices.shape[1], dim=-1).indices
-        own = probabilities.gather(1, chosen)
-        return logits, (own / own.sum(dim=1, keepdim=True)).to(weights.dtype), chosen
+        gate = self._gates[layer]
+        scores = scores_of(self._model, logits_of(gate, logits))
+        chosen = (scores + self.strength * self.bias[layer]).topk(indices.shape[1], dim=-1).indices
+        return logits, weights_of(gate, scores, chosen).to(weights.dtype), chosen

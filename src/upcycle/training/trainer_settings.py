@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import Trainer, integrations
+from transformers import Trainer, get_scheduler, integrations
 from trl import SFTConfig
 
 from upcycle.errors import UpcycleError, expected, nearest
@@ -30,7 +30,7 @@ def config(settings: TrainingSettings, out_dir: str, seed: int, accumulation: in
         learning_rate=settings.learning_rate,
         per_device_train_batch_size=settings.micro_batch_size,
         gradient_accumulation_steps=accumulation,
-        lr_scheduler_type=settings.lr_scheduler,
+        lr_scheduler_type=_scheduler(settings),
         warmup_steps=settings.warmup_fraction,
         weight_decay=settings.weight_decay,
         activation_checkpointing=settings.gradient_checkpointing,
@@ -51,6 +51,12 @@ def config(settings: TrainingSettings, out_dir: str, seed: int, accumulation: in
     )
     made._n_gpu = min(1, made.n_gpu)  # one process uses one; more would be DataParallel, with another batch
     return made
+
+
+def _scheduler(settings: TrainingSettings) -> str:
+    """transformers' `constant` leaves the warm-up out."""
+    warms_up = settings.lr_scheduler == "constant" and settings.warmup_fraction > 0
+    return "constant_with_warmup" if warms_up else settings.lr_scheduler
 
 
 def _defaults(accelerator: bool) -> dict[str, Any]:
@@ -93,6 +99,9 @@ def check(section: str, settings: TrainingSettings) -> None:
         made = config(settings, "unused", 0, 1, "none")
         if not {"galore", "apollo", "lomo"} & set(str(made.optim).replace("OptimizerNames.", "").lower().split("_")):
             Trainer.get_optimizer_cls_and_kwargs(made)  # the others want the model
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        kwargs = made.lr_scheduler_kwargs
+        get_scheduler(made.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
     except (ValueError, ImportError, TypeError) as error:
         raise UpcycleError(f"{section}.trainer: {str(error).strip()}") from None
 

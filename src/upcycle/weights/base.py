@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from upcycle.disk import expanded
 from upcycle.errors import UpcycleError
 from upcycle.reading import read_text
 from upcycle.types import Config, Tokenizer
@@ -104,7 +105,7 @@ def template_text(name: str) -> str:
     """
     if name == "chatml":
         return CHATML
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file():
         raise UpcycleError(f"data.chat_template: no file {name} (or use chatml)")
     return read_text(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from upcycle.disk import check_name
+from upcycle.disk import check_name, expanded
 from upcycle.errors import UpcycleError
 from upcycle.reading import brief, hub_problem, read_json
 from upcycle.records.files import LINEAGE
@@ -48,7 +48,7 @@ def find_model(name: str) -> Path:
     """
     if name == BUILTIN_BASE:
         return Path(__file__).parents[1] / "assets" / "tiny_base"
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return check_name(path)
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
@@ -63,7 +63,7 @@ def find_model(name: str) -> Path:
 
 def is_here(name: str) -> bool:
     """Whether `find_model` would download nothing: for hub names, whether a copy is in the cache."""
-    if name == BUILTIN_BASE or Path(name).expanduser().is_dir() or name.count("/") != 1 or name.startswith("."):
+    if name == BUILTIN_BASE or expanded(name).is_dir() or name.count("/") != 1 or name.startswith("."):
         return True
     from huggingface_hub import snapshot_download
 
@@ -257,7 +257,7 @@ def _with_valid_generation(model: Model) -> Model:
 
 def base_name(name: str) -> str:
     """What an adapter calls its dense model: a hub name as it is, a folder by its whole path."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return str(path.resolve()) if path.is_dir() else name
 
 

@@ -45,7 +45,7 @@ def make_plan(
         UpcycleError: too few checkpoints for the experts wanted, a checkpoint equal to the base, or no pair of parents
             left.
     """
-    _check(checkpoints, gram)
+    _check(checkpoints, gram, settings.copies_of)
     try:
         count = settings.num_chosen(len(checkpoints))
     except ValueError as error:
@@ -169,8 +169,9 @@ def _choose_parents(
     return min(pairs, key=lambda pair: similarity[pair])
 
 
-def _check(checkpoints: Sequence[Checkpoint], gram: Gram) -> None:
-    for checkpoint, norm in zip(checkpoints, gram.diagonal(), strict=True):
+def _check(checkpoints: Sequence[Checkpoint], gram: Gram, copies_of: str) -> None:
+    first = {"none": 0, "last": len(checkpoints) - 1, "base": len(checkpoints)}[copies_of]
+    for checkpoint, norm in list(zip(checkpoints, gram.diagonal(), strict=True))[first:]:
         if not (math.isfinite(norm) and norm > 0):
             untrained = (
                 "has the base's FFN weights (the first step of a warm-up has the learning rate 0: "

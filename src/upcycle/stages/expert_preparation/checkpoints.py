@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.console import say, warn
-from upcycle.disk import check_name
+from upcycle.disk import check_name, expanded
 from upcycle.errors import UpcycleError, counted
 from upcycle.experts.kind import Kind
 from upcycle.reading import read_json
@@ -95,7 +95,7 @@ def checkpoint_folders(given: str | list[str] | None) -> list[Path]:
         return []
     if isinstance(given, list):
         return [find_model(name) for name in given]
-    parent = check_name(Path(given).expanduser())
+    parent = check_name(expanded(given))
     if not parent.is_dir():
         raise UpcycleError(f"prepare.checkpoints: {parent} is not a folder")
     numbered = (p for p in parent.iterdir() if p.is_dir() and NUMBERED.fullmatch(p.name))

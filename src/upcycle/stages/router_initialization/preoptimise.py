@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from upcycle.console import Progress
+from upcycle.console import Progress, warn
 from upcycle.data.batches import collate, token_batches
 from upcycle.data.chat import Sample
 from upcycle.routing.answers import answer_losses, token_mask
@@ -29,6 +29,8 @@ from upcycle.types import Model
 
 Pair = tuple[int, int]
 """(sample, expert)"""
+POST_NORM = "post_feedforward_layernorm"
+"""What transformers calls a norm between an FFN and the residual stream."""
 
 
 def preoptimise(
@@ -49,6 +51,11 @@ def preoptimise(
     Returns:
         The routing vectors (E, H) of each layer, and the mean losses of each epoch.
     """
+    if any(name.rpartition(".")[2].startswith(POST_NORM) for name, _ in model.named_modules()):
+        warn(
+            "route: this model normalises what an FFN gives, which takes the gate's scale away: the language-model "
+            "loss hardly reaches the routing vectors here, L_aux alone trains them; route.start=contrastive has no gate"
+        )
     rows = RowExperts(granularity(model))
     order = torch.Generator().manual_seed(seed)
     experts = _moving_experts(model, settings)

@@ -68,7 +68,8 @@ def route(
         )
     together = must_spread([moe], base.folder)
     if is_main() or not together:
-        model, losses = load_for_scoring(moe, base.folder), None
+        moves = settings.expert_learning_rate is not None
+        model, losses = load_for_scoring(moe, base.folder, exact=moves), None
         if len(names) > 1:
             scored, limit = [*seed_data.fit, *seed_data.test], settings.tokens_per_batch
             losses = expert_losses(model, scored, limit, base.pad_token_id, not together).double().numpy()
@@ -109,15 +110,16 @@ def _start(seed: Seed, test: Sequence[Sample], losses: Losses, names: Sequence[s
     losses, test_losses = losses[: len(fit)], losses[len(fit) :]
     experts = assign(losses, fit, settings.assignment, seed.seed)
     buckets = bucket_table(experts, fit, losses, names)
-    difference = bootstrap_gain(losses, [sample.domain for sample in fit], seed.seed)
+    domains = [sample.domain for sample in fit]
+    difference = bootstrap_gain(losses, domains, seed.seed) if len(set(domains)) > 1 else None
     _show_buckets(buckets, difference)
     pairs = _pairs(experts, losses, names)
     seed = replace(seed, pairs=equal_steps(pairs) if settings.equal_steps else pairs)
     start = make_start(seed)
     cost = _cost(start, [*fit, *test], len(names), settings.start)
-    condition = condition_numbers(start.vectors)
     vectors = sliced(start.vectors, granularity(seed.model), settings.slice_noise, seed.seed)
     _save(out_dir / ROUTER.name, vectors, router_keys(seed.model))
+    condition = condition_numbers(start.vectors)
     held_out = None
     if test:
         load_routers(seed.model, out_dir / ROUTER.name)
@@ -200,7 +202,7 @@ def _save(path: Path, vectors: Sequence[Tensor], names: Sequence[str]) -> None:
     save_file({n: v.float().contiguous() for n, v in zip(names, vectors, strict=True)}, path)
 
 
-def _show_buckets(buckets: Sequence[Bucket], difference: Difference) -> None:
+def _show_buckets(buckets: Sequence[Bucket], difference: Difference | None) -> None:
     domains = sorted({domain for bucket in buckets for domain in bucket.domains})
     rows = [
         (
@@ -215,6 +217,13 @@ def _show_buckets(buckets: Sequence[Bucket], difference: Difference) -> None:
     columns = ("expert", "samples", *domains, "loss on all", "loss on its own", "second best is worse by")
     note = "samples: how many were assigned to the expert, in all and by domain; losses: mean token loss of the answers"
     table("seed samples per expert", columns, rows, note=note)
+    if difference is not None:
+        _show_difference(difference)
+    if max(b.samples for b in buckets) == sum(b.samples for b in buckets):
+        warn("route: all seed samples went to one expert; route.assignment=balanced, or seed data held out, avoid this")
+
+
+def _show_difference(difference: Difference) -> None:
     low, high = difference.interval
     verdict = "experts differ by more than noise" if difference.more_than_noise else "this may be noise"
     change = f"{abs(difference.gain):.4f} {'lower' if difference.gain >= 0 else 'higher'}"
@@ -222,8 +231,6 @@ def _show_buckets(buckets: Sequence[Bucket], difference: Difference) -> None:
         f"route: with an expert per domain, chosen on separate samples, the loss is {change} than with the best single "
         f"expert (gain {difference.gain:.4f}, 95% of resamples {low:.4f} to {high:.4f}): {verdict}"
     )
-    if max(b.samples for b in buckets) == sum(b.samples for b in buckets):
-        warn("route: all seed samples went to one expert; route.assignment=balanced, or seed data held out, avoid this")
 
 
 def _show_held_out(found: HeldOut) -> None:

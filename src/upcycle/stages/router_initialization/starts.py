@@ -48,6 +48,16 @@ class Seed:
         """Of one pass over the pairs."""
         return sum(len(self.samples[s].input_ids) for s, _ in self.pairs)
 
+    @property
+    def num_read(self) -> Int[Tensor, " E"]:
+        """Tokens of each expert that a start sees: all, or those that predict an answer."""
+        counts = torch.zeros(self.num_experts, dtype=torch.long)
+        for number, expert in self.pairs:
+            sample = self.samples[number]
+            by_answer = self.settings.tokens == "answer"
+            counts[expert] += sample.num_answer_tokens if by_answer else len(sample.input_ids)
+        return counts
+
 
 @dataclass(frozen=True)
 class Start:
@@ -92,7 +102,7 @@ def ridge(seed: Seed) -> Start:
     R = (H^T H + lambda I)^-1 H^T (Y - 1/E), lambda being `ridge` times the mean of the diagonal; no bias, one pass,
     every expert with the same weight.
     """
-    weights = _weights(torch.tensor([expert for _, expert in seed.pairs]), seed.num_experts)
+    weights = _weights(seed.num_read)
     kept, layers, hidden = _token_sample(seed), len(seed.random), seed.random[0].shape[1]
     gram = torch.zeros(layers, hidden, hidden, dtype=torch.float64, device=seed.model.device)
     cross = gram.new_zeros(layers, hidden, seed.num_experts)
@@ -126,7 +136,7 @@ def contrastive(seed: Seed) -> Start:
     vectors = torch.stack(list(seed.random)).requires_grad_()
     optimizer = torch.optim.AdamW([vectors], lr=seed.settings.learning_rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed.seed)
-    weights = _weights(sample.experts, seed.num_experts)
+    weights = _weights(torch.bincount(sample.experts, minlength=seed.num_experts))
     log = []
     for _ in range(seed.settings.epochs):
         losses = []
@@ -179,7 +189,7 @@ def _stream(seed: Seed) -> Iterator[Tokens]:
 
 
 def _token_sample(seed: Seed) -> TokenSample:
-    return TokenSample(MAX_SAMPLED_TOKENS, seed.num_tokens, seed.seed)
+    return TokenSample(MAX_SAMPLED_TOKENS, int(seed.num_read.sum()), seed.seed)
 
 
 def _sample(seed: Seed) -> Tokens:
@@ -190,10 +200,9 @@ def _sample(seed: Seed) -> Tokens:
     return kept.take()
 
 
-def _weights(experts: Int[Tensor, " n"], num_experts: int) -> Float[Tensor, " E"]:
-    """Weights with which each expert counts the same, however often it occurs; their mean over `experts` is 1."""
-    counts = torch.bincount(experts, minlength=num_experts).float()
-    return counts.sum() / (num_experts * counts.clamp(min=1))
+def _weights(counts: Int[Tensor, " E"]) -> Float[Tensor, " E"]:
+    """Weights with which each expert counts the same, however many tokens it has; their mean over tokens is 1."""
+    return counts.sum() / (len(counts) * counts.clamp(min=1))
 
 
 def _one_hot(tokens: Tokens, num_experts: int) -> Float[Tensor, "T E"]:

@@ -1,0 +1,52 @@
+"""Settings that another one leaves without effect: a recipe that has them would not do what it says."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Rule = tuple[str, Callable[[Any], bool], str]
+"""Settings, the recipes in which they do nothing, and why."""
+
+RULES: tuple[Rule, ...] = (
+    (
+        "expand.keep_base expand.num_checkpoints expand.select",
+        lambda recipe: recipe.expand.copies_of != "none",
+        "with expand.copies_of all experts are copies of one FFN",
+    ),
+    (
+        "expand.adapters",
+        lambda recipe: not recipe.prepare.shares_base,
+        "experts are whole FFNs with this prepare.train, not adapters",
+    ),
+    (
+        "assemble.channels route.slice_noise posttrain.balance_over",
+        lambda recipe: recipe.assemble.granularity == 1,
+        "experts are not cut into slices (assemble.granularity is 1)",
+    ),
+    (
+        "prepare.by_domain",
+        lambda recipe: bool(recipe.prepare.checkpoints),
+        "given checkpoints (prepare.checkpoints) are not trained",
+    ),
+    (
+        "prepare.checkpoints",
+        lambda recipe: not recipe.prepares,
+        "nothing is taken from them with expand.copies_of=base and assemble.shared=base",
+    ),
+    *(
+        (f"posttrain.{rate}", lambda recipe, part=part: recipe.posttrain.freeze == part, f"posttrain.freeze is {part}")
+        for part, rate in (("router", "router_rate"), ("experts", "experts_rate"), ("shared", "shared_rate"))
+    ),
+)
+
+
+def without_effect(recipe: Any) -> Iterator[str]:
+    """What is wrong with each setting that is not at its default and does nothing."""
+    for names, idles, why in RULES:
+        if not idles(recipe):
+            continue
+        for name in names.split():
+            section, field = name.split(".")
+            settings = getattr(recipe, section)
+            value, default = getattr(settings, field), type(settings).model_fields[field].default
+            if value != default:
+                yield f"{name} is {value}, which has no effect: {why}; leave it out"
