@@ -89,3 +89,17 @@ def test_a_run_without_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UpcycleError, match="out is empty, expected the name of a folder"):
         upcycle.run("quickstart", out="")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_may_be_named_by_its_folder_and_a_recipe_by_its_name(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe))
+    run = upcycle.Run(tmp_path / "recipe.yaml", tmp_path / "run")
+    assert len(upcycle.prepare(run)) > 1
+    assert len(upcycle.expand(str(run.folder)).experts) == run.recipe.expand.num_experts
+    with pytest.raises(UpcycleError, match="gone is not a run"):
+        upcycle.expand("gone")
+    with pytest.raises(UpcycleError, match=r"gone\.yaml does not exist"):
+        upcycle.load_recipe(Path("gone.yaml"))
+    for names in (["posttrian"], "posttrian"):
+        with pytest.raises(UpcycleError, match=r"a stage to run is 'posttrian', expected one of prepare"):
+            upcycle.run_stages(run, names)

@@ -417,6 +417,19 @@ def test_a_run_folder_that_is_a_file_is_refused(
         assert f"{tmp_path}/file is a file; name a folder" in capsys.readouterr().err
 
 
+def test_check_forecasts_slices_too(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    typed = ["--granularity", "4", "--num-experts-per-tok", "1", "--devices", "8xH100"]
+    assert call(monkeypatch, "check", "builtin:tiny", *typed) == 0
+    assert "on each card" in capsys.readouterr().out
+
+
+def test_names_are_taken_as_they_are_typed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert call(monkeypatch, "check", "~nobody-here/model") == 2
+    assert "~nobody-here/model: no home folder is known for that user" in capsys.readouterr().err
+    assert call(monkeypatch, "data", "builtin:train", "--base", "2024 #1") == 2  # in YAML a number and a comment
+    assert "2024 #1" in capsys.readouterr().err
+
+
 def test_check_refuses_more_experts_than_a_recipe_may_have(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert call(monkeypatch, "check", "builtin:tiny", "--num-experts", "600", "--granularity", "8") == 2
     assert capsys.readouterr().err == "error: --granularity 8 times --num-experts 600 is more than 4096 experts\n"

@@ -23,8 +23,9 @@ from upcycle.pipeline.run import Run
 from upcycle.pipeline.stages import training_flops
 from upcycle.pipeline.summary import show_summary
 from upcycle.recipe import parse_recipe
+from upcycle.settings import ExpandSettings
 from upcycle.stages.model_upcycling.export import export
-from worlds import IDS, logits, make_adapter, shrunk, some_long
+from worlds import IDS, as_base, logits, make_adapter, shrunk, some_long
 
 PLAIN = """
 import sys, torch
@@ -132,6 +133,38 @@ def test_the_users_own_adapters_become_experts(
     config = load_model(run.folder / "assemble", torch.float32).mixture
     assert config.expert_ranks == (4, ranks[1], max(ranks), max(ranks))
     assert config.expert_scaling == (2.0, 2.0, 1.0, 1.0)
+
+
+def test_adapters_that_cannot_be_merged_apart_are_refused_where_there_are_children(base: Path, tmp_path: Path) -> None:
+    def compare(settings: dict[str, Any], *folders: Path) -> None:
+        KINDS["lora"].compare(as_base(base), folders, ExpandSettings(**settings), 0)
+
+    small, large = (make_adapter(base, tmp_path / f"rank-{rank}", rank, rank) for rank in (4, 8))
+    gates, ups = ([f"layers.{i}.mlp.{name}" for i in (0, 1)] for name in ("gate_proj", "up_proj"))
+    gate = make_adapter(base, tmp_path / "gate", 0, 4, target_modules=gates)
+    up, wide = (make_adapter(base, tmp_path / f"up-{rank}", 0, rank, target_modules=ups) for rank in (4, 8))
+    negative = make_adapter(base, tmp_path / "negative", 0)
+    config = json.loads((negative / "adapter_config.json").read_text())
+    (negative / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": -8}))
+    chosen = {"num_experts": 4, "num_checkpoints": 2}
+    for settings, folders, said in (
+        (chosen, (small, large, small, large), "rank 8 at .*, but 4 in .*rank-4; set expand.adapters=product"),
+        ({"num_experts": 4}, (gate, up, wide), "rank 8 at .*up_proj, but 4 in .*up-4"),
+        ({"num_experts": 4}, (small, negative), "negative: lora_alpha at .* is negative"),
+    ):
+        with pytest.raises(UpcycleError, match=said):
+            compare(settings, *folders)
+        compare({**settings, "adapters": "product"}, *folders)
+    compare({"num_experts": 4, "copies_of": "last"}, small, large)  # nothing is merged
+    compare({"num_experts": 2}, small, negative)
+
+
+def test_fresh_adapters_are_of_the_weights_that_are_asked_for(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = shrunk("lora-moe", tiny_recipe, lora={"targets": ["down_proj"]})
+    run = Run(recipe, tmp_path / "run")
+    run_stages(run, ("prepare", "expand", "assemble"))
+    for expert in expert_updates(run.folder / "assemble", MixtureConfig.load(run.folder / "assemble")):
+        assert {name.rpartition(".")[2] for name, update in expert.items() if update.a.any()} == {"down_proj"}
 
 
 def test_what_is_assembled_is_what_was_planned_also_with_the_base_as_a_parent(

@@ -64,6 +64,27 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("data.train=3", r"^override 'data\.train=3': expected a file, folder, pattern or hub dataset"),
         ("prepare.lr_scheduler=linear", r"posttrain.lr_scheduler is cosine and .* set both alike"),
         ("'prepare.checkpoints=[a, b]' posttrain.schedule=continue", r"given checkpoints .* do not say how far"),
+        (
+            "expand.copies_of=last expand.spread=1 expand.keep_base=true",
+            r"expand\.keep_base is True, .* no effect: with",
+        ),
+        (
+            "expand.copies_of=last expand.spread=1 expand.num_checkpoints=2",
+            r"expand\.num_checkpoints is 2, .* no effect",
+        ),
+        ("expand.adapters=product", r"expand\.adapters is product, which has no effect: experts are whole FFNs"),
+        ("assemble.channels=random", r"assemble\.channels is random, .* not cut into slices"),
+        ("posttrain.balance_over=experts", r"posttrain\.balance_over is experts, which has no effect"),
+        ("'prepare.checkpoints=[a, b]' prepare.by_domain=true", r"prepare\.by_domain is True, .* are not trained"),
+        (
+            "'prepare.checkpoints=[a]' expand.copies_of=base assemble.shared=base expand.spread=1",
+            r"prepare\.checkpoints is \['a'\], .* nothing is taken from them",
+        ),
+        ("posttrain.freeze=router posttrain.router_rate=10", r"router_rate is 10\.0, .* posttrain\.freeze is router"),
+        (
+            "posttrain.optimizer_state=carry 'prepare.trainer={optim: adafactor}'",
+            r"optimizer_state is carry, but prepare\.trainer\.optim is adafactor",
+        ),
         ("seed", r"override 'seed' is not of the form section\.field=value"),
         ("base.x=1", r"override 'base\.x=1': 'base' is a value, not a section"),
     ],
@@ -71,6 +92,19 @@ def test_overrides_replace_settings_of_any_depth() -> None:
 def test_a_bad_setting_is_named(override: str, message: str) -> None:
     with pytest.raises(UpcycleError, match=message):
         load_recipe("upit", shlex.split(override))
+
+
+def test_what_changes_in_a_setting_of_several_values_is_seen() -> None:
+    def changes(before: str, after: str) -> list[str]:
+        return differences(load_recipe("upit", [before]), load_recipe("upit", [after]))
+
+    assert changes("assemble.layers=all", "assemble.layers={every: 2}") == ["assemble.layers: all -> {'every': 2}"]
+    clipped = "posttrain.trainer={max_grad_norm: 0.5}"
+    assert changes("posttrain.trainer={}", clipped) == ["posttrain.trainer: {} -> {'max_grad_norm': 0.5}"]
+    assert changes(clipped, "posttrain.trainer={}") == ["posttrain.trainer: {'max_grad_norm': 0.5} -> {}"]
+    (said,) = changes("data.train={path: x.jsonl, weight: 2}", "data.train=x.jsonl")
+    assert said.startswith("data.train: {'path': 'x.jsonl', 'weight': 2.0")
+    assert changes(clipped, clipped) == []
 
 
 def test_one_schedule_spans_what_a_run_trains() -> None:

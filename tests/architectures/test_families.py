@@ -19,7 +19,7 @@ from upcycle.architectures.clients import CLIENTS, LIMITS, UNTRIED, Limit, alway
 from upcycle.architectures.families import FAMILIES, MOES, expert_counts, family_of
 from upcycle.architectures.families import WRONG as WITHOUT
 from upcycle.architectures.listing import ADAPTERS, MODELS
-from upcycle.architectures.mapping import Mapping, shared_shapes, with_own_head
+from upcycle.architectures.mapping import Mapping, map_model, shared_shapes, with_own_head
 from upcycle.errors import UpcycleError
 from upcycle.experts.ffn import describe
 from upcycle.experts.kinds import load_model
@@ -28,10 +28,12 @@ from upcycle.routing.routers import (
     ForcedRouter,
     RouterRecorder,
     RowExperts,
+    freeze,
     router_modules,
     routing_vectors,
     swapped_routers,
 )
+from upcycle.training.loss_free import LossFreeBias
 from upcycle.training.packing import TOKEN_MASK, SideBySide, can_pack, fill_lines
 from upcycle.types import Model
 from upcycle.weights.folders import read_config
@@ -345,6 +347,49 @@ def test_an_expert_of_any_layout_is_its_checkpoint(
     source = make_dense(tmp_path / "dense", model_type=dense, **changes)
     folders = [perturbed(source, tmp_path / f"c{i}", i) for i in (1, 2)]
     assert_experts_are(folders, assembled(source, folders, tmp_path / "moe"))
+
+
+@pytest.mark.parametrize(("dense", "moe", "changes"), ONE_OF_EACH_MOE, ids=lambda v: v if isinstance(v, str) else "")
+@torch.no_grad()
+def test_a_bias_on_the_choice_of_experts_leaves_their_weights_as_the_model_has_them(
+    dense: str, moe: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """And what no loss reaches is not trained."""
+    source = make_dense(tmp_path / "dense", model_type=dense, **changes)
+    folders = [perturbed(source, tmp_path / f"c{i}", i) for i in (1, 2, 3)]
+    model = load_model(assembled(source, folders, tmp_path / "moe", router_std=0.5), torch.float32)
+    for router in router_modules(model):
+        if hasattr(router, "per_expert_scale"):
+            router.per_expert_scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    expected = model(IDS).logits
+    with LossFreeBias(model, 0.1):
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    freeze(model, ())
+    fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert all(name.endswith("e_score_correction_bias") for name in fixed)
+    assert bool(fixed) == (moe == "ernie4_5_moe")
+
+
+def test_all_parameters_of_a_router_are_the_routers(tmp_path: Path) -> None:
+    source = make_dense(tmp_path / "dense", model_type="gemma4_text", **GEMMA4)
+    model = load_model(assembled(source, [source] * 2, tmp_path / "moe"), torch.float32)
+    freeze(model, ("router",))
+    fixed = {name.rpartition("router.")[2] for name, p in model.named_parameters() if not p.requires_grad}
+    assert fixed == {"proj.weight", "scale", "per_expert_scale"}
+
+
+@pytest.mark.parametrize("moe", [moe for moe in MOES if MOES[moe].least_experts > 1])
+def test_a_router_that_compares_two_experts_is_refused_one(moe: str, tmp_path: Path) -> None:
+    dense, changes = next((dense, changes) for dense, found, changes in ONE_OF_EACH_MOE if found == moe)
+    source = make_dense(tmp_path / "dense", model_type=dense, **changes)
+    with pytest.raises(UpcycleError, match=rf"num_experts is 1, but the router of {moe}, .* at least 2 experts"):
+        map_model(source, ModelReader(source), 1)
+
+
+def test_channels_that_grouped_products_cannot_take_are_refused(tmp_path: Path) -> None:
+    source = make_dense(tmp_path / "dense", intermediate_size=52)
+    with pytest.raises(UpcycleError, match=r"the FFN has 52 channels .*, which is no multiple of 8"):
+        map_model(source, ModelReader(source), 2)
 
 
 def test_routing_vectors_of_gemma_4_see_what_other_modules_in_the_routers_place_see(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from conftest import perturbed
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.merging.lineage import Child, materialise
-from upcycle.records.plan import Checkpoint
+from upcycle.records.plan import Checkpoint, Expert
 from upcycle.settings import ExpandSettings
 from upcycle.stages.expert_expansion.expand import expand
 from upcycle.weights.safetensors_io import ModelReader
-from worlds import as_base, assemble, assembled, assert_experts_are, forced_logits, logits
+from worlds import as_base, assemble, assembled, assert_experts_are, forced_logits, logits, plan_of
 
 
 def test_forced_to_an_expert_gives_its_checkpoint(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
@@ -161,3 +161,15 @@ def test_children_in_the_moe_are_those_of_the_lineage(
         for expert, values in enumerate(expected):
             found = made.elements(f"model.layers.1.block_sparse_moe.experts.{expert}.{name}.weight")
             torch.testing.assert_close(found, values)
+
+
+def test_a_base_among_spread_experts_stays_the_base(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    """It is one on purpose (expand.keep_base)."""
+    experts = [Expert(name=f"c{i}", kind="checkpoint", checkpoint=i) for i in (0, 1)]
+    plan = plan_of(3, experts=(*experts, Expert(name="base", kind="base")), spread=-0.25)
+    made = load_model(assemble("ffn", base, checkpoints[:2], plan, tmp_path / "moe"), torch.float32)
+    torch.testing.assert_close(forced_logits(made, [1, 1], 3), logits(checkpoints[1]), rtol=0, atol=1e-5)  # the last
+    moved = forced_logits(made, [0, 0], 3) - logits(checkpoints[0])
+    assert moved.abs().max() > 1e-3
+    stays = load_model(assembled(checkpoints[1], [base] * 2, tmp_path / "alone"), torch.float32)
+    torch.testing.assert_close(forced_logits(made, [2, 2], 3), forced_logits(stays, [0, 0], 2), rtol=0, atol=1e-5)

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict
 from upcycle.data.formats import to_row
 from upcycle.data.sources import hash_sources
 from upcycle.errors import UpcycleError
-from upcycle.settings import Source
+from upcycle.settings import DataSettings, Source
 from worlds import rows_of
 
 CHATS = [
@@ -195,6 +195,30 @@ def test_columns_domain_and_weight_of_a_source(tmp_path: Path) -> None:
     assert 70 < len(half) < 130
     with pytest.raises(UpcycleError, match=r"found fields \['a', 'q', 'topic'\]"):
         rows_of(path)
+
+
+def test_how_a_source_is_read_is_part_of_its_hash(tmp_path: Path) -> None:
+    """What is made of other rows is made again."""
+    (tmp_path / "d").mkdir()
+    for name in ("math", "text"):
+        (tmp_path / "d" / f"{name}.jsonl").write_text(jsonl([{"instruction": name, "output": "a", "topic": "x"}]))
+
+    def hashed(**settings: Any) -> str:
+        return hash_sources([Source(path=str(tmp_path / "d"), **settings)])
+
+    different = [{}, {"weight": 3}, {"domain": "a"}, {"domain": "{file}"}, {"columns": {"domain": "topic"}}]
+    assert len({hashed(**settings) for settings in [*different, {"format": "alpaca"}]}) == 6
+    plain, by_name = hashed(), hashed(domain="{file}")
+    assert [row.domain for row in rows_of(tmp_path / "d", domain="{file}")] == ["math", "text"]
+    (tmp_path / "d" / "math.jsonl").rename(tmp_path / "d" / "arithmetic.jsonl")
+    assert hashed() == plain  # the same wherever the files lie
+    assert hashed(domain="{file}") != by_name
+    assert [row.domain for row in rows_of(tmp_path / "d", domain="{file}")] == ["arithmetic", "text"]
+
+
+def test_columns_of_all_sources_are_for_those_that_have_none_of_their_own() -> None:
+    data = DataSettings(train=["a.jsonl", Source(path="b", columns={"domain": "topic"})], columns={"instruction": "q"})
+    assert [source.columns for source in data.sources(data.train)] == [{"instruction": "q"}, {"domain": "topic"}]
 
 
 def test_what_was_found_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

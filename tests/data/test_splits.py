@@ -92,3 +92,12 @@ def test_rows_with_one_question_are_refused_as_what_they_are(tiny_recipe: dict[s
     said = "9 rows with 1 question (everything before the first answer, such as 'a'): held out for the evaluation"
     with pytest.raises(UpcycleError, match=re.escape(said)):
         split(tiny_recipe, data__train=str(tmp_path / "rows.jsonl"), data__validation=None)
+    values = [{"instruction": "write a number", "output": str(i)} for i in range(80)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, values)))
+    said = r"80 rows with 1 question \(.*'write a number'\): held out to start the router, nothing is left to train on"
+    (tmp_path / "other.jsonl").write_text(json.dumps({"instruction": "write a word", "output": "a"}))
+    given = {"data__train": str(tmp_path / "rows.jsonl"), "data__validation": str(tmp_path / "other.jsonl")}
+    with pytest.raises(UpcycleError, match=said):
+        split(tiny_recipe, **given)
+    kept = split(tiny_recipe, **given, route__seed_from="train")
+    assert len(kept.train) == 80

@@ -12,7 +12,7 @@ import torch
 
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.benchmark import Contender, asked_model, benchmark, check_names
-from upcycle.evaluation.tasks import check_row, read_rows, read_tasks
+from upcycle.evaluation.tasks import DOCUMENTS, check_row, read_rows, read_tasks
 from upcycle.experts.kinds import load_model
 from upcycle.pipeline.benchmarks import own_folder
 from upcycle.records.benchmark import TaskScores, score_table
@@ -287,3 +287,20 @@ def test_bars_of_lm_eval_are_silent_if_asked(
     asked.generate_until([Instance("generate_until", {}, ("say it", {"until": ["a"], "max_gen_toks": 2}), 0)])
     said = capfd.readouterr().err
     assert ("Running generate_until" in said) is ("Running loglikelihood" in said) is not quiet
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "first"),
+    [
+        ("He took the _ home.", "He took the", "cat home."),
+        ("The _'s owner", "The", "cat's owner"),
+        ("What is os.path_exists?", "Question: What is os.path_exists?\nAnswer:", "cat"),
+        ("Find c in Z_3", "Question: Find c in Z_3\nAnswer:", "cat"),
+        ("It is ___.", "Question: It is ___.\nAnswer:", "cat"),
+        ("The _ and the _", "Question: The _ and the _\nAnswer:", "cat"),
+        ("The _ of x_1", "The", "cat of x_1"),
+    ],
+)
+def test_a_gap_is_one_underscore_that_stands_alone(question: str, text: str, first: str) -> None:
+    made = DOCUMENTS["choice"]({"question": question, "choices": ["cat", "dog"], "answer": 0})
+    assert (made["text"], made["choices"][0]) == (text, first)

@@ -51,7 +51,7 @@ def ours(
     gate, up, down = (partial(torch.nn.functional.linear, weight=weight) for weight in dense)
     both = partial(torch.nn.functional.linear, weight=torch.cat(dense[:2]))
     inner = (lambda x: both(x).chunk(2, dim=-1)) if fused else lambda x: (gate(x), up(x))
-    ffn = SimpleNamespace(inner=inner, down=down, act_fn=silu)
+    ffn = SimpleNamespace(inner=inner, down=down, down_bias=None, act_fn=silu)
     return lora_ffn(x, ffn, weights, chosen, f, scaling, grouped)
 
 
@@ -78,10 +78,11 @@ def test_without_a_gate_outputs_and_gradients_are_those_of_full_experts_with_the
     biases = [torch.linspace(-1, 1, size, dtype=dtype) for size in (WIDE, H)]
     factors = UngatedFactors(f.a_in[:, :R].detach().requires_grad_(), f.b_up, f.a_down, f.b_down)
     inputs = [x, weights, *vars(factors).values()]
-    shares = torch.softmax(weights, dim=1)
+    shares = torch.sigmoid(weights)  # of a gate: they need not sum to 1
     ffn = SimpleNamespace(
         inner=lambda x: (torch.nn.functional.linear(x, up, biases[0]),),
         down=lambda hidden: torch.nn.functional.linear(hidden, down, biases[1]),
+        down_bias=biases[1],
         act_fn=silu,
     )
     found = lora_ffn(x, ffn, shares, chosen, factors, scaling)

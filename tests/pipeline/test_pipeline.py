@@ -19,6 +19,7 @@ from upcycle.pipeline.resume import run_stages, status
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stages import STAGES, stage_names
 from upcycle.recipe import parse_recipe
+from upcycle.reporting.progress import facts
 from upcycle.weights.safetensors_io import ModelReader
 
 NOT_REPRODUCED = ("costs.json", ".lock")
@@ -96,6 +97,19 @@ def test_a_run_that_made_nothing_takes_another_recipe(tiny_recipe: dict[str, Any
     assert [path.name for path in (folder / "prepare.partial").iterdir()] == ["inputs.json"]
     run_stages(make(tiny_recipe, folder, prepare={"learning_rate": 1e-4}), ("prepare",))
     assert sorted(path.name for path in folder.glob("prepare*")) == ["prepare"]
+
+
+def test_what_a_given_up_update_left_is_set_aside(copy: tuple[dict[str, Any], Path], capsys: Any) -> None:
+    """A complete run is complete, whatever was begun beside it."""
+    values, folder = copy
+    (folder / "posttrain.partial").mkdir()
+    (folder / "posttrain.partial" / "work").write_text("hours")
+    (folder / "evaluate.partial").mkdir()
+    run_stages(make(values, folder))
+    assert facts(folder)["complete"]
+    assert (folder / "posttrain.partial.old-1" / "work").read_text() == "hours"
+    assert "set aside as posttrain.partial.old-1" in capsys.readouterr().out
+    assert not list(folder.glob("evaluate.partial*"))
 
 
 def test_update_runs_only_what_the_change_concerns(copy: tuple[dict[str, Any], Path], capsys: Any) -> None:

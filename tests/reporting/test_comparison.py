@@ -152,3 +152,15 @@ def test_a_run_shows_the_comparison_that_it_is_part_of(tmp_path: Path) -> None:
     assert found is not None
     assert summarise(found).lead.startswith("The lowest held-out loss, 0.4500")
     assert find_comparison(tmp_path.parent) is None
+
+
+def test_what_was_scaled_to_equal_flops_is_not_said_to_have_equal_tokens(tmp_path: Path) -> None:
+    variants = {"dense: sft": cells(1.0, 1.1), "moe: upit": cells(0.9, 0.95, tokens=300)}
+    with_plans(tmp_path, 1, 4)
+    rows = summary(variants, labels(list(variants)), against=1)
+    found = Comparison(variants=variants, summary=rows, not_comparable=[], match="flops")
+    COMPARISON.write(tmp_path, found)
+    text = written(tmp_path)
+    assert summarise(found).heading == "At equal training FLOPs"
+    assert "“moe” saw 600 training tokens, “dense” 2,000." in text
+    assert "--seeds 2 --out FOLDER --against moe --match flops</pre>" in text

@@ -150,3 +150,11 @@ def test_a_folder_in_a_run_that_is_no_stage_has_no_experts(tmp_path: Path) -> No
     assert find_plan(tmp_path / "posttrain") == plan_of(2)
     with pytest.raises(UpcycleError, match="mine has no expansion plan"):
         find_plan(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_experts_without_a_similarity_have_no_picture(count: int, tmp_path: Path, capsys: Any) -> None:
+    PLAN.write(tmp_path, plan_of(count))  # copies: no task vector
+    inspect(tmp_path, tmp_path / "picture.png")
+    assert "picture.png is not drawn: no two of the experts have a similarity" in capsys.readouterr().out
+    assert not (tmp_path / "picture.png").exists()

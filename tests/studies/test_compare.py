@@ -126,6 +126,7 @@ def test_long_variants_do_not_push_the_figures_out(capsys: Any) -> None:
 
 def test_an_axis_is_parted_at_its_commas() -> None:
     assert axis_values("data.train=[a,b],[c]") == ["data.train=[a,b]", "data.train=[c]"]
+    assert axis_values("a.b=[{x: 1}, {x: 2}],c,[[1,2],[3]]") == ["a.b=[{x: 1}, {x: 2}]", "a.b=c", "a.b=[[1,2],[3]]"]
     with pytest.raises(UpcycleError, match=r"'seed' is not of the form section.field=value,value"):
         axis_values("seed")
 
@@ -294,3 +295,16 @@ def test_a_folder_of_another_variant_says_what_to_do(recipe_file: Path, tmp_path
     said = r"0-seed0 was made by a different variant \(route\.start: .* -> ridge\); name the same variants"
     with pytest.raises(UpcycleError, match=said):
         run_cells(Study([f"{recipe_file} route.start=ridge"], [0], tmp_path / "out"))
+
+
+def test_a_cell_whose_data_changed_says_what_to_type(
+    recipe_file: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(rows.read_text())
+    study = Study([f"{recipe_file} data.train={data}"], [0], tmp_path / "out")
+    run_stages(study.run(0, 0), ["prepare"])
+    data.write_text("".join(reversed(rows.read_text().splitlines(keepends=True)[:-1])))
+    typed = r"upcycle run \S+out/0-seed0/recipe\.yaml --run \S+out/0-seed0 --update`, then this command again"
+    with pytest.raises(UpcycleError, match=typed):
+        run_cells(study)

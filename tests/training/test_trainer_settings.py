@@ -186,3 +186,25 @@ def test_classes_that_a_training_replaces_are_put_back(tmp_path: Path, base: Pat
     with classes_kept(model):
         modeling_mixtral.MixtralRMSNorm = modeling_mixtral.apply_rotary_pos_emb = None
     assert (modeling_mixtral.MixtralRMSNorm, modeling_mixtral.apply_rotary_pos_emb) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"lr_scheduler": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, "min_lr"),
+        ({"trainer": {"lr_scheduler_kwargs": {"num_cycle": 1}}}, "num_cycle"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_said_before_anything_runs(changes: dict[str, Any], missing: str) -> None:
+    with pytest.raises(UpcycleError, match=rf"posttrain\.trainer: .*{missing}"):
+        check(POSTTRAIN, PosttrainSettings(**changes))
+
+
+def test_a_constant_rate_has_the_warm_up_that_is_asked_for() -> None:
+    def scheduler(warmup: float) -> str:
+        made = PosttrainSettings(lr_scheduler="constant", warmup_fraction=warmup)
+        return str(config(made, "unused", 0, 1, "none").lr_scheduler_type.value)
+
+    assert scheduler(0.1) == "constant_with_warmup"
+    assert scheduler(0.0) == "constant"

@@ -14,9 +14,10 @@ from conftest import make_dense, perturbed
 from upcycle.architectures.check import check_source
 from upcycle.architectures.mapping import map_model
 from upcycle.errors import UpcycleError
+from upcycle.experts.kinds import KINDS
 from upcycle.weights.folders import find_model
 from upcycle.weights.safetensors_io import ModelReader
-from worlds import assembled, logits
+from worlds import as_base, assembled, logits
 
 WEIGHTS = "model.safetensors"
 
@@ -123,3 +124,12 @@ def test_nan_in_a_base_is_named(tmp_path: Path) -> None:
     reader = ModelReader(broken)
     with pytest.raises(UpcycleError, match=r"n: lm_head\.weight holds NaN or Inf, so this model is damaged"):
         check_source(map_model(broken, reader, 4), reader)
+
+
+def test_a_head_that_only_a_checkpoint_or_only_the_base_has_is_refused(base: Path, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    own = edited(base, tmp_path / "own", lambda tensors: {**tensors, "lm_head.weight": tensors[name] + 0.5})
+    for of, checkpoint in ((base, own), (own, base)):
+        with pytest.raises(UpcycleError, match=r"a head of its own \(lm_head\.weight\), but .* would be lost"):
+            KINDS["ffn"].check_checkpoint(as_base(of), checkpoint, checkpoint)
+    KINDS["ffn"].check_checkpoint(as_base(own), own, own)

@@ -54,6 +54,12 @@ class Structure:
         output: Tensor = ffn.get_submodule(outer)(hidden)
         return output
 
+    def down_bias(self, ffn: nn.Module) -> Tensor | None:
+        """Of down_proj."""
+        *_, outer = self.linears
+        bias: Tensor | None = getattr(ffn.get_submodule(outer), "bias", None)
+        return bias
+
     def output(self, ffn: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`formula`."""
         first, *rest = self.inner(ffn, x)

@@ -37,6 +37,8 @@ class DenseFfn(Protocol):
     inner: Callable[[Tensor], tuple[Tensor, ...]]
     """(gate, up), or (up,)."""
     down: Callable[[Tensor], Tensor]
+    down_bias: Tensor | None
+    """That `down` adds."""
     act_fn: Callable[[Tensor], Tensor]
 
 
@@ -170,8 +172,8 @@ def lora_ffn(
             apply: Any = _Mix.apply
             mixed, low = apply(x, *inner, weights, experts, scaling, ffn.act_fn, grouped, *low_rank)
     output = ffn.down(mixed) + low
-    if (bias := getattr(ffn.down, "bias", None)) is not None:
-        output = output + (weights.sum(dim=1, keepdim=True) - 1) * bias  # a token gets it as often as its experts weigh
+    if ffn.down_bias is not None:
+        output = output + (weights.sum(dim=1, keepdim=True) - 1) * ffn.down_bias
     return torch.empty_like(output).index_copy(0, order, output)
 
 

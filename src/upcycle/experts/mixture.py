@@ -111,6 +111,11 @@ class MixtureFfn(nn.Module):
         """Its last linear layer."""
         return self.structure.down(self, hidden)
 
+    @property
+    def down_bias(self) -> Tensor | None:
+        """That of its last linear layer."""
+        return self.structure.down_bias(self)
+
     def dense(self, hidden: Tensor) -> Tensor:
         """Its output."""
         return self.structure.output(self, self.act_fn, hidden)

@@ -205,3 +205,16 @@ def test_the_sum_over_many_entries_stays_exact() -> None:
     ones = torch.ones(1 << 25)
     gram = piece_gram(torch.zeros(1 << 25), [ones, ones * 3])
     assert gram.tolist() == [[2.0**25, 3 * 2.0**25], [3 * 2.0**25, 9 * 2.0**25]]
+
+
+@pytest.mark.parametrize(("copies_of", "refused"), [("none", 0), ("last", 1), ("base", None)])
+def test_only_what_becomes_an_expert_must_have_been_trained(copies_of: str, refused: int | None) -> None:
+    for untrained in (0, 1):
+        vectors = torch.eye(2)
+        vectors[untrained] = 0
+        settings = ExpandSettings(num_experts=2, copies_of=copies_of)
+        if copies_of == "none" or untrained == refused:
+            with pytest.raises(UpcycleError, match=f"c{untrained} has the base's FFN weights"):
+                make_plan(points(2), gram_of(vectors), settings, seed=0)
+        else:
+            assert len(make_plan(points(2), gram_of(vectors), settings, seed=0).experts) == 2

@@ -1,5 +1,6 @@
 """Scoring, pre-optimisation and the whole routing stage on a tiny MoE."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import make_dense, perturbed
 from upcycle.data.batches import collate
 from upcycle.data.chat import Sample
 from upcycle.data.splits import SeedData, load_splits
@@ -121,6 +123,25 @@ def first_choice(model: torch.nn.Module, sample: Sample) -> int:
     return int(
         torch.stack([torch.softmax(logits, dim=1).mean(dim=0) for logits in recorder.logits]).mean(dim=0).argmax()
     )
+
+
+def test_nothing_is_said_of_domains_where_there_is_one(
+    base: Path, moe: Path, samples: list[Sample], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alike = [replace(sample, domain="all") for sample in samples]
+    report = route(as_base(base), moe, SeedData(alike[:9], alike[9:]), NAMES, SETTINGS, 0, tmp_path)
+    assert report.difference is None
+    assert "noise" not in capsys.readouterr().out
+
+
+def test_a_norm_behind_the_ffn_is_said_to_take_the_gate_away(
+    samples: list[Sample], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = make_dense(tmp_path / "olmo", model_type="olmo2")
+    made = assembled(dense, [perturbed(dense, tmp_path / f"c{i}", i) for i in range(3)], tmp_path / "moe")
+    settings = SETTINGS.model_copy(update={"start": "upit"})
+    route(as_base(dense), made, SeedData(samples[:9], []), NAMES, settings, 0, tmp_path)
+    assert "L_aux alone trains them" in capsys.readouterr().out
 
 
 def test_separable_data_are_routed_to_their_expert(moe: Path, samples: list[Sample], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The ways to start a router, against their definitions."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_ridge_solves_its_normal_equations(seed: Seed) -> None:
         residual = (gram + penalty) @ start.vectors[layer].T.double() - hidden.T @ (weights * targets)
         assert residual.abs().max() < 1e-3
     assert accuracy(start.vectors) > 0.95
+
+
+def test_what_a_start_reads_is_counted_by_tokens(seed: Seed) -> None:
+    answer, chat = Sample([1] * 9, [-100] * 7 + [1, 2], "", "", "", 7, ""), Sample([1] * 4, [1] * 4, "", "", "", 0, "")
+    long = replace(seed, samples=[answer, chat], pairs=[(0, 0), (1, 2), (0, 0)])
+    assert long.num_read.tolist() == [18, 0, 4]
+    answers = replace(long, settings=long.settings.model_copy(update={"tokens": "answer"}))
+    assert answers.num_read.tolist() == [4, 0, 4]
+    thousand = replace(answer, input_ids=[1] * 20_000, labels=[-100] * 19_999 + [1])
+    many = replace(answers, samples=[thousand] * 40, pairs=[(i, i % E) for i in range(40)])
+    kept = starts._token_sample(many)
+    kept.add(Tokens(torch.zeros(L, 40, H), torch.zeros(40, dtype=torch.long)))
+    assert len(kept.take().experts) == 40  # prompts are not read, so none of the answers' tokens is left out
 
 
 def test_kmeans_gives_centroids_to_the_experts_whose_tokens_they_hold(seed: Seed) -> None:
