@@ -13,11 +13,6 @@ RULES: tuple[Rule, ...] = (
         "with expand.copies_of all experts are copies of one FFN",
     ),
     (
-        "expand.adapters",
-        lambda recipe: not recipe.prepare.shares_base,
-        "experts are whole FFNs with this prepare.train, not adapters",
-    ),
-    (
         "assemble.channels route.slice_noise posttrain.balance_over",
         lambda recipe: recipe.assemble.granularity == 1,
         "experts are not cut into slices (assemble.granularity is 1)",

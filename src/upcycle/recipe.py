@@ -156,6 +156,11 @@ class Recipe(Settings):
     def _adapters_fit(self) -> "Recipe":
         if self.prepare.shares_base and self.assemble.shared == "mean":
             raise ValueError("assemble.shared is mean, but adapters share the base's weights; leave it out")
+        if self.expand.adapters != "average" and not self.prepare.shares_base:
+            raise ValueError(
+                f"expand.adapters is {self.expand.adapters}, which has no effect: experts are whole FFNs with this "
+                "prepare.train, not adapters; leave it out"
+            )
         if self.prepare.starts_as_base and self.expand.copies_of != "base":
             raise ValueError(
                 "prepare.train is bottleneck: such experts start as copies of the base and are trained only in the "

@@ -21,8 +21,6 @@ def test_the_last_checkpoint_s_where_shared_is_last(
     for shared in ("base", "mean"):
         assert last_of(tiny_recipe, tmp_path, prepare=given, assemble={"shared": shared}) is None
     assert last_of(tiny_recipe, tmp_path) is None  # our own checkpoints have the base's
-    copies = {"expand": {"copies_of": "base", "perturb": "noise"}, "assemble": {"shared": "base"}}
-    assert last_of(tiny_recipe, tmp_path, prepare=given, **copies) is None
 
 
 def test_a_run_whose_checkpoints_are_gone_has_its_moe_s(

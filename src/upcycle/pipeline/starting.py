@@ -180,13 +180,16 @@ def _draft(wanted: Wanted, method: str, checkpoints: Sequence[Path]) -> Draft:
     values: dict[str, Any] = {"base": wanted.base, "data.train": train}
     if wanted.validation:
         values["data.validation"] = wanted.validation
+    if checkpoints and not _drafted(method, values).recipe().prepares:
+        raise UpcycleError(f"--checkpoints: {method} makes its experts of copies of the base; give another --method")
     if wanted.checkpoints:
         is_folder = expanded(wanted.checkpoints).is_dir()
         values["prepare.checkpoints"] = wanted.checkpoints if is_folder else list(map(str, checkpoints))
-    draft = Draft(method, tuple(f"{name}={json.dumps(value)}" for name, value in values.items()))
-    if checkpoints and not draft.recipe().prepares:
-        raise UpcycleError(f"--checkpoints: {method} makes its experts of copies of the base; give another --method")
-    return draft
+    return _drafted(method, values)
+
+
+def _drafted(method: str, values: Mapping[str, Any]) -> Draft:
+    return Draft(method, tuple(f"{name}={json.dumps(value)}" for name, value in values.items()))
 
 
 def _checkpoints(given: str | None) -> list[Path]:
