@@ -65,7 +65,7 @@ BEDS = {
         f"base=benchmarks/testbeds/middle data.train=runs/testbeds/middle/train.jsonl {TEXT}",
         "data.validation=runs/testbeds/middle/validation.jsonl",
         "data.validation=runs/testbeds/middle/search.jsonl",
-        ("1e-3", "2e-3", "4e-3", "8e-3"),
+        ("1e-3", "2e-3", "4e-3"),
         0.25,
         2.0,
     ),
