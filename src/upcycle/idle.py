@@ -44,4 +44,4 @@ def without_effect(recipe: Any) -> Iterator[str]:
             settings = getattr(recipe, section)
             value, default = getattr(settings, field), type(settings).model_fields[field].default
             if value != default:
-                yield f"{name} is {value}, which has no effect: {why}; leave it out"
+                yield f"{name} is {value}, which has no effect: {why}; leave it out, or set it to {default}"
