@@ -75,12 +75,11 @@ def test_overrides_replace_settings_of_any_depth() -> None:
         ("expand.adapters=product", r"expand\.adapters is product, which has no effect: experts are whole FFNs"),
         ("assemble.channels=random", r"assemble\.channels is random, .* not cut into slices"),
         ("posttrain.balance_over=experts", r"posttrain\.balance_over is experts, which has no effect"),
-        ("'prepare.checkpoints=[a, b]' prepare.by_domain=true", r"prepare\.by_domain is True, .* are not trained"),
         (
             "'prepare.checkpoints=[a]' expand.copies_of=base assemble.shared=base expand.spread=1",
             r"prepare\.checkpoints is \['a'\], .* nothing is taken from them",
         ),
-        ("posttrain.freeze=router posttrain.router_rate=10", r"router_rate is 10\.0, .* posttrain\.freeze is router"),
+        ("posttrain.freeze=shared posttrain.shared_rate=10", r"shared_rate is 10\.0, .* posttrain\.freeze is shared"),
         (
             "posttrain.optimizer_state=carry 'prepare.trainer={optim: adafactor}'",
             r"optimizer_state is carry, but prepare\.trainer\.optim is adafactor",
@@ -92,6 +91,12 @@ def test_overrides_replace_settings_of_any_depth() -> None:
 def test_a_bad_setting_is_named(override: str, message: str) -> None:
     with pytest.raises(UpcycleError, match=message):
         load_recipe("upit", shlex.split(override))
+
+
+def test_what_shipped_recipes_set_may_be_idle() -> None:
+    """One's own domain models in place of a training by domain; a frozen router in place of a slow one."""
+    assert load_recipe("btx", ["prepare.checkpoints=[a, b]", "expand.num_experts=2"]).prepare.by_domain
+    assert load_recipe("upit-fine", ["posttrain.freeze=router"]).posttrain.router_rate == 0.1
 
 
 def test_what_changes_in_a_setting_of_several_values_is_seen() -> None:

@@ -18,19 +18,12 @@ RULES: tuple[Rule, ...] = (
         "experts are not cut into slices (assemble.granularity is 1)",
     ),
     (
-        "prepare.by_domain",
-        lambda recipe: bool(recipe.prepare.checkpoints),
-        "given checkpoints (prepare.checkpoints) are not trained",
-    ),
-    (
         "prepare.checkpoints",
         lambda recipe: not recipe.prepares,
         "nothing is taken from them with expand.copies_of=base and assemble.shared=base",
     ),
-    *(
-        (f"posttrain.{rate}", lambda recipe, part=part: recipe.posttrain.freeze == part, f"posttrain.freeze is {part}")
-        for part, rate in (("router", "router_rate"), ("experts", "experts_rate"), ("shared", "shared_rate"))
-    ),
+    ("posttrain.experts_rate", lambda recipe: recipe.posttrain.freeze == "experts", "posttrain.freeze is experts"),
+    ("posttrain.shared_rate", lambda recipe: recipe.posttrain.freeze == "shared", "posttrain.freeze is shared"),
 )
 
 
