@@ -513,13 +513,15 @@ def _push(folder: Path, name: str) -> None:
         print(f"not uploaded; the folder is {folder}")
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().create_repo(name, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=folder)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UpcycleError(f"{name} could not be uploaded: {error}; log in with `hf auth login`") from None
+    except Exception as error:  # of the hub, of the transport, of the name: all mean the same here
+        raise UpcycleError(
+            f"{name} could not be uploaded: {error}; {folder} is complete: log in with `hf auth login`, then type `hf "
+            f"upload {name} {folder}`"
+        ) from None
     print(f"uploaded: https://huggingface.co/{name}")
 
 

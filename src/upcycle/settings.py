@@ -165,6 +165,8 @@ _INSTEAD = {
     "rows and their answers are read by the section `data`": "completion_only_loss assistant_only_loss "
     "dataset_text_field dataset_kwargs chat_template_path",
     "they are the base's": "eos_token pad_token",
+    "routers are watched in one forward pass of the plain loss": "label_smoothing_factor",
+    "the base and every checkpoint are evaluated at the end (evaluate.models)": "eval_on_start",
     "start several processes instead": "fsdp fsdp_config deepspeed parallelism_config",
     "use `upcycle export --push`": "push_to_hub",
     "remote code never runs": "trust_remote_code",

@@ -228,7 +228,8 @@ def test_variables_of_slurm_are_those_of_a_step_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"), [("a1", "a1"), ("a1,b2", "a1"), ("n[3-7].x,m1", "n3.x"), ("n[12,14]", "n12")]
+    ("nodes", "first"),
+    [("a1", "a1"), ("a1,b2", "a1"), ("n[3-7].x,m1", "n3.x"), ("n[12,14]", "n12"), ("r[1-2]n[01-04]", "r1n01")],
 )
 def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first

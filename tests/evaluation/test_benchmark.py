@@ -12,7 +12,7 @@ import torch
 
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.benchmark import Contender, asked_model, benchmark, check_names
-from upcycle.evaluation.tasks import DOCUMENTS, check_row, read_rows, read_tasks
+from upcycle.evaluation.tasks import DOCUMENTS, check_row, read_rows, read_tasks, task_of
 from upcycle.experts.kinds import load_model
 from upcycle.pipeline.benchmarks import own_folder
 from upcycle.records.benchmark import TaskScores, score_table
@@ -304,3 +304,18 @@ def test_bars_of_lm_eval_are_silent_if_asked(
 def test_a_gap_is_one_underscore_that_stands_alone(question: str, text: str, first: str) -> None:
     made = DOCUMENTS["choice"]({"question": question, "choices": ["cat", "dog"], "answer": 0})
     assert (made["text"], made["choices"][0]) == (text, first)
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignored"),
+    [
+        (["Paris", "Rome."], True),
+        (["+", "-"], False),
+        (["C++", "C#"], False),
+        (["yes", "no"], True),
+        (["1/2", "12"], False),
+    ],
+)
+def test_punctuation_counts_where_answers_are_alike_without_it(targets: list[str], ignored: bool) -> None:
+    task = task_of("t", [{"prompt": f"q{i}", "answer": target} for i, target in enumerate(targets)])
+    assert task["metric_list"][0]["ignore_punctuation"] is ignored

@@ -15,6 +15,7 @@ from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import KINDS, load_for_training, load_model
 from upcycle.recipe import Recipe
 from upcycle.records.files import note_sizes
+from upcycle.records.training import TrainingRecord
 from upcycle.routing.load import slot_counts
 from upcycle.routing.routers import RouterRecorder, freeze
 from upcycle.settings import DevicesSettings, LoraSettings, PosttrainSettings, PrepareSettings, TrainingSettings
@@ -98,6 +99,28 @@ def test_an_interrupted_training_ends_in_the_same_weights(
             train(tmp_path / "cut")
     assert last_checkpoint(tmp_path / "cut").name == "checkpoint-4"
     assert train(tmp_path / "cut") == expected
+
+
+@pytest.mark.parametrize("kind", ["dense", "lora", "moe"])
+def test_a_finished_training_is_taken_as_it_is(
+    kind: str, base: Path, moe: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Also where it ended within an epoch: the stock Trainer would train a step more each time."""
+    settings = SETTINGS.model_copy(update={"epochs": 1.5, "lr_scheduler": "constant", "checkpoint_every": 0.75})
+
+    def train() -> tuple[str, TrainingRecord]:
+        if kind == "lora":
+            model = KINDS["lora"].trainable(as_base(base), LoraSettings(rank=4), 0, DevicesSettings())
+        else:
+            model = load_model(base if kind == "dense" else moe, torch.float32).train()
+        balance = PosttrainSettings() if kind == "moe" else None
+        training = Training(settings, 3, "test", tmp_path / "out", balance=balance)
+        record = fine_tune(model, load_tokenizer(base, None), samples, training)
+        return weights(model), record
+
+    first, made = train(), sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert train() == first
+    assert sorted((tmp_path / "out").glob("checkpoint-*")) == made
 
 
 def make_checkpoint(folder: Path) -> Path:

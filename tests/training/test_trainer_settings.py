@@ -55,6 +55,7 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_runs(monkeypatc
         ({"optim": "adamw_16bit"}, "posttrain.trainer: .*adamw_16bit.*is not a valid OptimizerNames"),
         ({"optim": "adamw_8bit"}, "posttrain.trainer: .*bitsandbytes"),
         ({"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype is not for a recipe"),
+        ({"eval_strategy": "epoch"}, "eval_strategy is epoch, but .* a resume would lose; set eval_strategy: steps"),
     ],
 )
 def test_what_trl_would_not_take_is_said_before_anything_runs(trainer: dict[str, Any], expected: str) -> None:
@@ -110,7 +111,8 @@ def test_a_whole_run_with_another_optimizer_attention_and_evaluation(
     monkeypatch.setattr(UpcyclingTrainer, "create_optimizer", spied)
     more = {
         "optim": "adafactor",
-        "eval_strategy": "epoch",
+        "eval_strategy": "steps",
+        "eval_steps": 0.5,
         "per_device_eval_batch_size": 64,
         "model_init_kwargs": {"attn_implementation": "eager"},
     }

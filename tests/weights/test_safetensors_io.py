@@ -1,6 +1,7 @@
 """Streaming reads and writes against the safetensors library's own."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,19 @@ def test_a_value_beyond_float16_is_named(tmp_path: Path) -> None:
 
 
 def test_a_write_that_fails_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.pwrite", lambda *_: 3)
+    taken = iter((3, 0))
+    monkeypatch.setattr("os.pwrite", lambda *_: next(taken))
     specs = {"a": TensorSpec((2,), torch.float32)}
-    with pytest.raises(OSError, match="wrote 3 of 8 bytes of a"), ModelWriter(tmp_path, specs) as writer:
+    said = "5 of 8 bytes of a could not be written"
+    with pytest.raises(OSError, match=said), ModelWriter(tmp_path, specs) as writer:
         writer.write("a", torch.ones(2))
+
+
+def test_what_the_system_takes_in_parts_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux writes 2 GiB at once."""
+    real = os.pwrite
+    monkeypatch.setattr("os.pwrite", lambda file, data, offset: real(file, data[:3], offset))
+    values = torch.arange(20.0).reshape(4, 5)
+    with ModelWriter(tmp_path, {"a": TensorSpec((4, 5), torch.float32)}) as writer:
+        writer.write("a", values)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], values)

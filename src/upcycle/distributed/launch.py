@@ -31,5 +31,5 @@ def slurm_variables(given: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodes: str) -> str:
     """`a07` of Slurm's `a[07-12,15],b1`."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    return f"{match[1]}{match[2] or ''}{match[3] or ''}" if match else nodes
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else nodes

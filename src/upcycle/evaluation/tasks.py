@@ -10,6 +10,7 @@ One `_` that stands alone in a question stands for the choice (Winogrande); not 
 """
 
 import re
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from upcycle.reading import brief
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"-?[\d,]*\.?\d+")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 GAP = re.compile(r"(?<!\w)_(?!\w)")
 Check = tuple[Callable[[Any], bool], str]
 """What a field must be, and in words."""
@@ -152,7 +154,8 @@ def task_of(name: str, rows: Sequence[Row]) -> dict[str, Any]:
             "process_results": _run,
             "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
         }
-    numeric = all(NUMBER.fullmatch(target) for document in documents for target in document["target"])
+    targets = [target for document in documents for target in document["target"]]
+    numeric = all(map(NUMBER.fullmatch, targets))
     picked = {"regex_pattern": NUMBER.pattern, "group_select": -1} if numeric else {"regex_pattern": r"\s*([^\n]*)"}
     return {
         **common,
@@ -167,11 +170,18 @@ def task_of(name: str, rows: Sequence[Row]) -> dict[str, Any]:
                 "aggregation": "mean",
                 "higher_is_better": True,
                 "ignore_case": True,
-                "ignore_punctuation": not numeric,
+                "ignore_punctuation": not numeric and _differ_without_punctuation(targets),
                 "regexes_to_ignore": [",", r"\s+$", r"^\s+"],
             }
         ],
     }
+
+
+def _differ_without_punctuation(targets: Sequence[str]) -> bool:
+    """Whether answers that differ stay different, and none is left empty."""
+    known = {target.strip().lower() for target in targets}
+    bare = {target.translate(PUNCTUATION).strip() for target in known}
+    return "" not in bare and len(bare) == len(known)
 
 
 def _choice_document(row: Row) -> Row:

@@ -83,7 +83,8 @@ def fine_tune(
         if trainer.bias:
             trainer.add_callback(StepBias(trainer.bias))
         with trainer.watching(), closing(bar), kept_heap():
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            if resume is None or not trainer.take_finished(resume):
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if training.newest_alone and is_main():
             leave_newest(training.out_dir)
         wait()

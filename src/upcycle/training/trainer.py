@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Sampler
+from transformers import TrainerState
 from trl import SFTTrainer
 
 from upcycle.distributed.shards import OPTIMIZER, is_sharded, load_optimizer, local, save_optimizer
@@ -20,7 +21,7 @@ from upcycle.distributed.world import gathered, summed, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import kind_of
 from upcycle.experts.sharded import save_checkpoint
-from upcycle.records.files import note_sizes
+from upcycle.records.files import TRAINER_STATE, note_sizes
 from upcycle.routing.batch import IGNORED
 from upcycle.routing.load import shares
 from upcycle.routing.routers import RouterRecorder, parts
@@ -83,9 +84,10 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(self, model: Model, inputs: Inputs, return_outputs: bool = False, **kwargs: Any) -> torch.Tensor:
         """TRL's loss plus what keeps a MoE's routers balanced."""
         mask = inputs.pop(TOKEN_MASK) if TOKEN_MASK in inputs else _token_mask(inputs)
+        if self.recorder is not None:
+            self.recorder.clear()
         if self.recorder is None or not self.model.training:
             return self._finite(super().compute_loss(model, inputs, return_outputs, **kwargs))
-        self.recorder.clear()
         loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
         # the language-model loss is already divided by the tokens of the whole step: so is this, by its parts
         return self._finite(loss + self._router_loss(mask.reshape(-1)) / self.current_gradient_accumulation_steps)
@@ -194,6 +196,18 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
             f"{problem} at step {self.state.global_step} of {self.state.max_steps}; {kept}. "
             "Lower the learning rate, or look at the data around that step"
         )
+
+    def take_finished(self, checkpoint: Path) -> bool:
+        """Take the weights and the log of a checkpoint that is the last of its training; False for any other.
+
+        The stock Trainer (transformers 5.23) trains a step more where the last epoch is not a whole one.
+        """
+        state = TrainerState.load_from_json(str(TRAINER_STATE.of(checkpoint)))
+        if state.global_step < state.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Model | None = None) -> None:
         """The stock method (transformers 5.23) would go on from a MoE's initial experts."""

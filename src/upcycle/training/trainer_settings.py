@@ -94,6 +94,11 @@ def check(section: str, settings: TrainingSettings) -> None:
             TypeAdapter(hints[name]).validate_python(value, strict=True)
         except ValidationError as error:
             raise UpcycleError(f"{where}: {expected(error.errors()[0])} (found {brief(value)})") from None
+    if settings.trainer.get("eval_strategy") == "epoch":
+        raise UpcycleError(
+            f"{section}.trainer.eval_strategy is epoch, but a checkpoint at an epoch's end is saved before its "
+            "evaluation, which a resume would lose; set eval_strategy: steps, and eval_steps"
+        )
     _check_model_kwargs(section, settings)
     try:
         made = config(settings, "unused", 0, 1, "none")

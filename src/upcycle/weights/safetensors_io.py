@@ -250,9 +250,12 @@ class ModelWriter:
 
 
 def _pwrite(file: BinaryIO, data: memoryview, offset: int, name: str) -> None:
-    written = os.pwrite(file.fileno(), data, offset)
-    if written != data.nbytes:
-        raise OSError(errno.ENOSPC, f"wrote {written} of {data.nbytes} bytes of {name}")
+    left = data.cast("B")
+    while left.nbytes:  # Linux takes 2 GiB at once
+        written = os.pwrite(file.fileno(), left, offset)
+        if not written:
+            raise OSError(errno.ENOSPC, f"{left.nbytes} of {data.nbytes} bytes of {name} could not be written")
+        left, offset = left[written:], offset + written
 
 
 def _lay_out(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:

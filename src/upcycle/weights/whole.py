@@ -23,8 +23,8 @@ PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "chat_template.json",
 )
+"""Not chat_template.json: processors read it before the template that the MoE has."""
 NORM = "model.norm.weight"
 FURTHER_TOKENS = "mtp."
 """What predicts them from the dense model; the programs that read it do without."""
