@@ -227,6 +227,7 @@ VARIANTS: dict[str, Row] = (
 )
 TABLES = {
     "core": ("sft", "vanilla", "vanilla-sft", "upit"),
+    "upit": ("upit", "vanilla-sft", "vanilla"),
     "methods": tuple(METHODS),
     "from-base": ("vanilla", "noise", "drop"),
     "lora": ("upit-lora", "sft-lora", "self-moe", "lora-moe", "pesc"),

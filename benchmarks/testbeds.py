@@ -3,7 +3,7 @@
     python benchmarks/testbeds.py capacity --data DATA_FOLDER --out runs/testbeds          # some seconds
     python benchmarks/testbeds.py middle --data DATA_FOLDER --out runs/testbeds
     python benchmarks/testbeds.py smollm2 --data DATA_FOLDER --out runs/testbeds           # rows alone, for a GPU
-    python benchmarks/testbeds.py middle --base --data DATA_FOLDER --out FOLDER         # its base too: half an hour
+    python benchmarks/testbeds.py middle --base --data DATA_FOLDER --out FOLDER            # its base too: half an hour
     python benchmarks/testbeds.py toy --data DATA_FOLDER --out FOLDER                      # as small as can be
 
 DATA_FOLDER has `instruct/*.jsonl.gz`. Short rows of one question and one answer are split by the hash of the question

@@ -86,48 +86,39 @@ def run(
 
 def prepare(run: Run | Name) -> list[Checkpoint]:
     """Stage 1: fine-tune the base and keep checkpoints, or take the recipe's; in the order of training."""
-    run = _opened(run)
-    run_stages(run, (PREPARE,))
-    return run.checkpoints
+    return _made(run, PREPARE).checkpoints
 
 
 def expand(run: Run | Name) -> ExpansionPlan:
     """Stage 2: which experts there are, and what each is made of."""
-    run = _opened(run)
-    run_stages(run, (EXPAND,))
-    return run.plan
+    return _made(run, EXPAND).plan
 
 
 def assemble(run: Run | Name) -> Path:
     """Stage 4, first half: the folder of the MoE before any training of its own."""
-    run = _opened(run)
-    run_stages(run, (ASSEMBLE,))
-    return run.assembled_moe
+    return _made(run, ASSEMBLE).assembled_moe
 
 
 def route(run: Run | Name) -> RouteReport:
     """Stage 3: which expert got which seed data, and how the router starts."""
-    run = _opened(run)
-    run_stages(run, (ROUTE,))
-    return run.route_report
+    return _made(run, ROUTE).route_report
 
 
 def posttrain(run: Run | Name) -> Path:
     """Stage 4: the folder of the finished model."""
-    run = _opened(run)
-    run_stages(run, (POSTTRAIN,))
-    return run.result
+    return _made(run, POSTTRAIN).result
 
 
 def evaluate(run: Run | Name) -> Scores:
     """Held-out loss and exact match by model and domain: of base, checkpoints and MoE."""
-    run = _opened(run)
-    run_stages(run, (EVALUATE,))
-    return run.scores
+    return _made(run, EVALUATE).scores
 
 
-def _opened(run: Run | Name) -> Run:
-    return run if isinstance(run, Run) else open_run(Path(run), {})
+def _made(run: Run | Name, stage: str) -> Run:
+    """The run, or the one in a folder, once it has come so far."""
+    run = run if isinstance(run, Run) else open_run(run, {})
+    run_stages(run, (stage,))
+    return run
 
 
 def report(run: Run | Name, out: Name | None = None) -> Path:

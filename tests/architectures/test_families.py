@@ -25,6 +25,7 @@ from upcycle.experts.ffn import describe
 from upcycle.experts.kinds import load_model
 from upcycle.experts.structure import problem_of
 from upcycle.routing.routers import (
+    SIGMOID,
     ForcedRouter,
     RouterRecorder,
     RowExperts,
@@ -362,6 +363,7 @@ def test_a_bias_on_the_choice_of_experts_leaves_their_weights_as_the_model_has_t
         if hasattr(router, "per_expert_scale"):
             router.per_expert_scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
     expected = model(IDS).logits
+    assert (moe in SIGMOID) == (MOES[moe].routing == "sigmoid")
     with LossFreeBias(model, 0.1):
         torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     freeze(model, ())

@@ -260,9 +260,7 @@ def _pieces(sources: _Sources, plan: ExpansionPlan, down: str, made_in: torch.dt
         made = _children(plan, theta, experts, region.tensor, start, made_in)
         last = sources.checkpoints[-1].elements(region.tensor, start, count) if plan.spread != 1 else None
         for number, values in enumerate(chain(experts, made)):
-            if last is not None and plan.experts[number].kind != "base":
-                values = spread(last, values, plan.spread)
-            yield number, begin, values
+            yield number, begin, values if last is None else spread(last, values, plan.spread_of(number))
 
 
 def _children(
@@ -283,8 +281,8 @@ def _children(
 def _expert(sources: _Sources, plan: ExpansionPlan, down: str, number: int, region: Region) -> Tensor:
     """A weight of an expert that is a checkpoint, the base or a perturbed copy of one."""
     weight = read_region(sources.experts[number], region)
-    if plan.spread != 1 and plan.experts[number].kind != "base":
-        return spread(read_region(sources.checkpoints[-1], region), weight, plan.spread)
+    if (scale := plan.spread_of(number)) != 1:
+        return spread(read_region(sources.checkpoints[-1], region), weight, scale)
     if plan.perturb == "none":
         return weight
     channels = 1 if region.tensor.endswith(down) else 0

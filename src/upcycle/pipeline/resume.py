@@ -32,7 +32,7 @@ from upcycle.pipeline.manifest import (
 )
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
-from upcycle.pipeline.stages import stage_names, stages_until
+from upcycle.pipeline.stages import check_stage, stage_names
 from upcycle.recipe import differences, dump_recipe, load_recipe
 from upcycle.records.files import INPUTS, LOCK, POSTTRAIN, PREPARE, RECIPE
 from upcycle.records.manifest import Manifest
@@ -61,7 +61,7 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
     names = (names,) if isinstance(names, str) else names
     run.asked = tuple(stage_names() if names is None else names)
     for name in run.asked:
-        stages_until(name, "a stage to run")
+        check_stage(name, "a stage to run")
     _check_batches(run)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(_lock(run.folder)))

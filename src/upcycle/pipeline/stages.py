@@ -268,9 +268,15 @@ def stages_until(last: str, option: str) -> tuple[str, ...]:
     Raises:
         UpcycleError: there is no such stage; names the option that asked for it.
     """
-    if last not in (names := stage_names()):
-        raise UpcycleError(f"{option} is {brief(last)}, expected one of {', '.join(names)}")
+    check_stage(last, option)
+    names = stage_names()
     return names[: names.index(last) + 1]
+
+
+def check_stage(name: str, option: str) -> None:
+    """Raises UpcycleError if there is no such stage; names the option that asked for it."""
+    if name not in (names := stage_names()):
+        raise UpcycleError(f"{option} is {brief(name)}, expected one of {', '.join(names)}")
 
 
 def training_tokens(run: Path) -> dict[str, int]:

@@ -66,7 +66,7 @@ class ExpansionPlan(Record):
     channels: Literal["contiguous", "strided", "random"] = "contiguous"
     """Which channels are in a slice."""
     spread: float = 1.0
-    """Every expert E becomes L + spread (E - L), L the last checkpoint, at assembly; `gram` is from before."""
+    """Every expert E but the base becomes L + spread (E - L) at assembly, L the last checkpoint; `gram` is older."""
 
     @model_validator(mode="after")
     def _each_expert_has_its_origin(self) -> "ExpansionPlan":
@@ -88,6 +88,10 @@ class ExpansionPlan(Record):
         if {len(self.experts)} != {len(self.gram), *map(len, self.gram)}:
             raise ValueError(f"gram is not {len(self.experts)} by {len(self.experts)}")
         return self
+
+    def spread_of(self, number: int) -> float:
+        """That of an expert: the base is one on purpose and stays where it is."""
+        return 1.0 if self.experts[number].kind == "base" else self.spread
 
     @property
     def labels(self) -> list[str]:

@@ -50,7 +50,7 @@ def comparison_figure(found: Comparison, path: Path) -> None:
         axes.set_xlabel(metric.replace("_", " "))
         axes.grid(axis="x", alpha=0.3)
     figure.axes[0].invert_yaxis()
-    budget = "equal training FLOPs" if found.match else f"{rows[0].tokens:,} training tokens each"
+    budget = f"equal {found.budget}" if found.match else f"{rows[0].tokens:,} training tokens each"
     figure.suptitle(budget + " (NOT COMPARABLE)" * bool(found.not_comparable))
     figure.savefig(path, dpi=120)
 

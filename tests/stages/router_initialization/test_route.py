@@ -142,6 +142,12 @@ def test_a_norm_behind_the_ffn_is_said_to_take_the_gate_away(
     settings = SETTINGS.model_copy(update={"start": "upit"})
     route(as_base(dense), made, SeedData(samples[:9], []), NAMES, settings, 0, tmp_path)
     assert "L_aux alone trains them" in capsys.readouterr().out
+    model, rows, start = load_model(made, torch.float32), RowExperts(), random_routers(2, 3, 32, 0.02, 0)
+    with swapped_routers(model, lambda layer: GatedRouter(rows, start[layer])) as routers:
+        vectors = [router.vectors for router in routers]
+        losses = gated_losses(model, collate(samples, [0], 0, "cpu"), routers, "all")
+        language, auxiliary = (torch.autograd.grad(loss, vectors, retain_graph=True) for loss in losses)
+    assert all(one.norm() < 1e-4 * other.norm() for one, other in zip(language, auxiliary, strict=True))
 
 
 def test_separable_data_are_routed_to_their_expert(moe: Path, samples: list[Sample], tmp_path: Path) -> None:
