@@ -84,6 +84,10 @@ def test_overrides_replace_settings_of_any_depth() -> None:
             "posttrain.optimizer_state=carry 'prepare.trainer={optim: adafactor}'",
             r"optimizer_state is carry, but prepare\.trainer\.optim is adafactor",
         ),
+        (
+            "'prepare.trainer={pad_to_multiple_of: 64}'",
+            r"pad_to_multiple_of is not for SFTConfig here; rows of a micro",
+        ),
         ("seed", r"override 'seed' is not of the form section\.field=value"),
         ("base.x=1", r"override 'base\.x=1': 'base' is a value, not a section"),
     ],

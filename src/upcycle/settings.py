@@ -98,7 +98,7 @@ class DataSettings(Settings):
     """What happens to longer rows: leave them out and report how many, cut them from the left, or stop."""
     decontaminate: Literal["exact", "ngram"] = "exact"
     """Which training rows are removed because of a held-out question. `exact`: rows with the same question. `ngram`:
-    also rows that share 13 consecutive words with one (or all words of a shorter question)."""
+    also rows that share 13 consecutive words with one, or have all words of one with 6 to 12."""
     decontaminate_with: list[str] = []
     """More files whose questions must not be trained on: benchmarks (`question` or `prompt`) or chats."""
     turns: Literal["all", "last"] = "all"
@@ -157,6 +157,7 @@ _INSTEAD = {
     "set data.max_length": "max_length truncation_mode",
     "set posttrain.report_to": "report_to",
     "set posttrain.router_aux_loss_coef": "router_aux_loss_coef",
+    "rows of a micro-batch are padded to the longest": "pad_to_multiple_of",
     "set checkpoint_every; what a resume needs is always saved": "save_strategy save_steps save_total_limit "
     "save_only_model save_on_each_node",
     "every step is logged": "logging_strategy logging_steps logging_first_step",

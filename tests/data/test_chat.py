@@ -32,7 +32,7 @@ def labelled(tokenizer, sample) -> str:
 def test_only_the_assistants_tokens_and_their_end_carry_labels(tokenizer) -> None:
     sample = encode(chat(("system", "be brief"), ("user", "2+2?"), ("assistant", "4")), tokenizer)
     assert labelled(tokenizer, sample) == "4<|im_end|>"
-    assert sample.question == "be brief\n2+2?"
+    assert sample.question == "2+2?"
     assert tokenizer.decode(sample.input_ids[: sample.answer_start]).endswith("<|im_start|>assistant\n")
     assert all(label in (IGNORED, token) for label, token in zip(sample.labels, sample.input_ids, strict=True))
 
@@ -48,7 +48,7 @@ def test_every_assistant_turn_is_learned_and_the_last_one_generated(tokenizer) -
 def test_an_answer_that_a_template_rewrites_must_be_found_or_is_refused(tokenizer, monkeypatch) -> None:
     counted = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     monkeypatch.setattr(tokenizer, "chat_template", counted)
-    assert labelled(tokenizer, encode(chat(("user", "a"), ("assistant", "b")), tokenizer)) == "b"
+    assert labelled(tokenizer, encode(chat(("user", "a"), ("assistant", "b")), tokenizer)) == "b<|im_end|>"
     monkeypatch.setattr(tokenizer, "chat_template", counted.replace("m['content']", "m['content'] | length"))
     with pytest.raises(UpcycleError, match="here:1: the chat template rewrites message 1"):
         encode(chat(("user", "a"), ("assistant", "b")), tokenizer)

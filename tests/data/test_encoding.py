@@ -97,6 +97,30 @@ def test_an_error_of_a_process_is_said_and_nothing_is_kept(
     assert set(cache.iterdir()) == before
 
 
+def test_rows_that_the_template_refuses_are_counted_as_those_that_cannot_be_read(
+    cache: Path, tiny_recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = Path(tiny_recipe["data"]["train"]).read_text().splitlines()
+    first = json.loads(lines[7])
+    lines[7] = json.dumps({"messages": [{"role": "system", "content": "Be brief."}, *first["messages"]]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = str(load_tokenizer(Path(tiny_recipe["base"]), None).chat_template)
+    tiny_recipe["data"] |= {"train": str(tmp_path / "rows.jsonl")}
+
+    def kept(max_bad: float) -> int:
+        values = {**tiny_recipe, "data": {**tiny_recipe["data"], "max_bad": max_bad}}
+        tokenizer = load_tokenizer(Path(tiny_recipe["base"]), refusing + template)
+        splits = load_splits(parse_recipe(values, "test"), tokenizer, 128)
+        return sum(map(len, (splits.train, splits.seed.fit, splits.seed.test, splits.validation)))
+
+    said = r"rows\.jsonl:8: the chat template cannot render this chat: no system; 1 of \d+ \w+ rows \(\S+%\) cannot"
+    with pytest.raises(UpcycleError, match=said):
+        kept(0)
+    assert kept(0.5) == len(lines) - 1
+    assert "that cannot be encoded (first: " in capsys.readouterr().out
+
+
 def test_a_killed_encoding_leaves_nothing_that_is_used(cache: Path, tmp_path: Path) -> None:
     code = (
         "import time; from upcycle.data.cache import cached\n"

@@ -242,7 +242,7 @@ def test_developer_tools_and_calls(tmp_path: Path) -> None:
     assert row.messages[2] == messages[2]
     assert "name" not in row.messages[4]
     assert row.tools[0]["function"]["parameters"] == {"x": {"type": "int"}}
-    assert row.question == "d\nu"
+    assert row.question == "u"
 
 
 BAD = {
@@ -472,3 +472,51 @@ def test_a_table_without_rows_says_so_in_one_line(tmp_path: Path, capfd: pytest.
     with pytest.raises(UpcycleError, match=r"no\.parquet cannot be read as parquet"):
         rows_of(tmp_path / "no.parquet")
     assert "Failed" not in "".join(capfd.readouterr())
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": arguments}
+    return {
+        "messages": [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]},
+        ]
+    }
+
+
+def test_arguments_of_calls_are_objects_and_hold_what_was_written(tmp_path: Path) -> None:
+    """A table fills objects up with the keys of others; OpenAI's format has JSON in a text."""
+
+    def arguments(path: Path) -> list[Any]:
+        return [row.messages[1]["tool_calls"][0]["function"]["arguments"] for row in rows_of(path)]
+
+    given = [{"city": "Rome"}, {"x": 1}]
+    Dataset.from_list([call(one) for one in given]).to_parquet(tmp_path / "calls.parquet")
+    assert arguments(tmp_path / "calls.parquet") == given
+    (tmp_path / "calls.jsonl").write_text("\n".join(json.dumps(call(json.dumps(one))) for one in given))
+    assert arguments(tmp_path / "calls.jsonl") == given
+    (tmp_path / "none.jsonl").write_text(json.dumps(call({"limit": None})) + "\n" + json.dumps(call("no JSON")))
+    assert arguments(tmp_path / "none.jsonl") == [{"limit": None}, "no JSON"]
+
+
+@pytest.mark.parametrize("text", ['[{"name": "f", "arguments": {}}]', '[{"a": 1}]\nSummarise this', '[{"role": '])
+def test_a_text_that_begins_like_messages_is_a_text(text: str) -> None:
+    row = to_row({"prompt": text, "completion": text}, "here:1")
+    assert [message["content"] for message in row.messages] == [text, text]
+
+
+def test_a_question_is_what_users_ask() -> None:
+    """Others ask the same thing with another system message, or with none."""
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    system, developer = ({"role": role, "content": "Be brief."} for role in ("system", "developer"))
+    rows = [to_row({"messages": [*first, *messages]}, "here:1") for first in ([], [system], [system, developer])]
+    assert [row.question for row in rows] == ["2+2?"] * 3
+    assert to_row({"messages": [system, messages[1]]}, "here:1").question == "Be brief.\n4"
+
+
+def test_files_are_domains_by_their_whole_names(tmp_path: Path) -> None:
+    for name in ("chat.v1.jsonl", "chat.v2.jsonl.gz", "talk.jsonl"):
+        line = json.dumps({"prompt": "a", "completion": "b"}).encode()
+        (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+    found = rows_of(tmp_path, domain="{file}")
+    assert [row.domain for row in found] == ["chat.v1", "chat.v2", "talk"]

@@ -44,6 +44,23 @@ GEMMA = (
 NEEDS_SYSTEM = (
     "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}" + CHATML
 )
+# Phi-3 and Phi-4-mini: an end of text behind the last turn alone
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# gpt-oss: another end for the last answer, unless an answer is asked for
+GPT_OSS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% else %}<|start|>{{ m.role }}"
+    "<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant"
+    "{% endif %}"
+)
+# GLM: a turn ends where the next one begins
+GLM = (
+    "<s>{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content | trim }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 # the loop, the thoughts and the calls of the template that Qwen3 comes with
 QWEN3 = r"""
 {%- if tools %}
@@ -436,6 +453,40 @@ def test_an_answer_that_the_template_leaves_out_is_refused(tokenizer: Any) -> No
     only_last = "{% for m in messages[-2:] %}" + CHATML.split("%}", 1)[1]
     with pytest.raises(UpcycleError, match="rewrites message 1,"):
         learned(tokenizer, talk("a", "b", "b", "b"), only_last)
+
+
+@pytest.mark.parametrize(
+    ("template", "header", "end", "last"),
+    [
+        (PHI3, "", "<|end|>", "<|end|>\n</s>"),
+        (GPT_OSS, "<|channel|>final<|message|>", "<|end|>", "<|return|>"),
+        (GLM, "", "", "</s>"),
+    ],
+)
+def test_a_turn_ends_before_the_next_whatever_stands_behind_the_last(
+    template: str, header: str, end: str, last: str, tokenizer: Any
+) -> None:
+    row = talk("a", "b c", "secret", "b c")
+    assert learned(tokenizer, row, template) == f"{header}b c{end}|{header}b c{last}"
+    assert learned(tokenizer, chat(*row.messages[:3]), template) == f"{header}b c{end}"
+    assert learned(tokenizer, talk("a", "b c"), template) == f"{header}b c{last}"
+    if end:
+        assert learned(tokenizer, talk("a", "", "secret", "b"), template) == f"{header}{end}|{header}b{last}"
+
+
+def test_a_call_that_the_template_does_not_write_is_refused(tokenizer: Any) -> None:
+    row = chat(("user", "a"), CALL | {"content": "let me see"}, ("tool", "1"), ("assistant", "1"))
+    with pytest.raises(UpcycleError, match=r"here:1: the chat template leaves out the tool calls of message 1 \(f\)"):
+        learned(tokenizer, row, CHATML)
+
+
+def test_arguments_are_objects_or_texts_as_the_template_has_them(tokenizer: Any) -> None:
+    joined = CHATML.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}",
+    )
+    row = chat(("user", "a"), CALL | {"content": None}, ("tool", "1"), ("assistant", "1"))
+    assert learned(tokenizer, row, joined) == 'f{"x": 1}<|im_end|>|1<|im_end|>'
 
 
 def test_a_greeting_is_learned_too(tokenizer: Any) -> None:

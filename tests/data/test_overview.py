@@ -56,10 +56,16 @@ LONG = "Tell me, if you can, which of the many rivers of the old world is the lo
         ("What is 2+2?", True),
         ("what is 2 2", True),
         ("What is 2+3?", False),
+        ("Well, what is 2+2? And " + "why? " * 20, False),  # too short to be looked for
+        ("Tell me quickly, in a word: what is the capital of France? " + "Thanks. " * 9, True),
+        ("What is the capital of French Guiana? " + "Thanks. " * 9, False),
+        ("你好。请用一句话解释什么是机器学习。谢谢", True),
+        ("你好。请用一句话解释什么是机器。谢谢", False),
     ],
 )
-def test_questions_are_alike_by_thirteen_words(question: str, alike: bool) -> None:
-    assert (question in Alike([LONG, "What is 2+2?"])) is alike
+def test_questions_are_alike_by_thirteen_words_or_all_of_fewer(question: str, alike: bool) -> None:
+    held_out = [LONG, "What is 2+2?", "What is the capital of France?", "请用一句话解释什么是机器学习"]
+    assert (question in Alike(held_out)) is alike
 
 
 def test_benchmarks_questions_are_left_out_of_training(

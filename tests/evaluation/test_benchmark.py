@@ -319,3 +319,16 @@ def test_a_gap_is_one_underscore_that_stands_alone(question: str, text: str, fir
 def test_punctuation_counts_where_answers_are_alike_without_it(targets: list[str], ignored: bool) -> None:
     task = task_of("t", [{"prompt": f"q{i}", "answer": target} for i, target in enumerate(targets)])
     assert task["metric_list"][0]["ignore_punctuation"] is ignored
+
+
+def test_answers_of_several_lines_are_left_out_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"prompt": "a", "answer": "b\nc"}, {"prompt": "a", "answer": ["b\nc", "d\n"]}]
+    path = tmp_path / "task.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert read_rows(path) == lines[1:]
+    assert "the `answer` of 1 row has several lines" in " ".join(capsys.readouterr().out.split())
+    path.write_text(json.dumps(lines[0]))
+    with pytest.raises(
+        UpcycleError, match=r"task\.jsonl: the `answer` of 1 row has several lines, .*give short answers"
+    ):
+        read_rows(path)

@@ -8,7 +8,7 @@ import torch
 
 from upcycle.data.chat import Sample
 from upcycle.data.splits import load_splits
-from upcycle.evaluation.score import exact_matches, held_out, score, short_answers
+from upcycle.evaluation.score import _greedy, exact_matches, held_out, score, short_answers
 from upcycle.experts.kinds import load_model
 from upcycle.recipe import Recipe
 from upcycle.records.scores import ModelScores, best_checkpoint
@@ -49,6 +49,22 @@ def test_batched_greedy_answers_equal_those_of_one_prompt(base: Path, samples: l
     assert exact_matches(model, tokenizer, said, SETTINGS, "base") == [1.0] * len(samples)
     other = [replace(s, answer=e + "!") for s, e in zip(samples, expected, strict=True)]
     assert exact_matches(model, tokenizer, other, SETTINGS, "base") == [0.0] * len(samples)
+
+
+def test_answers_are_greedy_whatever_the_model_s_settings_say(base: Path, samples: list[Sample]) -> None:
+    model, tokenizer = load_model(base, torch.float32), load_tokenizer(base, None)
+    plain = _greedy(model, tokenizer, samples, 9)
+    own = model.generation_config
+    own.update(repetition_penalty=9.0, num_beams=3, no_repeat_ngram_size=1)
+    assert _greedy(model, tokenizer, samples, 9) == plain
+    assert model.generation_config is own
+
+
+def test_a_row_cut_within_its_answer_has_no_prompt_to_answer(samples: list[Sample]) -> None:
+    assert (
+        short_answers([replace(samples[0], answer_start=0)], SETTINGS.model_copy(update={"max_answer_tokens": 99}))
+        == []
+    )
 
 
 def test_long_answers_are_left_out_of_the_exact_match(samples: list[Sample]) -> None:

@@ -21,18 +21,21 @@ import pyarrow as pa
 from upcycle.console import Progress
 from upcycle.data.cache import cached
 from upcycle.data.chat import Sample, Turns, check_fast, encode_rows
+from upcycle.data.formats import Row
 from upcycle.data.rows import Rows, open_table
 from upcycle.disk import digest
 from upcycle.errors import UpcycleError
 from upcycle.types import Tokenizer
 from upcycle.weights.base import load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Of the tables; another one is another table."""
 ROWS_AT_ONCE = 1024
 ALONE = 20_000
 """Rows that one process has encoded before others have started."""
 JOB, TOKENIZER, REFUSED = "job.json", "tokenizer", "refused.txt"
+NOTHING = Sample([], [], "", "", "", 0, "")
+"""In place of a row that is refused."""
 NUMBERS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     {
@@ -43,6 +46,7 @@ SCHEMA = pa.schema(
         "answer_start": pa.int32(),
         "num_answer_tokens": pa.int32(),
         "dropped": pa.int32(),
+        "refused": pa.string(),
     }
 )
 
@@ -70,8 +74,10 @@ def encoded(
         numbers: which rows; None: all that have an answer.
         most: cut longer chats to so many tokens, from the left; None: leave them.
 
+    A row whose answer cannot be found in the rendered chat, or that is not rendered, has no tokens, and says why.
+
     Raises:
-        UpcycleError: an answer is not where it can be found in the rendered chat.
+        UpcycleError: that is so for all of the first rows.
     """
     tokens = _tokenizer_key(tokenizer)
     versions = [version(name) for name in ("upcycle", "transformers", "tokenizers")]
@@ -141,9 +147,27 @@ def _write(
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for begin in range(0, len(numbers), ROWS_AT_ONCE):
             part = numbers[begin : begin + ROWS_AT_ONCE]
-            samples = encode_rows(list(rows.take(part)), tokenizer, turns)
-            writer.write_batch(_batch(part, [cut(sample, most) for sample in samples]))
+            found = _encoded_or_refused(list(rows.take(part)), tokenizer, turns)
+            if not begin and (first := _if_all_are_refused(found)):
+                raise first
+            writer.write_batch(_batch(part, found, most))
             yield len(part)
+
+
+def _if_all_are_refused(found: Sequence[Sample | UpcycleError]) -> UpcycleError | None:
+    errors = [one for one in found if isinstance(one, UpcycleError)]
+    return errors[0] if len(errors) == len(found) else None
+
+
+def _encoded_or_refused(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns) -> list[Sample | UpcycleError]:
+    """The samples; where one cannot be made, the error that says why."""
+    try:
+        return list(encode_rows(rows, tokenizer, turns))
+    except UpcycleError as error:
+        if len(rows) == 1:
+            return [error]
+    half = len(rows) // 2
+    return [one for some in (rows[:half], rows[half:]) for one in _encoded_or_refused(some, tokenizer, turns)]
 
 
 def cut(sample: Sample, most: int | None) -> Sample:
@@ -155,10 +179,11 @@ def cut(sample: Sample, most: int | None) -> Sample:
     return replace(sample, input_ids=sample.input_ids[over:], labels=sample.labels[over:], answer_start=start)
 
 
-def _batch(numbers: Sequence[int], samples: Sequence[Sample]) -> pa.RecordBatch:
-    columns: dict[str, Any] = {
-        name: [getattr(sample, name) for sample in samples] for name in SCHEMA.names if name != "row"
-    }
+def _batch(numbers: Sequence[int], found: Sequence[Sample | UpcycleError], most: int | None) -> pa.RecordBatch:
+    samples = [NOTHING if isinstance(one, UpcycleError) else cut(one, most) for one in found]
+    names = [name for name in SCHEMA.names if name not in ("row", "refused")]
+    columns: dict[str, Any] = {name: [getattr(sample, name) for sample in samples] for name in names}
+    columns["refused"] = [str(one) if isinstance(one, UpcycleError) else None for one in found]
     return pa.RecordBatch.from_pydict({"row": list(numbers), **columns}, SCHEMA)
 
 

@@ -13,6 +13,7 @@ from upcycle.settings import COLUMNS, Source
 MISSPELT = 0.75
 """How alike a column must be to one of ours to be taken for a slip."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
+INSTRUCTS = ("system", "developer")
 SAID_BY = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "function_call"), "assistant"),
@@ -61,14 +62,18 @@ class Row:
 
     @property
     def question(self) -> str:
-        """Everything before the first answer to a user: what training and held-out rows must not share."""
+        """Everything before the first answer to a user: what training and held-out rows must not share.
+
+        System messages do not count where a user asks: others ask the same thing without them.
+        """
         before, asked = [], False
         for message in self.messages:
             if message["role"] == "assistant" and asked:
                 break
             asked = asked or message["role"] == "user"
-            before.append(message["content"] or "")
-        return "\n".join(before)
+            before.append(message)
+        said = [message for message in before if message["role"] not in INSTRUCTS] if asked else before
+        return "\n".join(message["content"] or "" for message in said)
 
     @property
     def has_answer(self) -> bool:
@@ -118,8 +123,19 @@ def _prompt_completion(values: Values) -> list[Any]:
 
 
 def _side(value: Any, role: str, column: str) -> list[Any]:
-    is_list = isinstance(value, list) or (isinstance(value, str) and value.startswith('[{"'))
-    return _listed(value, column) if is_list else [{"role": role, "content": value}]
+    if isinstance(value, str) and value.startswith('[{"'):  # messages in a CSV cell, or a text that is JSON
+        found = _json(value)
+        if isinstance(found, list) and all(isinstance(turn, dict) and "role" in turn for turn in found):
+            return found
+    return _listed(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _json(text: str) -> Any:
+    """What a text spells; None if it is not JSON."""
+    try:
+        return parse_json(text, "")
+    except UpcycleError:
+        return None
 
 
 def _alpaca(values: Values) -> list[Any]:
@@ -239,8 +255,21 @@ def _message(turn: Any, name: str, where: str) -> Message:
             f"{name} is {brief(turn)}, expected a 'role' ({', '.join(ROLES)}) and a text 'content'",
         )
     found["content"] = _content(found, name, where)
+    if isinstance(calls := found.get("tool_calls"), list):
+        found["tool_calls"] = [_call(call) for call in calls]
     _check_learned(found, name, where)
     return found
+
+
+def _call(call: Any) -> Any:
+    """A call of a tool with its arguments as an object, which templates spell; OpenAI's format has them as JSON."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call(call["function"])}
+    spelt = call.get("arguments")
+    found = _json(spelt) if isinstance(spelt, str) else None
+    return {**call, "arguments": found} if isinstance(found, dict) else call
 
 
 LEARNED = (("weight", (int, float), "0 or 1"), ("train", bool, "true or false"))
@@ -286,13 +315,13 @@ def _tools(value: Any, where: str) -> tuple[Any, ...]:
     except UpcycleError as error:
         detail = str(error).replace("expected a list", "expected a list of schemas")
         raise UnusableError(where, "'tools' is no list", detail) from None
-    return tuple(map(_without_nulls, found))
+    return tuple(map(without_nulls, found))
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _domain(label: object, where: str) -> str:

@@ -4,7 +4,7 @@ A row whose rendering equals the skeleton of its shape with the row's texts in i
 them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -53,8 +53,27 @@ def read_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, Skeleton | No
         text: its rendering, if it is known.
 
     Raises:
-        UpcycleError: it has no answer, the template cannot render it, or an answer cannot be found in the rendering.
+        UpcycleError: it has no answer, the template cannot render it or leaves calls of tools out, or an answer cannot
+            be found in the rendering.
     """
+    chat = _found_chat(row, tokenizer, skeletons, text)
+    for turn, spans in chat.spans.items():
+        names = _called(row.messages[turn])
+        if names and not any(name in _covered(chat.text, spans) for name in names):
+            raise UpcycleError(
+                f"{row.where}: the chat template leaves out the tool calls of message {turn} ({', '.join(names)}); "
+                "give a data.chat_template that writes them, or leave such rows out"
+            )
+    return chat
+
+
+def _called(message: Message) -> list[str]:
+    """The tools that an answer calls."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    return [str(call["name"]) for call in calls if isinstance(call, dict) and call.get("name")]
+
+
+def _found_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, Skeleton | None], text: str | None) -> Chat:
     if not any(message["role"] == "assistant" for message in row.messages):
         raise UpcycleError(f"{row.where}: no assistant turn, so there is nothing to learn")
     if marks_generations(template_of(row, tokenizer)):
@@ -69,8 +88,18 @@ def read_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, Skeleton | No
     skeleton = skeletons[shape]
     spans = skeleton and skeleton.fit(free_texts(divisions), text)
     if skeleton and spans and len(spans) == len(turns_of(row)):
-        return Chat(text, spans, _answer(row, tokenizer, text, spans), skeleton.dropped)
+        chat = Chat(text, spans, _answer(row, tokenizer, text, spans), skeleton.dropped)
+        return _ended(chat, skeleton, tokenizer)
     return _searched_chat(row, tokenizer, text)
+
+
+def _ended(chat: Chat, skeleton: Skeleton, tokenizer: Tokenizer) -> Chat:
+    """With the end-of-text token behind the last answer, if the template writes nothing there (GLM)."""
+    if not skeleton.is_open or not tokenizer.eos_token:
+        return chat
+    text, turn = chat.text.rstrip() + tokenizer.eos_token, max(chat.spans)
+    *others, (begin, _) = chat.spans[turn]
+    return replace(chat, text=text, spans={**chat.spans, turn: [*others, (begin, len(text))]})
 
 
 def _searched_chat(row: Row, tokenizer: Tokenizer, text: str) -> Chat:
@@ -82,8 +111,8 @@ def _searched_chat(row: Row, tokenizer: Tokenizer, text: str) -> Chat:
         spans = (skeleton and skeleton.fit(free_texts(divisions), text, free_head)) or {}
         hidden = _first_hidden(row, text, spans)
         if hidden is None:
-            answer = _answer(row, tokenizer, text, spans)
-            return Chat(text, spans, answer, _count_dropped(row, text, spans))
+            chat = Chat(text, spans, _answer(row, tokenizer, text, spans), _count_dropped(row, text, spans))
+            return _ended(chat, skeleton, tokenizer) if skeleton else chat
         lost = hidden if spans else lost
     raise _rewritten(row, lost)
 

@@ -1,6 +1,7 @@
 """Training questions that are, or nearly are, held-out ones: an evaluation that saw them says nothing."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,24 +13,45 @@ WORDS = 13
 """Successive words that two questions must share to be alike (Brown et al. 2020, arXiv 2005.14165, appendix C)."""
 ASKS = ("question", "prompt")
 """Fields of a benchmark's row that hold what is asked."""
-WORD = re.compile(r"\w+")
+FEWEST = 6
+"""Words of a shorter question that is looked for within others; one of fewer words is only found as a whole."""
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Thai to Khmer, Kana, Han: written without spaces, so each character is a word."""
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 class Alike:
-    """Tells whether a question shares `WORDS` words in a row with one of those given; a shorter one, all its words."""
+    """Tells whether a question shares `WORDS` words in a row with one of those given, or has all of a shorter one."""
 
     def __init__(self, questions: Iterable[str]) -> None:
-        self._known = {gram for question in questions for gram in _grams(question)}
+        self._known: dict[int, set[int]] = defaultdict(set)
+        """By the number of words."""
+        for question in questions:
+            words = _words(question)
+            size = min(len(words), WORDS)
+            self._known[size].update(_grams(words, size))
 
     def __contains__(self, question: str) -> bool:
-        return any(gram in self._known for gram in _grams(question))
+        words = _words(question)
+        return any(
+            gram in known
+            for size, known in self._known.items()
+            if size == len(words) or FEWEST <= size < len(words)
+            for gram in _grams(words, size)
+        )
 
 
-def _grams(question: str) -> Iterator[int]:
-    """Hashes: of case and punctuation nothing is left."""
-    words = WORD.findall(question.lower())
-    for begin in range(max(1, len(words) - WORDS + 1)):
-        yield hash(tuple(words[begin : begin + WORDS]))
+def _words(question: str) -> list[str]:
+    """Of case and punctuation nothing is left."""
+    return WORD.findall(question.lower())
+
+
+def _grams(words: Sequence[str], size: int) -> Iterator[int]:
+    """Hashes of so many words in a row."""
+    for begin in range(len(words) - size + 1):
+        yield hash(tuple(words[begin : begin + size]))
 
 
 def questions_of(names: Sequence[str]) -> list[str]:

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
-from upcycle.data.formats import Message, Row
+from upcycle.data.formats import SPELL, Message, Row
 from upcycle.errors import UpcycleError
 from upcycle.types import Tokenizer
 
@@ -43,17 +44,36 @@ def template_of(row: Row, tokenizer: Tokenizer) -> str:
 
 
 def render(tokenizer: Tokenizer, row: Row, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(row.tools) or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+    tools = list(row.tools) or None
+    error = None
+    for given in (messages, _with_spelt_calls(messages)):  # DeepSeek's templates join arguments to texts
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    list(given), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
-        )
-    except Exception as error:  # jinja2 raises its own and the template's exceptions
-        raise UpcycleError(f"{row.where}: the chat template cannot render this chat: {error}") from None
+        except Exception as raised:  # jinja2 raises its own and the template's exceptions
+            error = error or raised
+    raise UpcycleError(f"{row.where}: the chat template cannot render this chat: {error}") from None
+
+
+def _with_spelt_calls(messages: Sequence[Message]) -> list[Message]:
+    """With the arguments of calls as JSON, and a text beside them."""
+    return [
+        {**message, "content": message["content"] or "", "tool_calls": [_spelt(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _spelt(call: Any) -> Any:
+    if isinstance(call, dict) and isinstance(call.get("function"), dict):
+        return {**call, "function": _spelt(call["function"])}
+    if isinstance(call, dict) and isinstance(call.get("arguments"), dict):
+        return {**call, "arguments": SPELL(call["arguments"])}
+    return call
 
 
 def try_render(

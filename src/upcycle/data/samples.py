@@ -33,7 +33,13 @@ class Encoded:
     @cached_property
     def lengths(self) -> Int[np.ndarray, " N"]:
         """Tokens of each."""
-        return np.concatenate([np.diff(part.offsets.to_numpy()) for part in self.table["input_ids"].chunks])
+        return np.diff(self.table["input_ids"].combine_chunks().offsets.to_numpy())
+
+    @cached_property
+    def refused(self) -> dict[int, str]:
+        """Place of each row that could not be encoded to why."""
+        found = self.table["refused"]
+        return {place: found[place].as_py() for place in np.flatnonzero(found.is_valid().to_numpy()).tolist()}
 
     def numbers(self, column: str) -> Int[np.ndarray, " N"]:
         found: Int[np.ndarray, " N"] = self.table[column].to_numpy()
@@ -41,7 +47,7 @@ class Encoded:
 
     def sample(self, place: int) -> Sample:
         values = {name: column[place].as_py() for name, column in zip(self.table.column_names, self.table, strict=True)}
-        row, _ = values.pop("row"), values.pop("num_answer_tokens")
+        row, _, _ = values.pop("row"), values.pop("num_answer_tokens"), values.pop("refused")
         found = {name: self.rows.table[name][row].as_py() for name in ("domain", "question", "where")}
         return Sample(**values, **found)
 

@@ -6,9 +6,9 @@ the shape's skeleton.
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 from upcycle.data.formats import Message, Row
@@ -36,6 +36,12 @@ class Skeleton:
     spans: dict[int, tuple[Span, Span]]
     """Begin and end of the assistant turns that could be told, each as a piece and a distance from where it begins."""
     dropped: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the chat ends with an answer, and the template writes nothing behind it."""
+        last, behind = self.spans[max(self.spans)][1] if self.spans else (0, 0)
+        return 0 < last == len(self.pieces) - 1 and not behind and not self.pieces[last].strip()
 
     def fit(self, texts: Sequence[str], rendered: str, free_head: bool = False) -> dict[int, list[Span]] | None:
         """The turns' spans in a rendering, or None if it is not this skeleton around `texts`.
@@ -141,8 +147,8 @@ def _with_markers(messages: Sequence[Message], divisions: Sequence[Division], ma
 def _span(sketch: _Sketch, turn: int) -> Span | None:
     """A turn from behind the generation prompt to its end-of-turn token.
 
-    Where a template renders a turn in another way once others follow (Qwen3 drops an earlier turn's thoughts), or opens
-    thoughts in the generation prompt, the turn begins with its text, and ends as a plain answer in its place does.
+    Where a template renders a turn in another way once others follow (Qwen3 drops an earlier turn's thoughts, Phi-3
+    writes an end of text behind the last), or opens thoughts in the generation prompt, the turn begins with its text.
     """
     text, own = sketch.text, sketch.own(turn)
     before = sketch.render(turn, add_generation_prompt=True)
@@ -154,11 +160,8 @@ def _span(sketch: _Sketch, turn: int) -> Span | None:
     if not own and (not follows or (isinstance(content, str) and content.strip())):
         return None
     begin = len(before) if before is not None and follows else _begin(text[: own[0][0]], sketch.divisions[turn])
-    ending = _ending(sketch, turn)
-    if not ending and (ending is None or not own):
-        return None
-    found = text.find(ending, own[-1][1] if own else begin)
-    return (begin, found + len(ending)) if found >= 0 else None
+    end = _end(sketch, turn, text[slice(*own[-1])] if own else before or "", own[-1][1] if own else begin)
+    return None if end is None else (begin, end)
 
 
 def _begin(ahead: str, division: Division) -> int:
@@ -172,13 +175,52 @@ def _begin(ahead: str, division: Division) -> int:
     return len(ahead.rstrip(" "))
 
 
-def _ending(sketch: _Sketch, turn: int) -> str | None:
-    """What the template writes behind an answer."""
+def _end(sketch: _Sketch, turn: int, last: str, place: int) -> int | None:
+    """Where a turn ends of which nothing is free behind `place`, where `last` ends."""
+    behind = sketch.text[place:]
+    for ending in _endings(sketch, turn, last, behind):
+        if behind.startswith(ending):
+            return place + len(ending)
+    ending = _plain_ending(sketch, turn)
+    found = sketch.text.find(ending, place) if ending else -1
+    later = [message.get("content") for message in sketch.messages[turn + 1 :]]
+    passed = any(isinstance(said, str) and said.strip() and said.strip() in sketch.text[place:found] for said in later)
+    return found + len(ending) if found >= 0 and not passed else None
+
+
+def _endings(sketch: _Sketch, turn: int, last: str, behind: str) -> Iterator[str]:
+    """What may stand behind a turn's last free text: what does if the turn is the last one.
+
+    Without the generation prompt, where that changes it (gpt-oss); without what marks the end of the whole chat.
+    """
+    until = _behind(sketch.render(turn + 1), last)
+    if until is None:
+        return
+    if until.strip() or sketch.own(turn):
+        yield until.rstrip()
+    ahead, asked = sketch.render(turn), sketch.render(turn, add_generation_prompt=True)
+    answered = _behind(sketch.render(turn + 1, add_generation_prompt=True), last)
+    if ahead and asked and answered and asked.startswith(ahead):
+        prompt = asked[len(ahead) :]
+        if prompt and answered.endswith(prompt) and (shorter := answered.removesuffix(prompt).rstrip()):
+            yield shorter
+    shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(until, behind, strict=False)))
+    whole_marks = "|".join([*map(re.escape, sketch.tokenizer.all_special_tokens), r"[\s>\])}]"])
+    whole = [found.end() for found in re.finditer(whole_marks, shared)]
+    if whole and shared[: whole[-1]].strip():
+        yield shared[: whole[-1]].rstrip()
+
+
+def _behind(text: str | None, last: str) -> str | None:
+    _, found, rest = (text or "").rpartition(last)
+    return rest if found else None
+
+
+def _plain_ending(sketch: _Sketch, turn: int) -> str:
+    """What the template writes behind a plain answer in a turn's place; no text if it cannot be told."""
     answer = f"{sketch.marker}end"
     messages = [*sketch.messages[:turn], {"role": "assistant", "content": answer}]
-    text = try_render(sketch.tokenizer, sketch.row, messages)
-    _, found, ending = (text or "").rpartition(answer)
-    return ending.rstrip() if found else None
+    return (_behind(try_render(sketch.tokenizer, sketch.row, messages), answer) or "").rstrip()
 
 
 # --- texts of messages

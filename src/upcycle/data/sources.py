@@ -8,14 +8,14 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed, to_row
+from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed, to_row, without_nulls
 from upcycle.disk import digest, expanded, inside
 from upcycle.errors import UpcycleError, counted, nearest
 from upcycle.hashes import hash_file
@@ -141,7 +141,10 @@ def _is_by_file(source: Source) -> bool:
 
 
 def _stem(path: Path) -> str:
-    return path.name.split(".")[0]
+    suffixes = [*PACKED, *READERS]
+    while path.suffix.lower() in suffixes:
+        path = path.with_suffix("")
+    return path.name
 
 
 def _hash_content(source: Source) -> str:
@@ -301,6 +304,12 @@ def _delimiter(path: Path, header: str) -> str:
     return usual if usual in header else next((sign for sign in ",;\t" if sign in header), usual)
 
 
+def _numbered(name: str | Path, rows: Iterable[dict[str, Any]]) -> Decoded:
+    """Rows of a table, without the nulls that its columns of objects are filled up with."""
+    for number, row in enumerate(rows, start=1):
+        yield {column: without_nulls(value) for column, value in row.items()}, f"{name}:{number}"
+
+
 def _read_table(path: Path) -> Decoded:
     """Parquet or Arrow, a batch at a time."""
     from datasets import load_dataset, logging
@@ -312,7 +321,7 @@ def _read_table(path: Path) -> Decoded:
         if kind == "parquet" and not read_metadata(path).num_rows:
             return  # an empty batch is an error to it
         rows = iter(load_dataset(kind, data_files=str(path), split="train", streaming=True))
-        yield from ((value, f"{path}:{number}") for number, value in enumerate(rows, start=1))
+        yield from _numbered(path, rows)
     except Exception as error:  # of pyarrow, of datasets, of the system
         raise UpcycleError(f"{path} cannot be read as {kind}: {_first_line(error)}") from None
 
@@ -407,7 +416,7 @@ def _read_saved(folder: Path) -> Decoded:
         if "train" not in rows and len(rows) > 1:
             raise UpcycleError(f"{folder} has the splits {', '.join(rows)}; name one: {folder}[{next(iter(rows))}]")
         rows = rows.get("train") or next(iter(rows.values()))
-    yield from ((value, f"{folder}:{number}") for number, value in enumerate(rows, start=1))
+    yield from _numbered(folder, rows)
 
 
 def _read_builtin(name: str) -> Decoded:
@@ -421,7 +430,7 @@ def _read_builtin(name: str) -> Decoded:
 
 
 def _read_hub(name: str) -> Decoded:
-    yield from ((value, f"{name}:{i}") for i, value in enumerate(_hub(name), start=1))
+    yield from _numbered(name, _hub(name))
 
 
 def _hub(name: str) -> Any:

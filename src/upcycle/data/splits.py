@@ -194,6 +194,7 @@ def _encoder(
 
 def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: str) -> Samples:
     places = np.array([table.places[number] for number in part.numbers], dtype=np.int64)
+    places = _without_refused(table, places, data.max_bad, name)
     fits = table.lengths[places] <= limit
     if not fits.all():
         if data.too_long == "refuse":
@@ -205,11 +206,36 @@ def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: s
         warn(f"left out {counted(int((~learns).sum()), f'{name} row')} whose answer is empty")
     places = places[learns]
     if not len(places):
-        raise UpcycleError(f"no {name} row is left; see the warnings above")
+        raise UpcycleError(
+            f"no {name} row is left; see the warnings above, and the weights of data.train if it has any"
+        )
     if dropped := int((table.numbers("dropped")[places] > 0).sum()):
         where = counted(dropped, f"{name} row")
         say(f"data: the chat template leaves text of answers out of {where} (earlier thoughts, mostly)")
     return Samples(table, places)
+
+
+def _without_refused(
+    table: Encoded, places: Int[np.ndarray, " n"], max_bad: float, name: str
+) -> Int[np.ndarray, " kept"]:
+    """Without the rows that the chat template cannot render, or in whose rendering an answer cannot be found.
+
+    Raises:
+        UpcycleError: they are a larger share than `max_bad`.
+    """
+    bad = np.isin(places, list(table.refused))
+    if not bad.any():
+        return places
+    first, count = table.refused[int(places[bad][0])], int(bad.sum())
+    rows = f"{count:,} of {counted(len(places), f'{name} row')} ({count / len(places):.1%})"
+    if count > max_bad * len(places):
+        share = math.ceil(count / len(places) * 1000) / 1000
+        raise UpcycleError(
+            f"{first}; {rows} cannot be encoded, but data.max_bad={max_bad:g} allows {max_bad:.1%}; mend them, or set "
+            f"data.max_bad={share:g} to leave them out"
+        )
+    warn(f"left out {rows} that cannot be encoded (first: {first})")
+    return places[~bad]
 
 
 def _few(questions: Sequence[str]) -> str:

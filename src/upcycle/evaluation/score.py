@@ -4,12 +4,13 @@ Legend: L layers, E experts, B samples in a batch, S tokens.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import GenerationConfig
 
 from upcycle.console import Progress
 from upcycle.data.batches import make_batches, token_batches
@@ -88,7 +89,9 @@ def _slots(recorder: RouterRecorder, mask: Tensor) -> Float[Tensor, "B L E"]:
 
 def short_answers(samples: Sequence[Sample], settings: EvaluateSettings) -> list[Sample]:
     """The rows whose last answer is short enough to be compared word by word."""
-    chosen = [s for s in samples if len(s.input_ids) - s.answer_start <= settings.max_answer_tokens]
+    longest = settings.max_answer_tokens
+    # a row that was cut within its answer has no prompt
+    chosen = [s for s in samples if s.answer_start and len(s.input_ids) - s.answer_start <= longest]
     return chosen[: settings.max_generated]
 
 
@@ -115,14 +118,26 @@ def _greedy(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], max_n
     prompts = [s.input_ids[: s.answer_start] for s in samples]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-    )
+    with _nothing_but_the_end(model):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
     return [str(text) for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
+
+
+@contextmanager
+def _nothing_but_the_end(model: Model) -> Iterator[None]:
+    """Of the model's settings for generation only where it stops: with a penalty or beams, answers are not greedy."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _by_domain(values: Iterable[tuple[Sample, float]]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from datasets import Dataset
 from upcycle.console import say, warn
 from upcycle.data.formats import check_encodable
 from upcycle.data.sources import read_jsonl
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.evaluation.code import WARNING, passes
 from upcycle.reading import brief
 
@@ -104,9 +104,21 @@ def read_rows(path: Path) -> list[Row]:
     rows = [check_row(value, where) for value, where in read_jsonl(path)]
     if not rows:
         raise UpcycleError(f"{path} is empty; expected one JSON object per line")
+    kept = [row for row in rows if kind_of(row) != "answer" or _one_line(row["answer"])]
+    if several := len(rows) - len(kept):
+        said = f"{path}: the `answer` of {counted(several, 'row')} has several lines, but the first one is compared"
+        if not kept:
+            raise UpcycleError(f"{said}; give short answers")
+        warn(f"{said}; left out")
+    rows = kept
     if len(kinds := {kind_of(row) for row in rows}) > 1:
         raise UpcycleError(f"{path} mixes {' and '.join(sorted(kinds))} rows; use one file for each kind")
     return rows
+
+
+def _one_line(answer: str | list[str]) -> bool:
+    """Whether one of the answers that count is on one line."""
+    return any("\n" not in text.strip() for text in ([answer] if isinstance(answer, str) else answer))
 
 
 def kind_of(row: Row) -> str:
