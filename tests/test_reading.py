@@ -11,7 +11,7 @@ from upcycle.disk import write_text
 from upcycle.errors import UpcycleError
 from upcycle.reading import MAX_NODES, brief, hub_problem, parse_json, parse_yaml, read_json, read_text
 from upcycle.recipe import load_recipe
-from upcycle.weights.folders import find_model
+from upcycle.weights.folders import HUB_FILES, HUB_OTHERS, find_model
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -148,3 +148,12 @@ def test_what_the_hub_does_not_give_is_one_line(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: fail())
     with pytest.raises(UpcycleError, match=rf"^data 'owner/rows': no such file .* from the hub .*: {unreachable}$"):
         next(decoded_rows("owner/rows"))
+
+
+def test_of_a_hub_model_only_what_is_read_is_downloaded() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "model-00001-of-2.safetensors", "tokenizer.model", "README.md", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin", "x.py"]
+    found = filter_repo_objects([*there, *others], allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_OTHERS))
+    assert list(found) == there

@@ -1,6 +1,7 @@
 """The MoE is the dense model where it must be: equal experts, or every token forced to one expert."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import perturbed
 from upcycle.errors import UpcycleError
@@ -16,7 +18,7 @@ from upcycle.merging.lineage import Child, materialise
 from upcycle.records.plan import Checkpoint, Expert
 from upcycle.settings import ExpandSettings
 from upcycle.stages.expert_expansion.expand import expand
-from upcycle.weights.safetensors_io import ModelReader
+from upcycle.weights.safetensors_io import SINGLE, ModelReader
 from worlds import as_base, assemble, assembled, assert_experts_are, forced_logits, logits, plan_of
 
 
@@ -173,3 +175,27 @@ def test_a_base_among_spread_experts_stays_the_base(base: Path, checkpoints: lis
     assert moved.abs().max() > 1e-3
     stays = load_model(assembled(checkpoints[1], [base] * 2, tmp_path / "alone"), torch.float32)
     torch.testing.assert_close(forced_logits(made, [2, 2], 3), forced_logits(stays, [0, 0], 2), rtol=0, atol=1e-5)
+
+
+def test_experts_that_are_not_finite_are_named_also_where_all_are_copies(base: Path, tmp_path: Path) -> None:
+    """In the last layer, which the comparison of logits does not reach."""
+    broken = Path(shutil.copytree(base, tmp_path / "broken"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(broken / SINGLE)
+    tensors[name][3, 2] = torch.nan
+    save_file(tensors, broken / SINGLE, {"format": "pt"})
+    with pytest.raises(UpcycleError, match=rf"the FFN weight {re.escape(name)} holds NaN or Inf"):
+        assembled(base, [broken, broken], tmp_path / "moe")
+
+
+def test_what_is_rounded_with_the_ffns_is_said(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = Path(shutil.copytree(base, tmp_path / "mixed"))
+    tensors = {n: t.bfloat16() if ".mlp." in n else t for n, t in load_file(mixed / SINGLE).items()}
+    save_file(tensors, mixed / SINGLE, {"format": "pt"})
+    assembled(mixed, [mixed, mixed], tmp_path / "moe")
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"\d+ tensors such as \S+ of \S+ have more precision than its FFNs, and are rounded to bfloat16", said
+    )
+    assembled(mixed, [mixed, mixed], tmp_path / "whole", dtype="float32")
+    assert "more precision" not in capsys.readouterr().out

@@ -66,6 +66,18 @@ def test_equal_parents_give_an_equal_child_unless_merged_as_peft_does(how: str, 
     torch.testing.assert_close(child.product(), growth * parent["w"].product(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["average", "apart", "product"])
+@pytest.mark.parametrize("merge", ["ties", "dare_ties", "slerp", "dare"])
+def test_a_scaling_is_a_child_s_whatever_the_merge(how: str, merge: str) -> None:
+    """The same update as alpha / r = 4, and with 4 in its factors."""
+    parent = {"w": LowRank(update(4, 1).a, update(4, 1).b, 4.0)}
+    same = {"w": LowRank(2 * update(4, 1).a, 2 * update(4, 1).b, 1.0)}
+    child, other = (merge_adapters([one, one], (0.3, 0.7), merge, 0.0, how, KEYS)["w"] for one in (parent, same))
+    torch.testing.assert_close(child.product(), other.product(), rtol=1e-4, atol=1e-4)
+    if how == "average":
+        torch.testing.assert_close(child.product(), parent["w"].product(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_product_that_fits_its_rank_is_merged_exactly() -> None:
     one, two = update(2, 1), update(4, 2)
     shared = LowRank(two.a[:2], two.b[:, :2], 0.5)  # its column and row spaces lie within those of `two`

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from upcycle.stages.model_upcycling import posttrain
 from upcycle.stages.model_upcycling.export import export
 from upcycle.weights.folders import read_config
 from upcycle.weights.safetensors_io import INDEX, SINGLE, ModelReader
-from upcycle.weights.whole import check_keeps, more_bytes, write_whole
+from upcycle.weights.whole import check_keeps, more_bytes, source_of_others, write_whole
 from worlds import IDS, assembled
 from worlds import logits as text_logits
 from wrapped import IMAGE_TOKEN, edit_config, make_wrapper, rewrite
@@ -136,6 +137,16 @@ def test_stacked_experts_lie_as_in_the_published_models(tmp_path: Path) -> None:
         gate, up, down = (own.tensor(f"model.{layer}.{expert}.{part}_proj.weight") for part in ("gate", "up", "down"))
         assert torch.equal(found[f"model.language_model.{layer}.gate_up_proj"][expert], torch.cat([gate, up]).T)
         assert torch.equal(found[f"model.language_model.{layer}.down_proj"][expert], down.T)
+
+
+def test_other_parts_are_the_last_checkpoint_s_where_it_has_them_all(tmp_path: Path, checkpoints: list[Path]) -> None:
+    base = make_wrapper(tmp_path / "base")
+    tuned = Path(shutil.copytree(base, tmp_path / "tuned"))
+    assert source_of_others(base, tuned) == tuned
+    rewrite(tuned, lambda tensors: {n: t for n, t in tensors.items() if n.startswith(TEXT_PREFIXES)})
+    assert (
+        source_of_others(base, tuned) == source_of_others(base, checkpoints[0]) == source_of_others(base, None) == base
+    )
 
 
 def test_what_predicts_further_tokens_is_no_part_of_it(tmp_path: Path) -> None:

@@ -191,6 +191,11 @@ def check_shapes(reader: ModelReader, family: Family, config: Config) -> None:
     """
     names = reader.names()
     layers = 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+    if not layers and any(name.startswith("layers.") for name in names):
+        raise UpcycleError(
+            f"{reader.folder}: its tensors have no prefix 'model.', as AutoModel saves them; load the folder with "
+            "AutoModelForCausalLM and save it again"
+        )
     if layers != config["num_hidden_layers"]:
         raise UpcycleError(
             f"{reader.folder}: config.json says num_hidden_layers={config['num_hidden_layers']}, the file has {layers}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from upcycle.architectures.identity import check_identity, rewritten
 from upcycle.architectures.mapping import Mapping, read_region
 from upcycle.architectures.moves import FfnMove, Region, SharedMove, router_tensors
-from upcycle.console import say
+from upcycle.console import say, warn
 from upcycle.errors import UpcycleError, counted
 from upcycle.types import Config
 from upcycle.weights.folders import require_space, write_config
@@ -63,18 +63,20 @@ def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype
     """
     require_space(out_dir, mapping.num_parameters() * stored.itemsize, "the MoE", hint)
     with ModelWriter(out_dir, mapping.specs(stored)) as writer:
-        shared = [move for move in mapping.shared if not parts.moments or _keeps_moments(move)]
+        shared = [move for move in mapping.shared if not parts.moments or _keeps_moments(move, mapping.shared)]
         map_tensors(partial(_write_shared, writer, parts.shared), shared, f"{verb}: shared weights")
 
         def write_experts(move: FfnMove) -> None:
             for expert, element, values in parts.experts(move.dense):
+                if not expert:  # of the others nothing can be wrong that is not with it, or was found in expansion
+                    check_finite(values, f"the FFN weight {move.dense.tensor}")
                 made = rewritten(values.reshape(-1, move.dense.shape[-1]), move.rewrite)
                 for target, begin, part in mapping.slicing.place(move, expert, element, made):
                     writer.write(target.tensor, part, target.element + begin)
 
-        ffns = [move for move in mapping.ffn if not parts.moments or _keeps_moments(move)]
+        ffns = [move for move in mapping.ffn if not parts.moments or _keeps_moments(move, ())]
         map_tensors(write_experts, ffns, f"{verb}: experts")
-        for name, tensor in _small_tensors(mapping, parts.routers).items():
+        for name, tensor in _small_tensors(mapping, parts).items():
             writer.write(name, tensor)
     dtype_name = str(stored).removeprefix("torch.")
     config = mapping.moe_config(parts.num_experts_per_tok, dtype_name)
@@ -91,8 +93,18 @@ def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype
 
 
 def storage_dtype(dtype: str, reader: ModelReader, mapping: Mapping) -> torch.dtype:
-    """The dtype of a name; `source` is that of a model's FFN weights."""
-    return reader.spec(mapping.ffn[0].dense.tensor).dtype if dtype == "source" else DTYPE_NAMES[dtype]
+    """The dtype of a name; `source` is that of a model's FFN weights, and says what is rounded to it."""
+    if dtype != "source":
+        return DTYPE_NAMES[dtype]
+    stored = reader.spec(mapping.ffn[0].dense.tensor).dtype
+    names = dict.fromkeys(move.dense.tensor for move in mapping.shared)
+    wider = [name for name in names if reader.spec(name).dtype.itemsize > stored.itemsize]
+    if wider:
+        warn(
+            f"{counted(len(wider), 'tensor')} such as {wider[0]} of {reader.folder} have more precision than its FFNs, "
+            f"and are rounded to {str(stored).removeprefix('torch.')} with them (assemble.dtype=float32 keeps them)"
+        )
+    return stored
 
 
 def _write_shared(writer: ModelWriter, readers: Sequence[ModelReader], move: SharedMove) -> None:
@@ -102,26 +114,34 @@ def _write_shared(writer: ModelWriter, readers: Sequence[ModelReader], move: Sha
     together = move.rewrite.rows * width if move.rewrite else 1
     for begin, count in pieces(source.count, max(PIECE // together, 1) * together):
         values = _mean([reader.elements(source.tensor, source.element + begin, count) for reader in readers])
-        if not values.float().sum().isfinite() and not values.isfinite().all():  # the sum is quicker
-            raise UpcycleError(f"{readers[-1].folder}: {source.tensor} holds NaN or Inf; take an undamaged checkpoint")
+        check_finite(values, f"{readers[-1].folder}: {source.tensor}")
         if move.rewrite:
             values = rewritten(values.view(-1, *source.shape[1:]), move.rewrite)
         writer.write(target.tensor, values, target.element + begin)
 
 
-def _keeps_moments(move: SharedMove | FfnMove) -> bool:
-    return move.rewrite is None or move.rewrite.permutes
+def check_finite(values: Tensor, what: str) -> None:
+    """Raises UpcycleError for NaN or Inf."""
+    if not values.float().sum().isfinite() and not values.isfinite().all():  # the sum is quicker
+        raise UpcycleError(f"{what} holds NaN or Inf; take an undamaged model")
+
+
+def _keeps_moments(move: SharedMove | FfnMove, others: Sequence[SharedMove]) -> bool:
+    """Whether it is the same tensor: not computed from another, nor one of two that were one (a tied head)."""
+    is_alone = sum(other.dense == move.dense for other in others) < 2
+    return is_alone and (move.rewrite is None or move.rewrite.permutes)
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack([value.float() for value in values]).mean(dim=0)
 
 
-def _small_tensors(mapping: Mapping, routers: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The routers, and what the architecture insists on and that changes nothing."""
+def _small_tensors(mapping: Mapping, parts: Parts) -> dict[str, Tensor]:
+    """The routers, and what the architecture insists on and that changes nothing; as moments nothing yet."""
     names = router_tensors(mapping.family.moe.layout, mapping.config)
-    vectors = [router.repeat_interleave(mapping.granularity, dim=0) for router in routers]
-    return dict(zip(names, vectors, strict=True)) | mapping.constants
+    vectors = [router.repeat_interleave(mapping.granularity, dim=0) for router in parts.routers]
+    constants = {n: torch.zeros_like(t) if parts.moments else t for n, t in mapping.constants.items()}
+    return dict(zip(names, vectors, strict=True)) | constants
 
 
 def _compare(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype) -> float:

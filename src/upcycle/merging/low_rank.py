@@ -86,30 +86,32 @@ def merge_adapters(
 def apart(
     updates: Sequence[LowRank], weights: Sequence[float], merge: str, drop_rate: float, keys: Sequence[Key]
 ) -> LowRank:
-    """A = combine(sqrt(w_j s_j) A_j), B = combine(sqrt(w_j s_j) B_j): PEFT's dare_linear where `merge` is dare.
+    """A = combine(sqrt(w_j), sqrt(s_j) A_j), B alike: PEFT's dare_linear where `merge` is dare.
 
     Two equal parents give a child (sqrt(w_1) + sqrt(w_2))^2, up to 2, times as large.
     """
-    return _each(
-        [math.sqrt(w * u.scaling) for u, w in zip(updates, weights, strict=True)], updates, merge, drop_rate, keys
-    )
+    return _each([math.sqrt(weight) for weight in weights], updates, merge, drop_rate, keys)
 
 
 def average(
     updates: Sequence[LowRank], weights: Sequence[float], merge: str, drop_rate: float, keys: Sequence[Key]
 ) -> LowRank:
-    """A = combine(w_j sqrt(s_j) A_j), B = combine(w_j sqrt(s_j) B_j): equal parents give an equal child."""
-    return _each(
-        [w * math.sqrt(u.scaling) for u, w in zip(updates, weights, strict=True)], updates, merge, drop_rate, keys
-    )
+    """A = combine(w_j, sqrt(s_j) A_j), B alike: equal parents give an equal child."""
+    return _each(weights, updates, merge, drop_rate, keys)
 
 
 def _each(
     weights: Sequence[float], updates: Sequence[LowRank], merge: str, drop_rate: float, keys: Sequence[Key]
 ) -> LowRank:
-    """A and B, each combined for itself; needs equal ranks."""
+    """A and B, each with the root of its scaling and combined for itself; needs equal ranks."""
     a, b = (
-        _combined([getattr(u, side) for u in updates], weights, merge, drop_rate, [(*key, side) for key in keys])
+        _combined(
+            [math.sqrt(u.scaling) * getattr(u, side).float() for u in updates],
+            weights,
+            merge,
+            drop_rate,
+            [(*key, side) for key in keys],
+        )
         for side in ("a", "b")
     )
     return LowRank(a, b)

@@ -8,7 +8,7 @@ from upcycle.disk import expanded
 from upcycle.errors import UpcycleError
 from upcycle.reading import read_text
 from upcycle.types import Config, Tokenizer
-from upcycle.weights.folders import SETTINGS_FILES, TEMPLATE, TOKENIZER_FILES, copy_files, read_config
+from upcycle.weights.folders import GENERATION, SETTINGS_FILES, TEMPLATE, TOKENIZER_FILES, copy_files, read_config
 from upcycle.weights.tokenizers import has_tokenizer, read_tokenizer
 
 CHATML = (
@@ -64,11 +64,18 @@ class Base:
         config = read_config(self.last)
         return {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None}
 
+    @property
+    def _generates_as_base(self) -> bool:
+        """Whether the settings for generation are the base's: the last checkpoint has none, nor other special ids."""
+        if self.last is None or not (self.last / "config.json").is_file():
+            return True
+        own = self.special_ids
+        return not (self.last / GENERATION).is_file() and all(self.config.get(name) == own[name] for name in own)
+
     def write_companions(self, folder: Path) -> None:
         """Put what lies beside a model's weights into the folder of a MoE that is new."""
-        settings = self.last if self.last is not None and (self.last / "config.json").is_file() else self.folder
         copy_files(self.words, folder, TOKENIZER_FILES)
-        copy_files(settings, folder, SETTINGS_FILES)
+        copy_files(self.folder if self._generates_as_base else self.last or self.folder, folder, SETTINGS_FILES)
         if self.template is not None:
             (folder / TEMPLATE).write_text(self.template)
 

@@ -36,6 +36,8 @@ COMPANIONS = (*TOKENIZER_FILES, *SETTINGS_FILES, LINEAGE.name)
 FLOAT, NO_JSON_FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 MOST_LAYERS = 10_000
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
+HUB_OTHERS = ("*/*", "consolidated*")
+"""The same weights for other programs, and whatever lies in folders."""
 Loaded = tuple[Model, dict[str, Any]]
 """A model, and the keys that did not fit."""
 
@@ -56,7 +58,7 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_OTHERS)))
     except Exception as error:
         raise UpcycleError(f"model '{name}': no such folder here, and not from the hub: {hub_problem(error)}") from None
 
@@ -68,7 +70,11 @@ def is_here(name: str) -> bool:
     from huggingface_hub import snapshot_download
 
     try:
-        return bool(snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=True))
+        return bool(
+            snapshot_download(
+                name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_OTHERS), local_files_only=True
+            )
+        )
     except Exception:
         return False
 

@@ -26,4 +26,4 @@ def hash_models(folders: Sequence[Path], algorithm: str = XXH3) -> list[str]:
 
 
 def _decides(path: Path) -> bool:
-    return path.suffix in MODEL_SUFFIXES and path.name not in NOT_MODEL
+    return path.suffix in MODEL_SUFFIXES and path.name not in NOT_MODEL and not path.name.startswith("consolidated")

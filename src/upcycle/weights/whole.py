@@ -70,6 +70,15 @@ def check_keeps(folder: Path, moe: str, expert_size: int) -> None:
         )
 
 
+def source_of_others(base: Path, last: Path | None) -> Path:
+    """The folder whose other parts are kept: the last checkpoint, if it has them all, or the base."""
+    wrapper = wrapper_in(base)
+    if last is None or wrapper is None or wrapper_in(last) != wrapper:
+        return base
+    there, wanted = (set(_others(wrapper, ModelReader(folder, whole=True))) for folder in (last, base))
+    return last if wanted <= there else base
+
+
 def more_bytes(text: Path, base: Path) -> int:
     """What the whole takes beside the MoE of text that it is written from: a copy of that, and the other parts."""
     wrapper, moe, whole = wrapper_in(base), ModelReader(text), ModelReader(base, whole=True)

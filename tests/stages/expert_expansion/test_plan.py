@@ -184,6 +184,18 @@ def test_children_that_are_not_linear_are_measured(base: Path, checkpoints: list
     np.testing.assert_allclose(np.array(plan.gram), gram_of(taus), rtol=1e-5)
 
 
+def test_one_checkpoint_twice_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    vectors[2] = vectors[0]
+    make_plan(points(3), gram_of(vectors), ExpandSettings(num_experts=3), seed=0)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said == "warning: expand: c0 and c2 have the same FFN weights and make the same expert; leave one out"
+    make_plan(points(3), gram_of(vectors), ExpandSettings(num_experts=3, copies_of="last"), seed=0)
+    vectors[2] += 1e-3
+    make_plan(points(3), gram_of(vectors), ExpandSettings(num_experts=3), seed=0)
+    assert not capsys.readouterr().out
+
+
 def test_a_spherical_child_keeps_the_norm_of_its_parents() -> None:
     gram = np.array([[4.0, 1.0], [1.0, 4.0]])
     plan = make_plan(points(2), gram, ExpandSettings(num_experts=3, merge="slerp"), seed=0)

@@ -145,6 +145,15 @@ def test_what_the_last_checkpoint_does_not_have_is_the_base_s(
     assert dense.tokenizer.chat_template == (base / "chat_template.jinja").read_text()
     dense.write_companions(Path(shutil.copytree(without, tmp_path / "made")))
     assert (tmp_path / "made" / "chat_template.jinja").read_text() == (base / "chat_template.jinja").read_text()
+    (without / "generation_config.json").unlink()
+    dense.write_companions(tmp_path / "made")
+    ends = "generation_config.json"
+    assert (tmp_path / "made" / ends).read_bytes() == (base / ends).read_bytes()
+    config = json.loads((without / "config.json").read_text())
+    (without / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    (tmp_path / "made" / ends).unlink()
+    Base(base, str(base), last=without).write_companions(tmp_path / "made")
+    assert not (tmp_path / "made" / ends).exists()  # the base's would not end where the checkpoint does
 
 
 def test_a_token_that_the_model_does_not_know_is_named(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:

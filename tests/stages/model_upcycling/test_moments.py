@@ -6,17 +6,20 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import make_dense
 from upcycle.errors import UpcycleError
-from upcycle.experts.kinds import load_for_training, load_model
+from upcycle.experts.kinds import KINDS, load_for_training, load_model
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import parse_recipe
 from upcycle.records.files import MOMENTS
+from upcycle.settings import AssembleSettings, LoraSettings
 from upcycle.stages.model_upcycling.moments import carried
 from upcycle.training import moments, trainer
 from upcycle.training.moments import NAMES
 from upcycle.training.trainer import UpcyclingTrainer
-from worlds import shrunk
+from upcycle.weights.safetensors_io import ModelReader
+from worlds import as_base, plan_of, shrunk
 
 BEFORE_POSTTRAIN = ("prepare", "expand", "assemble", "route")
 
@@ -73,6 +76,30 @@ def test_moments_lie_where_their_weights_lie(
             torch.testing.assert_close(state[moment], scale * of_one.expand(m, -1, -1))
     names = {name for name, _ in load_model(run.routed_moe, torch.float32).named_parameters()}
     assert set(found) == {name for name in names if ".experts." in name or (train == "full" and ".gate." not in name)}
+
+
+@pytest.mark.parametrize(
+    ("dense", "changes", "fresh"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 0]}, {"sinks"}),  # which the architecture has and the dense model has not
+        ("glm", {"head_dim": 16}, {"lm_head.weight", "model.embed_tokens.weight"}),  # one tensor there, two in the MoE
+    ],
+)
+def test_what_was_no_tensor_of_its_own_begins_fresh(
+    dense: str, changes: dict[str, Any], fresh: set[str], tmp_path: Path
+) -> None:
+    base = make_dense(tmp_path / "base", model_type=dense, **changes)
+    made = tmp_path / "moments"
+    made.mkdir()
+    routers, settings = [torch.zeros(2, 32)] * 2, AssembleSettings(dtype="float32")
+    # the model itself in the place of its moments
+    KINDS["full"].assemble(as_base(base), [base] * 2, plan_of(2), settings, LoraSettings(), routers, made, moments=True)
+    reader = ModelReader(made)
+    empty = {name for name in reader.names() if not reader.elements(name).any()}
+    idle = ("gate", "router", "shared_experts", "bias")  # routers, and what the architecture has and nothing changes
+    assert {name for name in empty if not any(part in name for part in idle)} == {
+        name for name in reader.names() if name.endswith(tuple(fresh))
+    }
 
 
 def test_adapters_carry_theirs(tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,18 +12,23 @@ the case p = 0. TIES is not linear: its children's inner products are measured, 
 of LoRA adapters, whose children are not linear in the products B A and are small.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from upcycle.console import warn
 from upcycle.errors import UpcycleError
 from upcycle.experts.gram import Measure
 from upcycle.merging.kernels import KERNELS
 from upcycle.merging.linear import slerp_weights
 from upcycle.records.plan import AdapterMerge, Checkpoint, ExpansionPlan, Expert, Gram, similarities
 from upcycle.settings import ExpandSettings
+
+SAME = 1e-9
+"""Share of a squared norm below which a squared distance is rounding."""
 
 
 def make_plan(
@@ -179,3 +184,9 @@ def _check(checkpoints: Sequence[Checkpoint], gram: Gram, copies_of: str) -> Non
             )
             problem = untrained if norm == 0 else "has FFN weights that are not finite"
             raise UpcycleError(f"expand: {checkpoint.name} {problem}, so it cannot be an expert")
+    for i, j in itertools.combinations(range(first, len(checkpoints)), 2):
+        if gram[i, i] + gram[j, j] - 2 * gram[i, j] <= SAME * gram[j, j]:
+            warn(
+                f"expand: {checkpoints[i].name} and {checkpoints[j].name} have the same FFN weights and make the same "
+                "expert; leave one out"
+            )

@@ -18,7 +18,7 @@ from upcycle.training.training import Training
 from upcycle.types import Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import require_space
-from upcycle.weights.whole import more_bytes, write_whole
+from upcycle.weights.whole import more_bytes, source_of_others, write_whole
 
 TRAINER = "trainer"
 """Folder of the Trainer's own checkpoints while the stage runs."""
@@ -50,7 +50,8 @@ def posttrain(
         model = load_for_training(initial, base.folder, recipe.lora.four_bit, settings.freeze, recipe.devices)
         load_routers(model, router)
         keeps = recipe.assemble.keep_vision
-        _require_space(model, out_dir, more_bytes(initial, base.folder) if keeps else 0)
+        whole = source_of_others(base.folder, base.last)
+        _require_space(model, out_dir, more_bytes(initial, whole) if keeps else 0)
         title = "posttrain: mixture of experts"
         begin = recipe.dense_share if recipe.dense_share < 1 else 0.0
         if recipe.prepare.checkpoints:
@@ -66,7 +67,7 @@ def posttrain(
         save_model(model, text, initial)
         if is_main():
             if keeps:
-                write_whole(text, base.folder, out_dir)
+                write_whole(text, whole, out_dir)
             LOG.write(out_dir, record)
             note_sizes(out_dir)
         del model
