@@ -3,7 +3,7 @@
 import pytest
 
 from upcycle import console
-from upcycle.console import table, track
+from upcycle.console import table, tell, track, warn
 from upcycle.errors import counted
 
 
@@ -34,3 +34,13 @@ def test_a_note_stands_below_its_table(capsys: pytest.CaptureFixture[str]) -> No
     table("experts", ("k", "G"), [("2", "1")], note="k: experts that each token uses")
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert (lines[0], lines[-1]) == ("experts", "k: experts that each token uses")
+
+
+def test_what_data_hold_is_no_command_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "\x1b]0;pwned\x07"
+    tell(title)
+    warn(title)
+    table(title, ("domain", title), [(title, "1")])
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert said.count(r"\x1b]0;pwned\x07") >= 4

@@ -15,12 +15,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from upcycle.console import visible
 from upcycle.distributed import world
 from upcycle.errors import RelayedError, UpcycleError
 from upcycle.reading import brief
 from upcycle.records.record import first_problem
 
 ALMOST_FULL_BYTES = 32 << 20
+BUGS = (NameError, AttributeError, TypeError, LookupError, AssertionError, ImportError, ArithmeticError)
+"""What no library raises because a file cannot be written."""
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -79,7 +82,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         known = isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC)
-        if known or isinstance(error, UpcycleError):
+        if known or isinstance(error, (UpcycleError, *BUGS)):
             raise
         there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path())
         if shutil.disk_usage(there).free >= ALMOST_FULL_BYTES:
@@ -124,5 +127,5 @@ def _stop(code: int, message: str) -> None:
     if world.may_speak():
         if is_verbose():
             traceback.print_exc()
-        print(message, file=sys.stderr)
+        print(visible(message), file=sys.stderr)
     world.leave(code)

@@ -49,6 +49,14 @@ def is_progress_shown() -> bool:
     return _progress_shown
 
 
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def visible(text: str) -> str:
+    """Without control characters, which would be commands to a terminal: they are written out."""
+    return text.translate(CONTROL)
+
+
 def say(message: str) -> None:
     """One line of progress for the user."""
     if _progress_shown:
@@ -57,12 +65,12 @@ def say(message: str) -> None:
 
 def tell(message: str) -> None:
     """One line of a verb's result."""
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(visible(message), markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Something the user should know but that does not stop the run."""
-    console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+    console.print(visible(f"warning: {message}"), style="yellow", markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -142,10 +150,12 @@ def table(
     wordy = any(len(row[0]) > WORDY for row in rows)
     grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        grid.add_column(Text(column), justify="left" if words or i == 0 else "right", no_wrap=(i == 0) != wordy)
+        grid.add_column(
+            Text(visible(column)), justify="left" if words or i == 0 else "right", no_wrap=(i == 0) != wordy
+        )
     for row in rows:
-        grid.add_row(*map(Text, row))  # not as markup: a setting may have brackets
-    console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
+        grid.add_row(*(Text(visible(cell)) for cell in row))  # not as markup: a setting may have brackets
+    console.print(visible(f"\n{title}"), style="bold", markup=False, soft_wrap=True)
     console.print(grid)
     if note:
         tell(note)

@@ -16,9 +16,9 @@ from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import load_model
 from upcycle.pipeline.manifest import read_manifest
 from upcycle.pipeline.resume import run_stages, status
-from upcycle.pipeline.run import Run
+from upcycle.pipeline.run import Run, open_run
 from upcycle.pipeline.stages import STAGES, stage_names
-from upcycle.recipe import parse_recipe
+from upcycle.recipe import dump_recipe, load_recipe, parse_recipe
 from upcycle.reporting.progress import facts
 from upcycle.weights.safetensors_io import ModelReader
 
@@ -474,3 +474,45 @@ def test_a_device_out_of_memory_is_said_with_what_helps(tiny_recipe: dict[str, A
         patch.setattr(prepare, "tune", full)
         with pytest.raises(UpcycleError, match=expected):
             run_stages(run, ("prepare",))
+
+
+def test_stages_that_do_not_belong_together_are_not_opened(copy: tuple[dict[str, Any], Path]) -> None:
+    """A model with the scores of another, or with a recipe that made nothing of it."""
+    values, folder = copy
+    open_run(folder)
+    changed = make(values, folder, posttrain={"learning_rate": 0.01})
+    run_stages(changed, ("expand",), update=True)
+    said = (
+        r"copy: stage posttrain was made with posttrain\.learning_rate=0\.001 \(recipe\.yaml has 0\.01\); make it again"
+    )
+    with pytest.raises(UpcycleError, match=said):
+        open_run(folder)
+    run_stages(changed, stage_names()[:-1], update=True)
+    with pytest.raises(
+        UpcycleError, match=r"stage evaluate was made from another posttrain than is there now; .*--update"
+    ):
+        open_run(folder)
+    run_stages(changed, update=True)
+    assert open_run(folder).recipe.posttrain.learning_rate == 0.01
+
+
+def test_ones_own_recipe_is_never_replaced(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    path, run = tmp_path / "recipe.yaml", Run(parse_recipe(tiny_recipe, "test"), tmp_path)
+    own = "# mine\n" + dump_recipe(run.recipe)
+    path.write_text(own)
+    with pytest.raises(UpcycleError, match=r"recipe\.yaml is there already, .* name a new folder with --run"):
+        run_stages(run, ("prepare",))
+    assert path.read_text() == own
+    assert load_recipe(str(path)) == run.recipe
+
+
+def test_data_that_change_within_a_session_are_noticed(
+    copy: tuple[dict[str, Any], Path], rows: Path, tmp_path: Path
+) -> None:
+    values, folder = copy
+    own = Path(shutil.copy(rows, tmp_path / "own.jsonl"))
+    run = make(values, folder, data={"train": str(own)})
+    run_stages(run, update=True)
+    own.write_text("\n".join(own.read_text().splitlines()[:-1]))
+    with pytest.raises(UpcycleError, match="data changed"):
+        run_stages(run)

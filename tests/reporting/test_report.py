@@ -1,6 +1,7 @@
 """The report: it stands alone, says what the run says, and works in a browser."""
 
 import json
+import math
 import re
 import shlex
 from html import unescape
@@ -192,6 +193,7 @@ def test_charts_show_values_errors_and_names() -> None:
     assert places[1] - float(zero) == pytest.approx(0.5 * (float(zero) - places[0]), abs=0.2)
     assert re.findall(r'<circle [^>]*fill="([^"]*)"', gaps) == ["var(--best)", "var(--bar)"]  # zero is within b's
     lines = line_chart([("loss", [3.0, 1.0, 2.0])], "step")
+    assert line_chart([("loss", [3.0, math.inf, 1.0, math.nan, 2.0])], "step").count("polyline") == 1
     heights = [float(point.split(",")[1]) for point in re.search(r'points="([^"]*)"', lines)[1].split()]
     assert heights[0] < heights[2] < heights[1]
     assert standard_error(0.5, 100) == pytest.approx(0.05)

@@ -12,16 +12,17 @@ import yaml
 from scipy.stats import t, ttest_rel
 from transformers import AutoModelForCausalLM
 
+from upcycle.data.samples import lengths
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run, open_run
 from upcycle.pipeline.stages import training_tokens
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.records.comparison import Cell, Comparison, Measures
-from upcycle.records.files import COMPARISON, ROUTE_REPORT
+from upcycle.records.files import COMPARISON, LOG, ROUTE_REPORT
 from upcycle.records.record import read_record, write_record
 from upcycle.reporting.figures import comparison_figure, sweep_figure
-from upcycle.studies.cells import Study, Variant, labels, run_cells
+from upcycle.studies.cells import Study, Variant, cell_file, labels, run_cells
 from upcycle.studies.compare import compare, differences, show
 from upcycle.studies.statistics import holm, paired, spread, summary
 from upcycle.studies.sweep import axis_values, sweep
@@ -100,6 +101,8 @@ def test_models_can_be_deleted_once_they_are_measured(recipe_file: Path, tmp_pat
         compare(Study(texts, range(1), out), force=False)
     with pytest.raises(UpcycleError, match="were deleted after scoring"):
         open_run(out / "0-seed0")
+    run_stages(study.run(0, 0), update=True)
+    open_run(out / "0-seed0")
 
 
 def test_what_a_killed_comparison_made_is_shared(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
@@ -172,6 +175,65 @@ def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_p
         "seed 0: the variants saw different data"
     ]
     assert differences({"a": [cell(0, 1.0)], "b": [cell(0, 2.0)]}) == []
+
+
+def test_other_rows_or_checkpoints_make_no_comparison(recipe_file: Path) -> None:
+    def kept(*overrides: str) -> Cell:
+        recipe = load_recipe(str(recipe_file), overrides).model_dump(mode="json")
+        return Cell(**vars(cell(0, 1.0)), recipe=recipe, version="1", machine="one", seconds={})
+
+    assert differences({"a": [kept()], "b": [kept("data.fraction=0.5", "evaluate.exact_match=true")]}) == []
+    assert differences({"a": [kept()], "b": [kept("data.max_validation=10")]}) == [
+        "seed 0: the variants are scored on different rows (data.max_validation: None, 10)"
+    ]
+    assert differences({"a": [kept()], "b": [kept("prepare.checkpoints=[x, y]")]}) == [
+        "seed 0: the variants start from different checkpoints (prepare.checkpoints), whose training is not counted"
+    ]
+
+
+def test_tokens_are_those_of_the_steps_that_were_made(recipe_file: Path, tmp_path: Path) -> None:
+    """A last epoch that is not whole ends with a whole step."""
+    run = Study([f"{recipe_file} prepare.epochs=0.3 prepare.checkpoint_every=0.15"], [0], tmp_path).run(0, 0)
+    run_stages(run, ["prepare"])
+    record = LOG.read(run.folder / "prepare")
+    per_epoch, rows = sum(lengths(run.splits.train)), run.recipe.prepare.batch_size
+    steps_per_epoch = math.ceil(record.rows / rows)
+    assert record.steps == math.ceil(0.3 * steps_per_epoch) > 0.3 * steps_per_epoch
+    assert record.tokens == round(per_epoch * record.steps / steps_per_epoch) > 0.3 * per_epoch
+
+
+def test_differences_that_are_alike_up_to_rounding_are_no_evidence() -> None:
+    gaps = [a / 120 - b / 120 for a, b in ((62, 60), (58, 56), (71, 69))]
+    assert len(set(gaps)) > 1
+    assert math.isnan(paired(gaps)[2])
+    assert not math.isnan(paired([*gaps, 3 / 120])[2])
+
+
+def test_a_cell_of_another_base_or_template_is_refused(recipe_file: Path, tmp_path: Path, base: Path) -> None:
+    own = Path(shutil.copytree(base, tmp_path / "base"))
+    study = Study(
+        [f"ours: {recipe_file} base={own} posttrain.epochs=0.3"],
+        [0],
+        tmp_path / "out",
+        keep_models=False,
+        results=tmp_path / "results",
+    )
+    run_cells(study)
+    run_cells(replace(study, out=tmp_path / "again"))
+    template = own / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    with pytest.raises(UpcycleError, match=r"seed-0\.json was made from different inputs \(base changed\)"):
+        run_cells(replace(study, out=tmp_path / "third"))
+    shutil.rmtree(own)  # where it is gone the cell is what is left of it
+    run_cells(replace(study, out=tmp_path / "fourth"))
+
+
+def test_results_have_a_place_of_their_own(tmp_path: Path) -> None:
+    places = {cell_file(tmp_path, label, 0) for label in ("密集", "升级", "x" * 200, "x" * 201, "a b")}
+    assert len(places) == 5
+    assert max(len(place.parent.name.encode()) for place in places) <= 120
+    with pytest.raises(UpcycleError, match=r"'a b' and 'a-b' would have the same files in --results; rename one"):
+        run_cells(Study(["a b: upit", "a-b: upit"], [0], tmp_path / "out", results=tmp_path))
 
 
 def test_the_paired_test_sees_what_an_unpaired_one_would_not() -> None:

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from rich.text import Text
 
-from upcycle.console import console, table, tell
+from upcycle.console import console, table, tell, visible
 from upcycle.data.chat import Sample
 from upcycle.data.samples import by_domain, lengths, num_answer_tokens
 from upcycle.errors import counted
@@ -26,7 +26,7 @@ def overview(train: Sequence[Sample], tokenizer: Tokenizer) -> None:
     show_domains(train)
     for sample in _some(train, by_domain(train)):
         how = "in colour" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"
-        console.print(f"\n{sample.where} ({sample.domain}), learned {how}:", style="bold", markup=False)
+        console.print(visible(f"\n{sample.where} ({sample.domain}), learned {how}:"), style="bold", markup=False)
         console.print(coloured(sample, tokenizer))
 
 
@@ -60,7 +60,7 @@ def coloured(sample: Sample, tokenizer: Tokenizer) -> Text:
     text = Text()
     pairs = list(zip(sample.input_ids, sample.labels, strict=True))[:LONGEST]
     for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        said = str(tokenizer.decode([token for token, _ in run]))
+        said = visible(str(tokenizer.decode([token for token, _ in run])))
         marked = learned and not console.is_terminal
         text.append(f"{MARKS[0]}{said}{MARKS[1]}" if marked else said, style=LEARNED if learned else "")
     if len(sample.input_ids) > LONGEST:

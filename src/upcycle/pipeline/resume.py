@@ -33,8 +33,9 @@ from upcycle.pipeline.manifest import (
 from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import check_stage, stage_names
-from upcycle.recipe import differences, dump_recipe, load_recipe
-from upcycle.records.files import INPUTS, LOCK, POSTTRAIN, PREPARE, RECIPE
+from upcycle.reading import read_text
+from upcycle.recipe import MOST_BYTES, differences, dump_recipe, load_recipe
+from upcycle.records.files import DELETED, INPUTS, LOCK, MEASURES, POSTTRAIN, PREPARE, RECIPE
 from upcycle.records.manifest import Manifest
 
 
@@ -59,6 +60,7 @@ def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = Fals
     on_main(lambda: check_folder(run.folder, "the run folder"))
     check_shared(run.folder)
     names = (names,) if isinstance(names, str) else names
+    run.forget()
     run.asked = tuple(stage_names() if names is None else names)
     for name in run.asked:
         check_stage(name, "a stage to run")
@@ -154,6 +156,8 @@ def _begin(run: Run, stage: Stage, update: bool) -> _Work | None:
         set_aside(folder)
         say(f"{stage.name}: already done, {folder}")
         return None
+    for note in (DELETED, MEASURES):  # of models that were scored and deleted: these are others
+        note.of(run.folder).unlink(missing_ok=True)
     working = open_partial(folder, inputs, update)
     resumed = any(path.name != INPUTS.name for path in working.iterdir())
     say(f"{stage.name}: resuming ..." if resumed else f"{stage.name} ...")
@@ -243,6 +247,11 @@ def _claim(run: Run, update: bool) -> None:
             f"{run.folder} was made by a different recipe:\n{listed}\nRepeat the settings that it was made with "
             f"(`upcycle run {path} --run {run.folder}` has them), or use a different --run; --update accepts the "
             "change and rebuilds the stages that it affects"
+        )
+    if changes is None and path.exists() and read_text(path, MOST_BYTES) != dump_recipe(load_recipe(str(path))):
+        raise UpcycleError(
+            f"{path} is there already, and a run writes its own recipe.yaml, without comments, into its folder; name a "
+            "new folder with --run"
         )
     if changes is None or changes:
         write_text(path, dump_recipe(run.recipe))

@@ -1,5 +1,6 @@
 """A run: a recipe and its folder, what it reads, and the hashes of what decides each stage."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -49,7 +50,7 @@ def open_run(folder: str | Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
 
     Raises:
         UpcycleError: the folder is no run, one that has not come as far as the stages that it `needs`, or one of which
-            only the scores were kept; or a file of these stages is damaged.
+            only the scores were kept; a file of these stages is damaged; or stages do not belong together.
     """
     folder = Path(folder)
     if not is_run(folder):
@@ -62,7 +63,40 @@ def open_run(folder: str | Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
                 f"{folder} is not finished: stage {stage} is not complete; continue with `upcycle run "
                 f"{RECIPE.of(folder)} --run {folder}`; `upcycle report {folder} --watch 30` shows how far it is"
             )
-    return Run(load_recipe(str(RECIPE.of(folder))), folder)
+    run = Run(load_recipe(str(RECIPE.of(folder))), folder)
+    _check_together(run)
+    return run
+
+
+def _check_together(run: "Run") -> None:
+    """Raises UpcycleError for a stage that was made from another one than is there, or with other settings."""
+    from upcycle.pipeline.stages import STAGES
+
+    made = {stage.name: read_manifest(run.folder / stage.name) for stage in STAGES}
+    for stage in STAGES:
+        if (manifest := made[stage.name]) is None:
+            continue
+        others = [n for n in stage.needs if (need := made[n]) and manifest.inputs.get(n) != need.content]
+        said = [f"from another {name} than is there now" for name in others]
+        now = json.loads(json.dumps({**run.settings(stage), "seed": run.recipe.seed}))
+        said += [f"with {c}" for c in _changes({**manifest.settings, "seed": manifest.seed}, now)]
+        if said:
+            raise UpcycleError(
+                f"{run.folder}: stage {stage.name} was made {', '.join(said)}; make it again with `upcycle run "
+                f"{RECIPE.of(run.folder)} --run {run.folder} --update`"
+            )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that both have and that differ; newer versions may have more."""
+    found = []
+    for name in before.keys() & now.keys():
+        one, other = before[name], now[name]
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _changes(one, other, f"{prefix}{name}.")
+        elif one != other:
+            found.append(f"{prefix}{name}={one} (recipe.yaml has {other})")
+    return sorted(found)
 
 
 class Run:
@@ -74,6 +108,20 @@ class Run:
         self.verified: set[str] = set()
         self.asked: tuple[str, ...] = ()
         """The stages that this process was asked for."""
+
+    def forget(self) -> None:
+        """Read anew, when it is asked for, what may have changed since."""
+        for name in (
+            "base",
+            "given_base",
+            "base_hash",
+            "data_hash",
+            "given_checkpoints",
+            "splits",
+            "plan",
+            "checkpoints",
+        ):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def kind(self) -> "upcycle.experts.kind.Kind":

@@ -70,6 +70,8 @@ class Cell(Measures):
     machine: str
     seconds: dict[str, float]
     """By stage, of those that the run made itself."""
+    inputs: dict[str, str] | None = optional()
+    """Name to hash of what the recipe names and the rows' hash leaves out: the base, a chat template, checkpoints."""
 
 
 class Spread(Record):

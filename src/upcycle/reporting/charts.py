@@ -102,7 +102,8 @@ def point_chart(
         dotted: names of the lines whose points are dots.
         mark: an upright line on the x axis, and the word beside it.
     """
-    points = [point for _, line in lines for point in line]
+    lines = [(name, [point for point in line if math.isfinite(sum(point))]) for name, line in lines]
+    points = [point for _, line in lines for point in line] or [(0.0, 0.0, 0.0)]
     low, high = min(y - e for _, y, e in points), max(y + e for _, y, e in points)
     marks, logarithmic = axis(low, high)
     scale = math.log if logarithmic else float

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from upcycle.console import tell
+from upcycle.console import tell, warn
 from upcycle.disk import write_text
 from upcycle.pipeline.costs import read_costs
 from upcycle.records.comparison import METRICS, Comparison, Found, Measures, Spread, Summary, Sweep
-from upcycle.records.files import COMPARISON, MANIFEST, RESULT, SWEEP, run_of
+from upcycle.records.files import COMPARISON, MANIFEST, RESULT, SCORES, SWEEP, run_of
 from upcycle.records.record import ALL
-from upcycle.records.scores import BASE
+from upcycle.records.scores import BASE, MOE
 from upcycle.reporting.charts import Interval, bar_chart, interval_chart, point_chart, with_error
 from upcycle.reporting.course import course_chart
 from upcycle.reporting.dense import dense_variant
@@ -60,8 +60,12 @@ def verdict_of_run(run: Path, found: Comparison | Sweep) -> Verdict | None:
     number = _number(run, found)
     if number is None:
         return None
-    verdict = of_variant(found, number, dense_variant(run.parent, found), f"“{found.summary[number].label}”")
     runs = {run_of(run.parent, number, cell.seed): cell for cell in list(found.variants.values())[number]}
+    scores = SCORES.known(run)
+    if scores and MOE in scores and scores[MOE].loss != runs[run].loss:
+        warn(f"{run} was made anew since it was compared, so the comparison beside it is left out; compare again")
+        return None
+    verdict = of_variant(found, number, dense_variant(run.parent, found), f"“{found.summary[number].label}”")
     own = f" This run alone, with seed {runs[run].seed}: {runs[run].loss[ALL]:.4f}." if len(runs) > 1 else ""
     return replace(verdict, noise=verdict.noise + own)
 

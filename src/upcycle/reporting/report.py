@@ -155,7 +155,10 @@ def _by_domain(
 ) -> Table:
     domains = list(next(iter(measured.values())))
     values = [by_domain[ALL] for by_domain in measured.values()]
-    rows = [[name, *(pattern.format(by_domain[d]) for d in domains)] for name, by_domain in measured.items()]
+    rows = [
+        [name, *(pattern.format(by_domain[d]) if d in by_domain else "" for d in domains)]
+        for name, by_domain in measured.items()
+    ]
     best = [place for place, value in enumerate(values) if value == choose(values)]
     return Table(title, ["model", *domains], rows, best)
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from upcycle.console import say
+from upcycle.disk import digest
 from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.costs import read_costs
+from upcycle.pipeline.manifest import changed_inputs
 from upcycle.pipeline.resume import changes_of, run_stages
 from upcycle.pipeline.run import Run, is_run
 from upcycle.pipeline.stages import stage_names, training_flops, training_tokens
@@ -20,7 +22,10 @@ from upcycle.records.record import ByDomain, read_record, write_record
 from upcycle.records.scores import MOE, MOE_INIT, ModelScores
 from upcycle.studies.provenance import code_version, machine
 from upcycle.studies.statistics import Cells
+from upcycle.weights.folders import is_here
 
+LONGEST_NAME = 120
+"""Bytes of a folder's name, from which on it ends in a hash."""
 Benchmark = Callable[[Run], ByDomain]
 """Scores of a finished run by benchmark, and their mean under `ALL`."""
 
@@ -98,7 +103,10 @@ class Study:
 
 def cell_file(results: Path, label: str, seed: int) -> Path:
     """Where the measures of a variant with a seed are kept."""
-    return results / re.sub(r"[^A-Za-z0-9.=_-]+", "-", label).strip("-") / f"seed-{seed}.json"
+    name = re.sub(r"[^\w.=-]+", "-", label).strip("-")
+    if len(name.encode()) > LONGEST_NAME:
+        name = f"{name[:60]}-{digest(label)[:16]}"
+    return results / name / f"seed-{seed}.json"
 
 
 def run_cells(study: Study, check: Callable[[Cells], None] = lambda _: None) -> dict[str, list[Measures]]:
@@ -136,6 +144,13 @@ def _check(study: Study) -> None:
         raise UpcycleError(f"there are two variants '{twice[0]}'; give each a name of its own, or leave one out")
     if seeded := [text for text in study.texts if any(word.startswith("seed=") for word in Variant(text).words[1:])]:
         raise UpcycleError(f"variant '{seeded[0]}' sets seed, but every variant runs with the same seeds: use --seeds")
+    if study.results:
+        files: dict[Path, str] = {}
+        for label in (Variant(text).name or text for text in study.texts):
+            if (other := files.setdefault(cell_file(study.results, label, 0), label)) != label:
+                raise UpcycleError(
+                    f"the variants '{other}' and '{label}' would have the same files in --results; rename one of them"
+                )
     if is_run(study.out):
         raise UpcycleError(f"--out {study.out} is the folder of a run; name a new one")
 
@@ -212,7 +227,27 @@ def _of_this_run(found: Cell, run: Run, where: Path) -> Cell:
         raise UpcycleError(
             f"{where} was made from different data; move it away, or use a different --out and --results"
         )
+    inputs = _inputs_if_here(run) if found.inputs else None
+    if found.inputs and inputs and found.inputs != inputs:
+        raise UpcycleError(
+            f"{where} was made from different inputs ({changed_inputs(found.inputs, inputs)} changed); move it away, "
+            "or use a different --out and --results"
+        )
     return found
+
+
+def _inputs_if_here(run: Run) -> dict[str, str] | None:
+    """None where the base or a checkpoint is gone, or would have to be downloaded: the cell is what is left of it."""
+    try:
+        return _inputs(run) if is_here(run.recipe.base) else None
+    except UpcycleError:
+        return None
+
+
+def _inputs(run: Run) -> dict[str, str]:
+    """What decides a cell besides its recipe and rows."""
+    given = run.given_hashes if run.recipe.prepare.checkpoints else {}
+    return {"base": run.base_hash, "chat_template": digest(run.base.chat_template), **given}
 
 
 def _names(texts: Sequence[str]) -> list[str]:
@@ -250,6 +285,7 @@ def measure(run: Run, benchmark: ByDomain | None) -> Cell:
         recipe=run.recipe.model_dump(mode="json"),
         version=code_version(),
         machine=machine(),
+        inputs=_inputs(run),
         seconds={stage: cost.seconds for stage, cost in read_costs(run.folder).items()},
     )
 

@@ -8,16 +8,23 @@ from upcycle.console import table, tell
 from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError, nearest
 from upcycle.pipeline.run import Run
-from upcycle.recipe import Recipe
-from upcycle.records.comparison import METRICS, Comparison, Measures
+from upcycle.recipe import Recipe, parse_recipe
+from upcycle.records.comparison import METRICS, Cell, Comparison, Measures
 from upcycle.records.files import COMPARISON, ROUTE
 from upcycle.studies.cells import Study, Variant, labels, run_cells
 from upcycle.studies.statistics import Cells, filled, p_text, std_text, summary
 
 MATCHES = ("tokens", "flops")
 """What all variants of a comparison may have alike."""
-FLOPS_TOLERANCE = 0.01
-"""A training is a whole number of steps."""
+TOLERANCE = 0.01
+"""Share by which training tokens or FLOPs may differ: a training is a whole number of steps."""
+SCORED_WITH = (
+    *(f"data.{name}" for name in ("max_validation", "max_length", "too_long", "turns")),
+    *(f"data.{name}" for name in ("chat_template", "format", "columns", "max_bad")),
+    "evaluate.max_answer_tokens",
+    "evaluate.max_generated",
+)
+"""Settings that decide which rows a model is scored on, and how they are read."""
 
 
 def compare(study: Study, force: bool, against: str | None = None, match: str = "tokens") -> Comparison:
@@ -101,17 +108,33 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
         seed = runs[0].seed
         if len({run.data for run in runs}) > 1:
             problems.append(f"seed {seed}: the variants saw different data")
+        recipes = [parse_recipe(run.recipe, "of a cell") for run in runs if isinstance(run, Cell)]
+        problems += [f"seed {seed}: the variants are scored on different rows ({said})" for said in _scored(recipes)]
+        if len({str(recipe.prepare.checkpoints) for recipe in recipes}) > 1:
+            problems.append(
+                f"seed {seed}: the variants start from different checkpoints (prepare.checkpoints), whose training is "
+                "not counted"
+            )
         if match == "tokens":
             totals, unit = [run.total_tokens for run in runs], "numbers of training tokens"
-            alike = len(set(totals)) == 1
         else:
             totals, unit = [run.total_flops - _start(run) for run in runs], "training FLOPs"
-            alike = max(totals) <= (1 + FLOPS_TOLERANCE) * min(totals)
-        if not alike:
+        if max(totals) > (1 + TOLERANCE) * min(totals):
             named = zip(labels(list(cells)), totals, strict=True)
             listed = ", ".join(f"{label}: {total:,}" for label, total in named)
             problems.append(f"seed {seed}: different {unit} ({listed})")
     return problems
+
+
+def _scored(recipes: Sequence[Recipe]) -> list[str]:
+    """Settings of `SCORED_WITH` that are not alike, with their values."""
+    found = []
+    for name in SCORED_WITH:
+        section, field = name.split(".")
+        values = [getattr(getattr(recipe, section), field) for recipe in recipes]
+        if any(value != values[0] for value in values):
+            found.append(f"{name}: {', '.join(map(str, values))}")
+    return found
 
 
 def show(found: Comparison) -> None:

@@ -11,6 +11,8 @@ from upcycle.records.record import ALL
 
 Cells = Mapping[str, Sequence[Measures]]
 """Each variant's measures, one for each seed."""
+ROUNDING = 1e-12
+"""Differences of shares or losses that are alike up to it are the same."""
 CONFIDENCE = 0.95
 
 
@@ -79,7 +81,7 @@ def paired(gaps: Sequence[float]) -> tuple[float, list[float], float]:
     Where no test can be made (one seed, or differences that are all the same) the last two are nan.
     """
     mean = statistics.fmean(gaps) if gaps else math.nan
-    if len(gaps) < 2 or len(set(gaps)) == 1:
+    if len(gaps) < 2 or max(gaps) - min(gaps) <= ROUNDING * max(1.0, *map(abs, gaps)):
         return mean, [math.nan, math.nan], math.nan
     from scipy.stats import ttest_1samp
 

@@ -88,11 +88,13 @@ def fine_tune(
         if training.newest_alone and is_main():
             leave_newest(training.out_dir)
         wait()
+    # a training is a whole number of steps: of a last epoch that is not whole, a little more than was asked for
+    epochs = trainer.state.epoch or 0.0
     log = [log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingRecord(
         rows=len(samples),
-        tokens=round(settings.epochs * sum(lengths(samples))),
-        answer_tokens=round(settings.epochs * num_answer_tokens(samples)),
+        tokens=round(epochs * sum(lengths(samples))),
+        answer_tokens=round(epochs * num_answer_tokens(samples)),
         steps=len(log),
         log=log,
         evaluations=[Evaluation.of(entry) for entry in trainer.state.log_history if "eval_loss" in entry] or None,

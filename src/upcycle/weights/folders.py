@@ -298,6 +298,10 @@ def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
     """Refuse work whose result would not fit on the disk.
 
@@ -308,7 +312,7 @@ def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
     written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())  # by a run that is being resumed
     if needed - written > free:
         raise UpcycleError(
-            f"{what} needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; make room, "
+            f"{what} needs {_size(needed)} in {folder}, where {_size(free)} are free; make room, "
             f"use a different --run, or {hint}"
         )
 
