@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from browser import CHROMIUM, READABLE, in_browser
 from upcycle.cli import app
 from upcycle.records.comparison import Comparison, Dense, Measures, Sweep
-from upcycle.records.files import COMPARISON, PLAN, SWEEP, run_of
+from upcycle.records.files import COMPARISON, PLAN, SCORES, SWEEP, run_of
 from upcycle.records.plan import ExpansionPlan, Expert
-from upcycle.reporting.comparison import find_comparison, summarise
+from upcycle.records.scores import MOE, ModelScores
+from upcycle.reporting.comparison import find_comparison, summarise, verdict_of_run
 from upcycle.studies.cells import labels
 from upcycle.studies.statistics import summary
 
@@ -101,6 +102,24 @@ def test_against_a_dense_reference_it_says_what_the_record_says(tmp_path: Path) 
     text = written(tmp_path)
     assert "that is not more than noise: 95% interval -0.1742 to +0.0742, p 0.123, 0.456 after Holm" in text
     assert '<p class="gap ">0.0500 lower' in text
+
+
+def test_a_cell_that_was_made_anew_has_not_the_comparison_s_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = {"sft: z": cells(1.0, 1.1), "b: y": cells(0.9, 1.05)}
+    with_plans(tmp_path, 1, 4)
+    found = Comparison(variants=variants, summary=summary(variants, labels(list(variants))), not_comparable=[])
+    cell = run_of(tmp_path, 1, 0)
+    place = cell / SCORES.stage
+    place.mkdir()
+    SCORES.write(place, {MOE: ModelScores(loss=variants["b: y"][0].loss)})
+    verdict = verdict_of_run(cell, found)
+    assert verdict is not None
+    assert "This run alone, with seed 0: 0.9000." in verdict.noise
+    SCORES.write(place, {MOE: ModelScores(loss={"all": 2.3, "math": 2.4})})
+    assert verdict_of_run(cell, found) is None
+    assert "was made anew since it was compared" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_was_forced_is_marked(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def verdict_of_run(run: Path, found: Comparison | Sweep) -> Verdict | None:
     if number is None:
         return None
     runs = {run_of(run.parent, number, cell.seed): cell for cell in list(found.variants.values())[number]}
-    scores = SCORES.known(run)
+    scores = SCORES.known_of(run)
     if scores and MOE in scores and scores[MOE].loss != runs[run].loss:
         warn(f"{run} was made anew since it was compared, so the comparison beside it is left out; compare again")
         return None

@@ -18,6 +18,8 @@ MATCHES = ("tokens", "flops")
 """What all variants of a comparison may have alike."""
 TOLERANCE = 0.01
 """Share by which training tokens or FLOPs may differ: a training is a whole number of steps."""
+NEAR = 1.2
+"""Ratio below which whole steps may be why."""
 SCORED_WITH = (
     *(f"data.{name}" for name in ("max_validation", "max_length", "too_long", "turns")),
     *(f"data.{name}" for name in ("chat_template", "format", "columns", "max_bad")),
@@ -122,7 +124,9 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
         if max(totals) > (1 + TOLERANCE) * min(totals):
             named = zip(labels(list(cells)), totals, strict=True)
             listed = ", ".join(f"{label}: {total:,}" for label, total in named)
-            problems.append(f"seed {seed}: different {unit} ({listed})")
+            near = "; a training is a whole number of steps: more rows or smaller batches come closer"
+            close = max(totals) < NEAR * min(totals)
+            problems.append(f"seed {seed}: different {unit} ({listed}{near * close})")
     return problems
 
 
