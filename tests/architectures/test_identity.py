@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import perturbed
+from conftest import make_dense, perturbed
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import KINDS, load_model
 from upcycle.merging.lineage import Child, materialise
@@ -199,3 +199,15 @@ def test_what_is_rounded_with_the_ffns_is_said(base: Path, tmp_path: Path, capsy
     )
     assembled(mixed, [mixed, mixed], tmp_path / "whole", dtype="float32")
     assert "more precision" not in capsys.readouterr().out
+
+
+def test_padding_rows_that_are_nearly_zero_are_no_error(tmp_path: Path) -> None:
+    """Gemma 3's norms have another epsilon's share in Beam, which is all that such a row's hidden state is."""
+    dense = make_dense(tmp_path / "dense", model_type="gemma3_text", head_dim=8, tie_word_embeddings=True)
+    tensors = load_file(dense / SINGLE)
+    tensors["model.embed_tokens.weight"][:40] = 2e-4 * torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, dense / SINGLE, {"format": "pt"})
+    moe = assembled(dense, [dense, dense], tmp_path / "moe")
+    ids = torch.arange(40, 99)[None]
+    found, expected = (load_model(folder, torch.float32)(ids).logits.detach() for folder in (moe, dense))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

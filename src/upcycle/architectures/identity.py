@@ -24,6 +24,8 @@ from upcycle.weights.names import HEAD
 CHANNELS, TOKENS, WINDOW, LENGTH = 64, 256, 8, 48
 PER_LAYER = ("layer_types", "no_rope_layers", "layers_block_type")
 """Fields with a value for each layer."""
+NEARLY_ZERO = 0.01
+"""Share of the median size of an embedding."""
 TOLERANCE = 1e-4
 """Of the largest logit: fp32 rounding is 1e-6, a lost field 1e-2 and more."""
 
@@ -73,7 +75,8 @@ def check_identity(
     for name in router_tensors(family.moe.layout, config):
         vectors = 0.02 * torch.randn(2, config["hidden_size"], generator=generator)  # sigmoids must not vanish
         moe_state[name] = vectors.repeat_interleave(small.granularity, dim=0)
-    ids = torch.randint(config["vocab_size"], (1, LENGTH), generator=generator)
+    tokens = _tokens(dense_state[small.family.layout.embeddings])
+    ids = tokens[torch.randint(len(tokens), (1, LENGTH), generator=generator)]
     expected = _logits(config, dense_state, ids, f"{where} (dense)")
     found = _logits(small.moe_config(2, "float32"), moe_state, ids, f"{where} as {family.moe.model_type}")
     difference = float((found - expected).abs().max() / expected.abs().max())
@@ -84,6 +87,12 @@ def check_identity(
             "model; please report its config.json"
         )
     return difference
+
+
+def _tokens(embeddings: Tensor) -> Tensor:
+    """Those that say something: behind an embedding that is nearly zero, as of padding, there is a norm's epsilon."""
+    sizes = embeddings.float().square().mean(dim=1).sqrt()
+    return (sizes >= NEARLY_ZERO * sizes.median()).nonzero().flatten()
 
 
 def rewritten(values: Tensor, rewrite: Rewrite | None) -> Tensor:

@@ -252,7 +252,8 @@ REWRITTEN = (
         _beam,
         moves=GEMMA3_MOVES,
         idle=("query_pre_attn_scalar", "_sliding_window_pattern"),
-        note="norms and scales are rewritten, embeddings and head are two tensors; of the programs that serve models "
+        note="norms and scales are rewritten, embeddings and head are two tensors; tokens whose embeddings are nearly "
+        "zero (an untrained padding row) get other logits; of the programs that serve models "
         "only SGLang and transformers know Beam",
     ),
 )
