@@ -27,9 +27,11 @@ BLOCK = re.compile(r"(<!-- (table|models): (\S+) (.+?) -->\n).*?(<!-- end -->)",
 
 
 def read_cells(testbed: str, table: str) -> dict[str, list[Cell]]:
-    """Of each variant of a table that has been run, by seed."""
-    found = {name: cells_of(testbed, name) for name in TABLES[table]}
-    return {name: cells for name, cells in found.items() if cells}
+    """Of each variant of a table that has been run, by seed: the seeds that all of them have, so that means compare."""
+    found = {name: cells for name in TABLES[table] if (cells := cells_of(testbed, name))}
+    seeds = [{cell.seed for cell in cells} for cells in found.values()]
+    common = set.intersection(*seeds) if seeds else set()
+    return {name: [cell for cell in cells if cell.seed in common] for name, cells in found.items()}
 
 
 def cells_of(testbed: str, name: str) -> list[Cell]:

@@ -474,6 +474,14 @@ def test_a_turn_ends_before_the_next_whatever_stands_behind_the_last(
         assert learned(tokenizer, talk("a", "", "secret", "b"), template) == f"{header}{end}|{header}b{last}"
 
 
+def test_an_empty_greeting_at_the_very_begin(tokenizer: Any) -> None:
+    bare = "{% for m in messages %}{{ m.content }}{{ '</s>' if loop.last else '' }}{% endfor %}"
+    row = chat(("assistant", ""), ("user", "a"), ("assistant", "b"))
+    tokenizer.chat_template = bare
+    with pytest.raises(UpcycleError, match="rewrites message 0,"):
+        encode(row, tokenizer)
+
+
 def test_a_call_that_the_template_does_not_write_is_refused(tokenizer: Any) -> None:
     row = chat(("user", "a"), CALL | {"content": "let me see"}, ("tool", "1"), ("assistant", "1"))
     with pytest.raises(UpcycleError, match=r"here:1: the chat template leaves out the tool calls of message 1 \(f\)"):

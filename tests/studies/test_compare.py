@@ -175,6 +175,9 @@ def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_p
         "seed 0: the variants saw different data"
     ]
     assert differences({"a": [cell(0, 1.0)], "b": [cell(0, 2.0)]}) == []
+    assert differences({"a": [cell(0, 1.0, 1000)], "b": [cell(0, 2.0, 1009)]}) == []  # whole steps
+    started = cell(0, 1.0, 1000).model_copy(update={"tokens": {"posttrain": 1000, "route": 9}})
+    assert differences({"a": [cell(0, 1.0, 1000)], "b": [started]})[0].startswith("seed 0: different numbers of")
 
 
 def test_other_rows_or_checkpoints_make_no_comparison(recipe_file: Path) -> None:

@@ -45,8 +45,10 @@ def template_of(row: Row, tokenizer: Tokenizer) -> str:
 
 def render(tokenizer: Tokenizer, row: Row, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
     tools = list(row.tools) or None
-    error = None
-    for given in (messages, _with_spelt_calls(messages)):  # DeepSeek's templates join arguments to texts
+    error, spellings = None, [messages]
+    if any("tool_calls" in message for message in messages):  # DeepSeek's templates join arguments to texts
+        spellings.append(_with_spelt_calls(messages))
+    for given in spellings:
         try:
             return str(
                 tokenizer.apply_chat_template(

@@ -33,7 +33,8 @@ class Encoded:
     @cached_property
     def lengths(self) -> Int[np.ndarray, " N"]:
         """Tokens of each."""
-        return np.diff(self.table["input_ids"].combine_chunks().offsets.to_numpy())
+        parts = [np.diff(part.offsets.to_numpy()) for part in self.table["input_ids"].chunks]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
 
     @cached_property
     def refused(self) -> dict[int, str]:

@@ -212,6 +212,8 @@ def _endings(sketch: _Sketch, turn: int, last: str, behind: str) -> Iterator[str
 
 
 def _behind(text: str | None, last: str) -> str | None:
+    if not last:
+        return text
     _, found, rest = (text or "").rpartition(last)
     return rest if found else None
 

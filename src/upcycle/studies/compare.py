@@ -103,7 +103,7 @@ def _scaled(recipe: Recipe, factor: float) -> list[str]:
 def differences(cells: Cells, match: str = "tokens") -> list[str]:
     """What makes the variants not comparable: different data, or different training tokens (or FLOPs) for a seed.
 
-    Tokens of all stages count, the router's start included; FLOPs of the two trainings, which are what is matched.
+    Tokens of all stages count, the router's start to the last; FLOPs of the two trainings, which are what is matched.
     """
     problems = []
     for runs in zip(*cells.values(), strict=True):
@@ -119,15 +119,23 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
             )
         if match == "tokens":
             totals, unit = [run.total_tokens for run in runs], "numbers of training tokens"
+            starts = [run.tokens.get(ROUTE, 0) for run in runs]
+            trained = [total - start for total, start in zip(totals, starts, strict=True)]
+            alike = len(set(totals)) == 1 or (len(set(starts)) == 1 and _near(trained))
         else:
             totals, unit = [run.total_flops - _start(run) for run in runs], "training FLOPs"
-        if max(totals) > (1 + TOLERANCE) * min(totals):
+            alike = _near(totals)
+        if not alike:
             named = zip(labels(list(cells)), totals, strict=True)
             listed = ", ".join(f"{label}: {total:,}" for label, total in named)
             near = "; a training is a whole number of steps: more rows or smaller batches come closer"
             close = max(totals) < NEAR * min(totals)
             problems.append(f"seed {seed}: different {unit} ({listed}{near * close})")
     return problems
+
+
+def _near(totals: Sequence[int]) -> bool:
+    return max(totals) <= (1 + TOLERANCE) * min(totals)
 
 
 def _scored(recipes: Sequence[Recipe]) -> list[str]:

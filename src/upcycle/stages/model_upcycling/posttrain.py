@@ -67,6 +67,7 @@ def posttrain(
         save_model(model, text, initial)
         if is_main():
             if keeps:
+                say(f"posttrain: the parts that are no text are those of {whole}")
                 write_whole(text, whole, out_dir)
             LOG.write(out_dir, record)
             note_sizes(out_dir)
