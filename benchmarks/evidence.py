@@ -239,7 +239,8 @@ TABLES = {
     "spread": ("vanilla-sft", "upit", *SPREAD),
     "rates": ("sft", "vanilla", "vanilla-sft", "upit", *RATES),
     "parts": ("upit", *PARTS, "router start random"),
-    "starts": ("upit", "vanilla-sft", *STARTS),
+    "starts": (*(name for name in STARTS if name.startswith("router")), "upit"),
+    "copies-starts": ("vanilla-sft", *(name for name in STARTS if name.startswith("copies"))),
     **{f"rows-{share}": tuple(name for name in ROWS if f" {share}%" in name) for share in (10, 30)},
     "sizes": ("upit", *SIZES),
 }
