@@ -306,6 +306,14 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=110)
 
 
+def is_dump(text: str) -> bool:
+    """Whether `dump_recipe` may have written it, of this version or another: no comments, and all stages are there."""
+    values = parse_yaml(text, "recipe.yaml")
+    stages = ("data", "prepare", "expand", "assemble", "route", "posttrain", "evaluate")
+    same = yaml.safe_dump(values, sort_keys=False, width=110) == text
+    return same and isinstance(values, dict) and values.keys() >= set(stages)
+
+
 def chosen_settings(recipe: Recipe) -> list[str]:
     """`section.field=value` of base, data and every setting that is not at its default."""
     defaults = dict(_flat(Recipe(base="-", data=DataSettings(train="-")).model_dump()))

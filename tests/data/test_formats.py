@@ -444,7 +444,7 @@ def test_a_message_that_is_learned_in_part_is_refused(field: str, value: object,
     ("content", "said"),
     [
         ("äö".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
-        (gzip.compress(b"{}"), r"it is gzip; let its name end in \.gz"),
+        (gzip.compress(b"{}", mtime=0), r"it is gzip; let its name end in \.gz"),
         ("é".encode("latin-1"), "save it as UTF-8"),
     ],
 )
@@ -499,7 +499,13 @@ def test_arguments_of_calls_are_objects_and_hold_what_was_written(tmp_path: Path
     assert arguments(tmp_path / "none.jsonl") == [{"limit": None}, "no JSON"]
 
 
-@pytest.mark.parametrize("text", ['[{"name": "f", "arguments": {}}]', '[{"a": 1}]\nSummarise this', '[{"role": '])
+@pytest.mark.parametrize("text", ['[{"role": "user", "content": "a"', '[{"from": "human", "value": "a"}]'])
+def test_messages_in_a_cell_that_cannot_be_read_are_refused(text: str) -> None:
+    with pytest.raises(UpcycleError, match="here:1: "):
+        to_row({"prompt": text, "completion": "b"}, "here:1")
+
+
+@pytest.mark.parametrize("text", ['[{"name": "f", "arguments": {}}]', '[{"a": 1}]\nSummarise this', '[{"rol'])
 def test_a_text_that_begins_like_messages_is_a_text(text: str) -> None:
     row = to_row({"prompt": text, "completion": text}, "here:1")
     assert [message["content"] for message in row.messages] == [text, text]

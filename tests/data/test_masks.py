@@ -486,6 +486,9 @@ def test_a_call_that_the_template_does_not_write_is_refused(tokenizer: Any) -> N
     row = chat(("user", "a"), CALL | {"content": "let me see"}, ("tool", "1"), ("assistant", "1"))
     with pytest.raises(UpcycleError, match=r"here:1: the chat template leaves out the tool calls of message 1 \(f\)"):
         learned(tokenizer, row, CHATML)
+    silent = chat(row.messages[0], row.messages[1] | {"weight": 0}, *row.messages[2:])
+    assert learned(tokenizer, silent, CHATML) == "1<|im_end|>"
+    assert learned(tokenizer, row, CHATML, turns="last") == "1<|im_end|>"
 
 
 def test_arguments_are_objects_or_texts_as_the_template_has_them(tokenizer: Any) -> None:
@@ -494,7 +497,11 @@ def test_arguments_are_objects_or_texts_as_the_template_has_them(tokenizer: Any)
         "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}",
     )
     row = chat(("user", "a"), CALL | {"content": None}, ("tool", "1"), ("assistant", "1"))
-    assert learned(tokenizer, row, joined) == 'f{"x": 1}<|im_end|>|1<|im_end|>'
+    printed = joined.replace("+ c.f", "~ c.f")  # as Python spells it
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}<|im_end|>"
+    marked = MARKED.replace("<|im_end|>{% endgen", calls + "{% endgen")
+    for template in (joined, printed, marked):
+        assert 'f{"x": 1}<|im_end|>' in learned(tokenizer, row, template)
 
 
 def test_a_greeting_is_learned_too(tokenizer: Any) -> None:

@@ -61,10 +61,12 @@ LONG = "Tell me, if you can, which of the many rivers of the old world is the lo
         ("What is the capital of French Guiana? " + "Thanks. " * 9, False),
         ("你好。请用一句话解释什么是机器学习。谢谢", True),
         ("你好。请用一句话解释什么是机器。谢谢", False),
+        ("请根据以下内容回答下列问题。狗是什么", False),  # a preamble that many share
     ],
 )
 def test_questions_are_alike_by_thirteen_words_or_all_of_fewer(question: str, alike: bool) -> None:
-    held_out = [LONG, "What is 2+2?", "What is the capital of France?", "请用一句话解释什么是机器学习"]
+    held_out = [LONG, "What is 2+2?", "What is the capital of France?"]
+    held_out += ["请用一句话解释什么是机器学习", "请根据以下内容回答下列问题。天空为什么是蓝的", "请你写一首诗"]
     assert (question in Alike(held_out)) is alike
 
 

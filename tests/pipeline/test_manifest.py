@@ -63,5 +63,5 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     folder = sealed(tmp_path / "prepare")
     values = json.loads((folder / MANIFEST.name).read_text())
     (folder / MANIFEST.name).write_text(json.dumps({**values, "format": 99}))
-    with pytest.raises(UpcycleError, match=r"has format 99, this version reads 1 to 2: use a new --run"):
+    with pytest.raises(UpcycleError, match=r"has format 99, this version reads 1 to 3: use a new --run"):
         read_manifest(folder)

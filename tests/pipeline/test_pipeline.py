@@ -18,7 +18,7 @@ from upcycle.pipeline.manifest import read_manifest
 from upcycle.pipeline.resume import run_stages, status
 from upcycle.pipeline.run import Run, open_run
 from upcycle.pipeline.stages import STAGES, stage_names
-from upcycle.recipe import dump_recipe, load_recipe, parse_recipe
+from upcycle.recipe import dump_recipe, is_dump, load_recipe, parse_recipe
 from upcycle.reporting.progress import facts
 from upcycle.weights.safetensors_io import ModelReader
 
@@ -504,6 +504,30 @@ def test_ones_own_recipe_is_never_replaced(tiny_recipe: dict[str, Any], tmp_path
         run_stages(run, ("prepare",))
     assert path.read_text() == own
     assert load_recipe(str(path)) == run.recipe
+
+
+def test_a_run_of_an_earlier_version_does_not_split_its_rows_anew(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """System messages were part of a question: other rows would be held out than were before."""
+    lines = [json.loads(line) for line in Path(tiny_recipe["data"]["train"]).read_text().splitlines()]
+    for row in lines[:5]:
+        row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = make(tiny_recipe, tmp_path / "run", data={"train": str(tmp_path / "rows.jsonl")})
+    assert run.splits.has_system_messages
+    assert not make(tiny_recipe, tmp_path / "other").splits.has_system_messages
+    run.forget()
+    vars(run)["format"] = 2
+    with pytest.raises(UpcycleError, match=r"begun by an earlier version, .* start anew with a new --run"):
+        _ = run.splits
+
+
+def test_a_recipe_that_a_run_wrote_may_be_replaced(tiny_recipe: dict[str, Any]) -> None:
+    written = dump_recipe(parse_recipe(tiny_recipe, "test"))
+    assert is_dump(written)
+    assert is_dump(written.replace("  decontaminate_with: []\n", ""))  # of a version that did not have it
+    assert not is_dump("# mine\n" + written)
+    assert not is_dump("base: x\ndata:\n  train: y\n")
+    assert not is_dump("")
 
 
 def test_data_that_change_within_a_session_are_noticed(

@@ -232,9 +232,9 @@ def test_a_cell_of_another_base_or_template_is_refused(recipe_file: Path, tmp_pa
 
 
 def test_results_have_a_place_of_their_own(tmp_path: Path) -> None:
-    places = {cell_file(tmp_path, label, 0) for label in ("密集", "升级", "x" * 200, "x" * 201, "a b")}
+    places = {cell_file(tmp_path, label, 0) for label in ("密集", "升级", "x" * 300, "x" * 301, "a b")}
     assert len(places) == 5
-    assert max(len(place.parent.name.encode()) for place in places) <= 120
+    assert max(len(place.parent.name.encode()) for place in places) <= 240
     with pytest.raises(UpcycleError, match=r"'a b' and 'a-b' would have the same files in --results; rename one"):
         run_cells(Study(["a b: upit", "a-b: upit"], [0], tmp_path / "out", results=tmp_path))
 

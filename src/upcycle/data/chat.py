@@ -54,8 +54,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns = "all")
         turns: `last` learns the last assistant turn only.
 
     Raises:
-        UpcycleError: a template that cannot render a row, an answer that is not where it can be found in the rendered
-            chat, or a tokenizer that gives no character offsets.
+        UpcycleError: a template that cannot render a row or leaves calls of tools out, an answer that is not where it
+            can be found in the rendered chat, or a tokenizer that gives no character offsets.
     """
     check_fast(tokenizer)
     skeletons = skeletons_of(repr(tokenizer.chat_template), repr(tokenizer.special_tokens_map))
@@ -96,11 +96,25 @@ def _sample(row: Row, chat: Chat, encoding: Any, turns: Turns) -> Sample:
     labels = [IGNORED] * len(ids)
     for turn, spans in chat.spans.items():
         if is_learned(row.messages[turn]) and (turns == "all" or turn == last_turn):
+            _check_calls(row, turn, "".join(chat.text[begin:end] for begin, end in spans))
             for begin, end in spans:
                 inside = slice(_first_from(encoding, begin), _first_behind(encoding, end, len(chat.text)))
                 labels[inside] = ids[inside]
     start = _first_from(encoding, chat.spans[last_turn][0][0])
     return Sample(ids, labels, row.domain, row.question, chat.answer, start, row.where, chat.dropped)
+
+
+def _check_calls(row: Row, turn: int, learned: str) -> None:
+    """Raises UpcycleError for an answer whose calls of tools the template leaves out."""
+    calls = [
+        call.get("function", call) for call in row.messages[turn].get("tool_calls") or () if isinstance(call, dict)
+    ]
+    names = [str(call["name"]) for call in calls if isinstance(call, dict) and call.get("name")]
+    if names and not any(name in learned for name in names):
+        raise UpcycleError(
+            f"{row.where}: the chat template leaves out the tool calls of message {turn} ({', '.join(names)}); give a "
+            "data.chat_template that writes them, or leave such rows out"
+        )
 
 
 def _first_from(encoding: Any, place: int) -> int:

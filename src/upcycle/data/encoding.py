@@ -77,7 +77,7 @@ def encoded(
     A row whose answer cannot be found in the rendered chat, or that is not rendered, has no tokens, and says why.
 
     Raises:
-        UpcycleError: that is so for all of the first rows.
+        UpcycleError: that is so for all that one process has.
     """
     tokens = _tokenizer_key(tokenizer)
     versions = [version(name) for name in ("upcycle", "transformers", "tokenizers")]
@@ -144,19 +144,16 @@ def _write(
     rows: Rows, numbers: Sequence[int], tokenizer: Tokenizer, turns: Turns, most: int | None, path: Path
 ) -> Iterator[int]:
     """Encode rows into a table; gives the number of rows that are done, from time to time."""
+    errors: list[UpcycleError] = []
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for begin in range(0, len(numbers), ROWS_AT_ONCE):
             part = numbers[begin : begin + ROWS_AT_ONCE]
             found = _encoded_or_refused(list(rows.take(part)), tokenizer, turns)
-            if not begin and (first := _if_all_are_refused(found)):
-                raise first
+            errors += [one for one in found if isinstance(one, UpcycleError)]
             writer.write_batch(_batch(part, found, most))
             yield len(part)
-
-
-def _if_all_are_refused(found: Sequence[Sample | UpcycleError]) -> UpcycleError | None:
-    errors = [one for one in found if isinstance(one, UpcycleError)]
-    return errors[0] if len(errors) == len(found) else None
+    if errors and len(errors) == len(numbers):
+        raise errors[0]
 
 
 def _encoded_or_refused(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns) -> list[Sample | UpcycleError]:

@@ -124,6 +124,8 @@ def _prompt_completion(values: Values) -> list[Any]:
 
 def _side(value: Any, role: str, column: str) -> list[Any]:
     if isinstance(value, str) and value.startswith('[{"'):  # messages in a CSV cell, or a text that is JSON
+        if value.startswith(('[{"role"', '[{"from"')):
+            return _listed(value, column)
         found = _json(value)
         if isinstance(found, list) and all(isinstance(turn, dict) and "role" in turn for turn in found):
             return found

@@ -53,27 +53,8 @@ def read_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, Skeleton | No
         text: its rendering, if it is known.
 
     Raises:
-        UpcycleError: it has no answer, the template cannot render it or leaves calls of tools out, or an answer cannot
-            be found in the rendering.
+        UpcycleError: it has no answer, the template cannot render it, or an answer cannot be found in the rendering.
     """
-    chat = _found_chat(row, tokenizer, skeletons, text)
-    for turn, spans in chat.spans.items():
-        names = _called(row.messages[turn])
-        if names and not any(name in _covered(chat.text, spans) for name in names):
-            raise UpcycleError(
-                f"{row.where}: the chat template leaves out the tool calls of message {turn} ({', '.join(names)}); "
-                "give a data.chat_template that writes them, or leave such rows out"
-            )
-    return chat
-
-
-def _called(message: Message) -> list[str]:
-    """The tools that an answer calls."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
-    return [str(call["name"]) for call in calls if isinstance(call, dict) and call.get("name")]
-
-
-def _found_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, Skeleton | None], text: str | None) -> Chat:
     if not any(message["role"] == "assistant" for message in row.messages):
         raise UpcycleError(f"{row.where}: no assistant turn, so there is nothing to learn")
     if marks_generations(template_of(row, tokenizer)):

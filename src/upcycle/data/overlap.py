@@ -19,28 +19,33 @@ UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 """Thai to Khmer, Kana, Han: written without spaces, so each character is a word."""
+SIGN = re.compile(f"[{UNSPACED}]")
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 class Alike:
-    """Tells whether a question shares `WORDS` words in a row with one of those given, or has all of a shorter one."""
+    """Tells whether a question shares `WORDS` words in a row with one of those given, or has all of a shorter one.
+
+    Of a question that is written without spaces twice as many characters count as so many words.
+    """
 
     def __init__(self, questions: Iterable[str]) -> None:
-        self._known: dict[int, set[int]] = defaultdict(set)
+        self._wholes: set[int] = set()
+        self._parts: dict[int, set[int]] = defaultdict(set)
         """By the number of words."""
         for question in questions:
             words = _words(question)
-            size = min(len(words), WORDS)
-            self._known[size].update(_grams(words, size))
+            times = 1 + (2 * sum(SIGN.fullmatch(word) is not None for word in words) > len(words))
+            self._wholes.update(_grams(words, len(words)))
+            if len(words) >= times * FEWEST:
+                size = min(len(words), times * WORDS)
+                self._parts[size].update(_grams(words, size))
 
     def __contains__(self, question: str) -> bool:
         words = _words(question)
-        return any(
-            gram in known
-            for size, known in self._known.items()
-            if size == len(words) or FEWEST <= size < len(words)
-            for gram in _grams(words, size)
-        )
+        if not self._wholes.isdisjoint(_grams(words, len(words))):
+            return True
+        return any(gram in known for size, known in self._parts.items() for gram in _grams(words, size))
 
 
 def _words(question: str) -> list[str]:

@@ -1,14 +1,16 @@
 """Chats as a tokenizer's template renders them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from upcycle.data.formats import SPELL, Message, Row
 from upcycle.errors import UpcycleError
 from upcycle.types import Tokenizer
 
+T = TypeVar("T")
 Span = tuple[int, int]
 """First character and the one behind the last."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -21,12 +23,13 @@ def rendered(rows: Sequence[Row], tokenizer: Tokenizer) -> list[str | None]:
     """
     if isinstance(tokenizer.chat_template, str) and marks_generations(tokenizer.chat_template):
         return [None] * len(rows)
-    plain = [list(row.messages) for row in rows if not row.tools]
+    alone = [bool(row.tools) or any("tool_calls" in message for message in row.messages) for row in rows]
+    plain = [list(row.messages) for row, apart in zip(rows, alone, strict=True) if not apart]
     try:
         texts = iter(tokenizer.apply_chat_template(plain, tokenize=False) if plain else [])
     except Exception:  # each is tried again, and named
         return [None] * len(rows)
-    return [None if row.tools else str(next(texts)) for row in rows]
+    return [None if apart else str(next(texts)) for apart in alone]
 
 
 @lru_cache(maxsize=16)
@@ -45,19 +48,48 @@ def template_of(row: Row, tokenizer: Tokenizer) -> str:
 
 def render(tokenizer: Tokenizer, row: Row, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
     tools = list(row.tools) or None
-    error, spellings = None, [messages]
-    if any("tool_calls" in message for message in messages):  # DeepSeek's templates join arguments to texts
-        spellings.append(_with_spelt_calls(messages))
-    for given in spellings:
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    list(given), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
+
+    def attempt(given: Sequence[Message]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                list(given), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as raised:  # jinja2 raises its own and the template's exceptions
-            error = error or raised
-    raise UpcycleError(f"{row.where}: the chat template cannot render this chat: {error}") from None
+        )
+
+    return _spelt_as_wanted(row, messages, attempt, str)
+
+
+def _spelt_as_wanted(
+    row: Row, messages: Sequence[Message], attempt: Callable[[Sequence[Message]], T], text_of: Callable[[T], str]
+) -> T:
+    """A rendering with the arguments of calls as objects; as JSON, where the template cannot spell objects.
+
+    Such a template joins them to texts and fails (DeepSeek), or prints them as Python does.
+    """
+    objects = [arguments for message in messages for arguments in _arguments(message)]
+    try:
+        found = attempt(messages)
+        if not any(arguments and str(arguments) in text_of(found) for arguments in objects):
+            return found
+    except Exception as error:  # jinja2 raises its own and the template's exceptions
+        if not objects:
+            raise _cannot(row, error) from None
+    try:
+        return attempt(_with_spelt_calls(messages))
+    except Exception as error:
+        raise _cannot(row, error) from None
+
+
+def _cannot(row: Row, error: Exception) -> UpcycleError:
+    return UpcycleError(f"{row.where}: the chat template cannot render this chat: {error}")
+
+
+def _arguments(message: Message) -> list[dict[str, Any]]:
+    """Those of its calls that are objects."""
+    calls = message.get("tool_calls")
+    inner = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    found = [call.get("arguments") for call in inner if isinstance(call, dict)]
+    return [arguments for arguments in found if isinstance(arguments, dict)]
 
 
 def _with_spelt_calls(messages: Sequence[Message]) -> list[Message]:
@@ -92,15 +124,14 @@ def render_marked(tokenizer: Tokenizer, row: Row, messages: Sequence[Message]) -
     """As `apply_chat_template` renders, with the character ranges that its mask of assistant's tokens is made from."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    try:
+    def attempt(given: Sequence[Message]) -> tuple[str, list[Span]]:
         texts, marks = render_jinja_template(
-            [given],
+            [[{key: value for key, value in message.items() if value is not None} for message in given]],
             tools=list(row.tools) or None,
             chat_template=template_of(row, tokenizer),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    except Exception as error:  # as above
-        raise UpcycleError(f"{row.where}: the chat template cannot render this chat: {error}") from None
-    return str(texts[0]), [(int(begin), int(end)) for begin, end in marks[0]]
+        return str(texts[0]), [(int(begin), int(end)) for begin, end in marks[0]]
+
+    return _spelt_as_wanted(row, messages, attempt, itemgetter(0))

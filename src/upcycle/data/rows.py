@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from upcycle.console import say
 from upcycle.data.cache import cached
-from upcycle.data.formats import SPELL, Row
+from upcycle.data.formats import INSTRUCTS, SPELL, Row
 from upcycle.data.sources import Tally, hash_sources, usable_rows, weigh
 from upcycle.disk import digest
 from upcycle.errors import UpcycleError
@@ -55,6 +56,12 @@ class Rows:
     def questions(self) -> list[str]:
         """What must not be shared between training and held-out rows (N)."""
         return list(self.table["question"].to_pylist())
+
+    @property
+    def has_system_messages(self) -> bool:
+        """Whether a chat has a message that instructs."""
+        found = [pc.match_substring(self.table["messages"], f'"role": "{role}"') for role in INSTRUCTS]
+        return any(pc.any(matches).as_py() for matches in found)
 
     def take(self, numbers: Sequence[int]) -> Iterator[Row]:
         """Rows by their numbers, some at a time."""

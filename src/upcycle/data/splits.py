@@ -43,6 +43,12 @@ class Splits:
     seed: SeedData
     validation: Sequence[Sample]
 
+    @property
+    def has_system_messages(self) -> bool:
+        """Whether a table that the parts are from has one."""
+        parts = (self.train, self.seed.fit, self.seed.test, self.validation)
+        return any(part.encoded.rows.has_system_messages for part in parts if isinstance(part, Samples))
+
 
 @dataclass(frozen=True)
 class Part:

@@ -34,7 +34,7 @@ from upcycle.pipeline.run import Run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import check_stage, stage_names
 from upcycle.reading import read_text
-from upcycle.recipe import MOST_BYTES, differences, dump_recipe, load_recipe
+from upcycle.recipe import MOST_BYTES, differences, dump_recipe, is_dump, load_recipe
 from upcycle.records.files import DELETED, INPUTS, LOCK, MEASURES, POSTTRAIN, PREPARE, RECIPE
 from upcycle.records.manifest import Manifest
 
@@ -248,7 +248,7 @@ def _claim(run: Run, update: bool) -> None:
             f"(`upcycle run {path} --run {run.folder}` has them), or use a different --run; --update accepts the "
             "change and rebuilds the stages that it affects"
         )
-    if changes is None and path.exists() and read_text(path, MOST_BYTES) != dump_recipe(load_recipe(str(path))):
+    if changes is None and path.exists() and not is_dump(read_text(path, MOST_BYTES)):
         raise UpcycleError(
             f"{path} is there already, and a run writes its own recipe.yaml, without comments, into its folder; name a "
             "new folder with --run"

@@ -26,7 +26,7 @@ from upcycle.records.files import (
     ROUTE_REPORT,
     SCORES,
 )
-from upcycle.records.manifest import FORMAT, HASHED_WITH
+from upcycle.records.manifest import FORMAT, HASHED_WITH, READING
 from upcycle.records.plan import Checkpoint, ExpansionPlan
 from upcycle.records.route import RouteReport
 from upcycle.records.scores import Scores
@@ -203,6 +203,11 @@ class Run:
         on_main(load)  # the others find everything encoded
         if not found:
             load()
+        if self.format < READING and found[0].has_system_messages:
+            raise UpcycleError(
+                f"{self.folder} was begun by an earlier version, which split rows with system messages in another way; "
+                "start anew with a new --run"
+            )
         return found[0]
 
     @cached_property
@@ -253,9 +258,13 @@ class Run:
 
     @cached_property
     def base_hash(self) -> str:
-        from upcycle.weights.hashing import hash_model
+        return self._hashes([self.base.folder])[0]
 
-        return hash_model(self.base.folder, HASHED_WITH[self.format])
+    def _hashes(self, folders: list[Path]) -> list[str]:
+        """Of models, as the run's manifests have them."""
+        from upcycle.weights.hashing import hash_models
+
+        return hash_models(folders, HASHED_WITH[self.format], others=self.format < READING)
 
     @cached_property
     def data_hash(self) -> str:
@@ -270,10 +279,9 @@ class Run:
     def given_checkpoints(self) -> list[tuple[Path, str]]:
         """The user's checkpoint folders, in order, with the hash of each: read once."""
         from upcycle.stages.expert_preparation.checkpoints import checkpoint_folders
-        from upcycle.weights.hashing import hash_models
 
         folders = checkpoint_folders(self.recipe.prepare.checkpoints)
-        return list(zip(folders, hash_models(folders, HASHED_WITH[self.format]), strict=True))
+        return list(zip(folders, self._hashes(folders), strict=True))
 
     @property
     def given_hashes(self) -> dict[str, str]:
@@ -291,6 +299,8 @@ class Run:
         }
         if stage.reads_data(self.recipe):
             found["data"] = self.data_hash
+            if self.format >= READING:
+                found["reading"] = str(READING)
         if stage.reads_data(self.recipe) or stage.reads_template:
             found["chat_template"] = digest(self.base.chat_template)
         found |= stage.more_inputs(self)

@@ -7,9 +7,11 @@ from upcycle.disk import digest
 from upcycle.hashes import SHA256, XXH3
 from upcycle.records.record import Count, Record, Sha256, Xxh3, optional
 
-HASHED_WITH = {1: SHA256, 2: XXH3}
+HASHED_WITH = {1: SHA256, 2: XXH3, 3: XXH3}
 """The hash of files, by the format of the manifest."""
-FORMAT = 2
+FORMAT = 3
+READING = 3
+"""The format from which on questions leave system messages out, and models weights for other programs."""
 LIBRARIES = ("upcycle", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "scipy")
 
 

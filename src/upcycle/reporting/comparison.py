@@ -62,7 +62,7 @@ def verdict_of_run(run: Path, found: Comparison | Sweep) -> Verdict | None:
         return None
     runs = {run_of(run.parent, number, cell.seed): cell for cell in list(found.variants.values())[number]}
     scores = SCORES.known_of(run)
-    if scores and MOE in scores and scores[MOE].loss != runs[run].loss:
+    if scores and MOE in scores and str(scores[MOE].loss) != str(runs[run].loss):  # nan too
         warn(f"{run} was made anew since it was compared, so the comparison beside it is left out; compare again")
         return None
     verdict = of_variant(found, number, dense_variant(run.parent, found), f"“{found.summary[number].label}”")

@@ -24,7 +24,7 @@ from upcycle.studies.provenance import code_version, machine
 from upcycle.studies.statistics import Cells
 from upcycle.weights.folders import is_here
 
-LONGEST_NAME = 120
+LONGEST_NAME = 240
 """Bytes of a folder's name, from which on it ends in a hash."""
 Benchmark = Callable[[Run], ByDomain]
 """Scores of a finished run by benchmark, and their mean under `ALL`."""

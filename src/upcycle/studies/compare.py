@@ -16,8 +16,8 @@ from upcycle.studies.statistics import Cells, filled, p_text, std_text, summary
 
 MATCHES = ("tokens", "flops")
 """What all variants of a comparison may have alike."""
-TOLERANCE = 0.01
-"""Share by which training tokens or FLOPs may differ: a training is a whole number of steps."""
+TOLERANCE = {"tokens": 0.01, "flops": 0.05}
+"""Share by which they may differ: a training is a whole number of steps, and FLOPs are matched by parts of epochs."""
 NEAR = 1.2
 """Ratio below which whole steps may be why."""
 SCORED_WITH = (
@@ -121,10 +121,10 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
             totals, unit = [run.total_tokens for run in runs], "numbers of training tokens"
             starts = [run.tokens.get(ROUTE, 0) for run in runs]
             trained = [total - start for total, start in zip(totals, starts, strict=True)]
-            alike = len(set(totals)) == 1 or (len(set(starts)) == 1 and _near(trained))
+            alike = len(set(totals)) == 1 or (len(set(starts)) == 1 and _near(trained, match))
         else:
             totals, unit = [run.total_flops - _start(run) for run in runs], "training FLOPs"
-            alike = _near(totals)
+            alike = _near(totals, match)
         if not alike:
             named = zip(labels(list(cells)), totals, strict=True)
             listed = ", ".join(f"{label}: {total:,}" for label, total in named)
@@ -134,8 +134,8 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
     return problems
 
 
-def _near(totals: Sequence[int]) -> bool:
-    return max(totals) <= (1 + TOLERANCE) * min(totals)
+def _near(totals: Sequence[int], match: str) -> bool:
+    return max(totals) <= (1 + TOLERANCE[match]) * min(totals)
 
 
 def _scored(recipes: Sequence[Recipe]) -> list[str]:

@@ -36,8 +36,8 @@ COMPANIONS = (*TOKENIZER_FILES, *SETTINGS_FILES, LINEAGE.name)
 FLOAT, NO_JSON_FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")
 MOST_LAYERS = 10_000
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
-HUB_OTHERS = ("*/*", "consolidated*")
-"""The same weights for other programs, and whatever lies in folders."""
+HUB_OTHERS = ("consolidated*", *(f"*/*{ending}" for ending in (".safetensors", ".json", ".txt", ".model", ".md")))
+"""The same weights for other programs, and what lies in folders but templates."""
 Loaded = tuple[Model, dict[str, Any]]
 """A model, and the keys that did not fit."""
 

@@ -17,13 +17,18 @@ def hash_model(folder: Path, algorithm: str = XXH3) -> str:
     return hash_models([folder], algorithm)[0]
 
 
-def hash_models(folders: Sequence[Path], algorithm: str = XXH3) -> list[str]:
-    """That of each of several folders, in one go."""
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if _decides(path)]
+def hash_models(folders: Sequence[Path], algorithm: str = XXH3, others: bool = False) -> list[str]:
+    """That of each of several folders, in one go.
+
+    Args:
+        others: count weights for other programs too, as manifests of formats 1 and 2 do.
+    """
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if _decides(path, others)]
     title = f"hashing {', '.join(folder.name for folder in folders[:2])}{' ...' * (len(folders) > 2)}"
     found = dict(zip(track(files, title, "files"), hash_files(files, algorithm), strict=True))
     return [digest({path.name: found[path] for path in files if path.parent == folder}) for folder in folders]
 
 
-def _decides(path: Path) -> bool:
-    return path.suffix in MODEL_SUFFIXES and path.name not in NOT_MODEL and not path.name.startswith("consolidated")
+def _decides(path: Path, others: bool) -> bool:
+    named = path.suffix in MODEL_SUFFIXES and path.name not in NOT_MODEL
+    return named and (others or not path.name.startswith("consolidated"))
