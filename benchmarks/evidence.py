@@ -240,8 +240,11 @@ TABLES = {
     "rates": ("sft", "vanilla", "vanilla-sft", "upit", *RATES),
     "parts": ("upit", *PARTS, "router start random"),
     "starts": (*(name for name in STARTS if name.startswith("router")), "upit"),
+    "three-starts": ("router start random", "router start upit", "upit"),
     "copies-starts": ("vanilla-sft", *(name for name in STARTS if name.startswith("copies"))),
     **{f"rows-{share}": tuple(name for name in ROWS if f" {share}%" in name) for share in (10, 30)},
+    "carry": ("upit", "upit, Adam's state carried"),
+    "copies-carry": ("vanilla-sft", "vanilla-sft, Adam's state carried"),
     "sizes": ("upit", *SIZES),
 }
 """The first variant of a table is what the others are compared with."""
