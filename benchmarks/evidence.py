@@ -233,6 +233,7 @@ TABLES = {
     "lora": ("upit-lora", "sft-lora", "self-moe", "lora-moe", "pesc"),
     "when": ("sft", "vanilla", "upit", "vanilla-sft", *WHEN),
     "flops": ("sft", "vanilla", "vanilla-sft", "upit", *FLOPS),
+    "upit-flops": ("sft, FLOPs of upit", "sft", "vanilla-sft", "upit"),
     "scale": ("sft", "vanilla", "vanilla-sft", "upit, spread 1", *UNSCALED),
     "fine": ("sft", "vanilla", "upit", *FINE),
     "slices": ("upit, 2 slices, top-1", "upit, 2 slices, top-1, router's rate a tenth", *SLICES),
