@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def test_a_run_goes_on_with_the_hashes_that_it_began_with(recipe: Recipe, base: 
     assert new.base_hash == hash_model(base) != expected
     (old.folder / "prepare" / MANIFEST.name).write_text("{")
     assert Run(recipe, old.folder).format == FORMAT  # it is made anew with --update
+
+
+def test_weights_for_other_programs_decide_nothing_but_in_earlier_formats(base: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copytree(base, tmp_path / "both"))
+    (both / "consolidated.safetensors").write_bytes(b"x")
+    assert hash_model(both) == hash_model(base)
+    assert hash_model(both, 2) != hash_model(base, 2) == hash_model(base)
 
 
 def test_another_format_is_named(tmp_path: Path) -> None:

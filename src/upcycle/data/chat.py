@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
 
-from upcycle.data.formats import Message, Row
+from upcycle.data.formats import Message, Row, called
 from upcycle.data.masks import Chat, read_chat, skeletons_of
 from upcycle.data.renderings import rendered
 from upcycle.errors import UpcycleError
@@ -106,10 +106,7 @@ def _sample(row: Row, chat: Chat, encoding: Any, turns: Turns) -> Sample:
 
 def _check_calls(row: Row, turn: int, learned: str) -> None:
     """Raises UpcycleError for an answer whose calls of tools the template leaves out."""
-    calls = [
-        call.get("function", call) for call in row.messages[turn].get("tool_calls") or () if isinstance(call, dict)
-    ]
-    names = [str(call["name"]) for call in calls if isinstance(call, dict) and call.get("name")]
+    names = [str(function["name"]) for function in called(row.messages[turn]) if function.get("name")]
     if names and not any(name in learned for name in names):
         raise UpcycleError(
             f"{row.where}: the chat template leaves out the tool calls of message {turn} ({', '.join(names)}); give a "

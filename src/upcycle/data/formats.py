@@ -258,20 +258,32 @@ def _message(turn: Any, name: str, where: str) -> Message:
         )
     found["content"] = _content(found, name, where)
     if isinstance(calls := found.get("tool_calls"), list):
-        found["tool_calls"] = [_call(call) for call in calls]
+        found["tool_calls"] = [with_arguments(call, _as_object) for call in calls]
     _check_learned(found, name, where)
     return found
 
 
-def _call(call: Any) -> Any:
-    """A call of a tool with its arguments as an object, which templates spell; OpenAI's format has them as JSON."""
+def called(message: Message) -> list[dict[str, Any]]:
+    """The functions that an answer calls, each with `name` and `arguments`."""
+    calls = message.get("tool_calls")
+    calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    functions = [call.get("function", call) for call in calls]
+    return [function for function in functions if isinstance(function, dict)]
+
+
+def with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    """A call of a tool with its arguments changed, which it has itself or in its `function`."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _call(call["function"])}
-    spelt = call.get("arguments")
-    found = _json(spelt) if isinstance(spelt, str) else None
-    return {**call, "arguments": found} if isinstance(found, dict) else call
+        return {**call, "function": with_arguments(call["function"], change)}
+    return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+
+def _as_object(arguments: Any) -> Any:
+    """Templates spell objects; OpenAI's format has them as JSON."""
+    found = _json(arguments) if isinstance(arguments, str) else None
+    return found if isinstance(found, dict) else arguments
 
 
 LEARNED = (("weight", (int, float), "0 or 1"), ("train", bool, "true or false"))

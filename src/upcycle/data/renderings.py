@@ -6,7 +6,7 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Any, TypeVar
 
-from upcycle.data.formats import SPELL, Message, Row
+from upcycle.data.formats import SPELL, Message, Row, called, with_arguments
 from upcycle.errors import UpcycleError
 from upcycle.types import Tokenizer
 
@@ -66,7 +66,8 @@ def _spelt_as_wanted(
 
     Such a template joins them to texts and fails (DeepSeek), or prints them as Python does.
     """
-    objects = [arguments for message in messages for arguments in _arguments(message)]
+    given = [function.get("arguments") for message in messages for function in called(message)]
+    objects = [arguments for arguments in given if isinstance(arguments, dict)]
     try:
         found = attempt(messages)
         if not any(arguments and str(arguments) in text_of(found) for arguments in objects):
@@ -84,30 +85,22 @@ def _cannot(row: Row, error: Exception) -> UpcycleError:
     return UpcycleError(f"{row.where}: the chat template cannot render this chat: {error}")
 
 
-def _arguments(message: Message) -> list[dict[str, Any]]:
-    """Those of its calls that are objects."""
-    calls = message.get("tool_calls")
-    inner = [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-    found = [call.get("arguments") for call in inner if isinstance(call, dict)]
-    return [arguments for arguments in found if isinstance(arguments, dict)]
-
-
 def _with_spelt_calls(messages: Sequence[Message]) -> list[Message]:
     """With the arguments of calls as JSON, and a text beside them."""
     return [
-        {**message, "content": message["content"] or "", "tool_calls": [_spelt(call) for call in message["tool_calls"]]}
-        if isinstance(message.get("tool_calls"), list)
+        {
+            **message,
+            "content": message["content"] or "",
+            "tool_calls": [with_arguments(call, _as_text) for call in calls],
+        }
+        if isinstance(calls := message.get("tool_calls"), list)
         else message
         for message in messages
     ]
 
 
-def _spelt(call: Any) -> Any:
-    if isinstance(call, dict) and isinstance(call.get("function"), dict):
-        return {**call, "function": _spelt(call["function"])}
-    if isinstance(call, dict) and isinstance(call.get("arguments"), dict):
-        return {**call, "arguments": SPELL(call["arguments"])}
-    return call
+def _as_text(arguments: Any) -> Any:
+    return SPELL(arguments) if isinstance(arguments, dict) else arguments
 
 
 def try_render(

@@ -74,13 +74,7 @@ class Tally:
         if self.num_unusable > max_bad * total:
             several = len(self.unusable) > 1 or max_bad > 0
             reasons = "; ".join(self._reasons()) if several else next(iter(self.first.values()))
-            rows = f"{self.num_unusable:,} of {counted(total, 'row')} ({self.num_unusable / total:.1%})"
-            share = math.ceil(self.num_unusable / total * 1000) / 1000
-            leave_out = f", or set data.max_bad={share:g} to leave them out" if self.rows else ""
-            raise UpcycleError(
-                f"{reasons}; {rows} cannot be used, but data.max_bad={max_bad:g} allows {max_bad:.1%}; mend "
-                f"them{leave_out}"
-            )
+            raise UpcycleError(f"{reasons}; {too_many(self.num_unusable, total, 'row', 'used', max_bad)}")
 
     def _left_out(self) -> str:
         total = self.rows + self.num_unusable
@@ -89,6 +83,21 @@ class Tally:
 
     def _reasons(self) -> list[str]:
         return [f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in self.unusable.items()]
+
+
+def share_of(count: int, total: int, noun: str) -> str:
+    """`3 of 200 rows (1.5%)`."""
+    return f"{count:,} of {counted(total, noun)} ({count / total:.1%})"
+
+
+def too_many(count: int, total: int, noun: str, done: str, max_bad: float) -> str:
+    """What is wrong where more than that share of the rows cannot be used or encoded, and what to do."""
+    share = math.ceil(count / total * 1000) / 1000
+    leave_out = f", or set data.max_bad={share:g} to leave them out" if count < total else ""
+    return (
+        f"{share_of(count, total, noun)} cannot be {done}, but data.max_bad={max_bad:g} allows {max_bad:.1%}; mend "
+        f"them{leave_out}"
+    )
 
 
 def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from upcycle.data.encoding import encoded
 from upcycle.data.overlap import Alike, questions_of
 from upcycle.data.rows import Rows, open_rows
 from upcycle.data.samples import Encoded, Samples
+from upcycle.data.sources import share_of, too_many
 from upcycle.errors import UpcycleError, counted
 from upcycle.reading import brief
 from upcycle.recipe import Recipe
@@ -232,15 +233,10 @@ def _without_refused(
     bad = np.isin(places, list(table.refused))
     if not bad.any():
         return places
-    first, count = table.refused[int(places[bad][0])], int(bad.sum())
-    rows = f"{count:,} of {counted(len(places), f'{name} row')} ({count / len(places):.1%})"
-    if count > max_bad * len(places):
-        share = math.ceil(count / len(places) * 1000) / 1000
-        raise UpcycleError(
-            f"{first}; {rows} cannot be encoded, but data.max_bad={max_bad:g} allows {max_bad:.1%}; mend them, or set "
-            f"data.max_bad={share:g} to leave them out"
-        )
-    warn(f"left out {rows} that cannot be encoded (first: {first})")
+    first, count, total = table.refused[int(places[bad][0])], int(bad.sum()), len(places)
+    if count > max_bad * total:
+        raise UpcycleError(f"{first}; {too_many(count, total, f'{name} row', 'encoded', max_bad)}")
+    warn(f"left out {share_of(count, total, f'{name} row')} that cannot be encoded (first: {first})")
     return places[~bad]
 
 

@@ -356,7 +356,7 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
 def check_same_base(source: Path, base: Path) -> None:
     """Raises UpcycleError if a run trained the mixture on another base than `base`."""
     manifest = MANIFEST.known(source)
-    if manifest is not None and manifest.inputs.get("base") != hash_model(base, manifest.algorithm):
+    if manifest is not None and manifest.inputs.get("base") != hash_model(base, manifest.format):
         raise UpcycleError(
             f"{base} is not the base that {source} was trained on (their hashes differ); name the right one with --base"
         )

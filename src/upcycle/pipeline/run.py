@@ -26,7 +26,7 @@ from upcycle.records.files import (
     ROUTE_REPORT,
     SCORES,
 )
-from upcycle.records.manifest import FORMAT, HASHED_WITH, READING
+from upcycle.records.manifest import FORMAT, READING
 from upcycle.records.plan import Checkpoint, ExpansionPlan
 from upcycle.records.route import RouteReport
 from upcycle.records.scores import Scores
@@ -111,17 +111,8 @@ class Run:
 
     def forget(self) -> None:
         """Read anew, when it is asked for, what may have changed since."""
-        for name in (
-            "base",
-            "given_base",
-            "base_hash",
-            "data_hash",
-            "given_checkpoints",
-            "splits",
-            "plan",
-            "checkpoints",
-        ):
-            self.__dict__.pop(name, None)
+        for name in [name for name, value in vars(type(self)).items() if isinstance(value, cached_property)]:
+            vars(self).pop(name, None)
 
     @cached_property
     def kind(self) -> "upcycle.experts.kind.Kind":
@@ -258,13 +249,9 @@ class Run:
 
     @cached_property
     def base_hash(self) -> str:
-        return self._hashes([self.base.folder])[0]
+        from upcycle.weights.hashing import hash_model
 
-    def _hashes(self, folders: list[Path]) -> list[str]:
-        """Of models, as the run's manifests have them."""
-        from upcycle.weights.hashing import hash_models
-
-        return hash_models(folders, HASHED_WITH[self.format], others=self.format < READING)
+        return hash_model(self.base.folder, self.format)
 
     @cached_property
     def data_hash(self) -> str:
@@ -279,9 +266,10 @@ class Run:
     def given_checkpoints(self) -> list[tuple[Path, str]]:
         """The user's checkpoint folders, in order, with the hash of each: read once."""
         from upcycle.stages.expert_preparation.checkpoints import checkpoint_folders
+        from upcycle.weights.hashing import hash_models
 
         folders = checkpoint_folders(self.recipe.prepare.checkpoints)
-        return list(zip(folders, self._hashes(folders), strict=True))
+        return list(zip(folders, hash_models(folders, self.format), strict=True))
 
     @property
     def given_hashes(self) -> dict[str, str]:

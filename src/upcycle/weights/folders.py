@@ -38,6 +38,7 @@ MOST_LAYERS = 10_000
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 HUB_OTHERS = ("consolidated*", *(f"*/*{ending}" for ending in (".safetensors", ".json", ".txt", ".model", ".md")))
 """The same weights for other programs, and what lies in folders but templates."""
+HUB: dict[str, Any] = {"allow_patterns": list(HUB_FILES), "ignore_patterns": list(HUB_OTHERS)}
 Loaded = tuple[Model, dict[str, Any]]
 """A model, and the keys that did not fit."""
 
@@ -58,7 +59,7 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_OTHERS)))
+        return Path(snapshot_download(name, **HUB))
     except Exception as error:
         raise UpcycleError(f"model '{name}': no such folder here, and not from the hub: {hub_problem(error)}") from None
 
@@ -70,11 +71,7 @@ def is_here(name: str) -> bool:
     from huggingface_hub import snapshot_download
 
     try:
-        return bool(
-            snapshot_download(
-                name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_OTHERS), local_files_only=True
-            )
-        )
+        return bool(snapshot_download(name, **HUB, local_files_only=True))
     except Exception:
         return False
 
