@@ -41,6 +41,15 @@ class Bed:
     """Share of the training rows."""
     epochs: float = 4.0
     """The budget, of both stages."""
+    experts: int = 8
+    seed_rows: int = 160
+    """Held out of every variant's training, for the router or not."""
+    adapter_candidates: tuple[str, ...] = ()
+    """Learning rates of adapters, if not the same."""
+
+    def rates(self, family: str) -> tuple[str, ...]:
+        """That are tried for a family."""
+        return self.adapter_candidates * family.endswith("lora") or self.candidates
 
 
 BATCH = (
@@ -49,6 +58,15 @@ BATCH = (
 )
 EMBEDDED = f"base=builtin:tiny data.train=builtin:train data.max_length=128 {BATCH}"
 EMBEDDED_ROWS = ("data.validation=builtin:validation", "data.validation_fraction=0.05")
+STAGES = ("prepare", "posttrain")
+SMOLLM2 = (
+    "base=runs/testbeds/smollm2/base data.train=runs/testbeds/smollm2/train.jsonl data.max_length=256 "
+    "evaluate.exact_match=false posttrain.checkpoint_every=2"
+)
+SMOLLM2_ROWS = (
+    "data.validation=runs/testbeds/smollm2/validation.jsonl",
+    "data.validation=runs/testbeds/smollm2/search.jsonl",
+)
 TEXT = f"data.max_length=256 evaluate.exact_match=false {BATCH}"
 BEDS = {
     "embedded": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 0.5),
@@ -70,18 +88,24 @@ BEDS = {
         2.0,
     ),
     "smollm2": Bed(
-        "base=runs/testbeds/smollm2/base data.train=runs/testbeds/smollm2/train.jsonl data.max_length=256 "
-        "evaluate.exact_match=false posttrain.checkpoint_every=2 "
-        + " ".join(f"{stage}.batch_size=64 {stage}.micro_batch_size=32" for stage in ("prepare", "posttrain")),
-        "data.validation=runs/testbeds/smollm2/validation.jsonl",
-        "data.validation=runs/testbeds/smollm2/search.jsonl",
+        f"{SMOLLM2} " + " ".join(f"{stage}.batch_size=64 {stage}.micro_batch_size=32" for stage in STAGES),
+        *SMOLLM2_ROWS,
         ("3e-5", "1e-4", "3e-4"),
         0.5,
         2.0,
     ),
+    "smollm2-cpu": Bed(
+        f"{SMOLLM2} data.max_validation=100 evaluate.models=ends evaluate.tokens_per_batch=1024 "
+        + " ".join(f"{stage}.batch_size=8 {stage}.micro_batch_size=8" for stage in STAGES),
+        *SMOLLM2_ROWS,
+        ("3e-5", "1e-4", "3e-4"),
+        0.008,
+        2.0,
+        experts=4,
+        seed_rows=16,
+        adapter_candidates=("3e-4", "1e-3", "3e-3"),
+    ),
 }
-SEED_ROWS = 160
-"""Held out of every variant's training, for the router or not: eight experts' 20 each."""
 LORA = "lora.rank=8 lora.alpha=16"
 FAMILIES = {
     "dense": "sft",
@@ -105,7 +129,8 @@ class Row:
     share: float | None = None
     """Of the budget, for preparation; None: it is all in one stage."""
     more: str = ""
-    experts: int = 8
+    experts: int | None = None
+    """None: as many as the testbed has."""
     checkpoints: int = 4
     """That preparation leaves."""
     rows: float = 1.0
@@ -115,10 +140,11 @@ class Row:
 
     def words(self, bed: Bed) -> str:
         prepared = (self.share or 0) * bed.epochs
-        stages = f"posttrain.epochs={bed.epochs - prepared:g} expand.num_experts={self.experts}"
+        experts = self.experts or bed.experts
+        stages = f"posttrain.epochs={bed.epochs - prepared:g} expand.num_experts={experts}"
         if self.share:
             stages += f" prepare.epochs={prepared:g} prepare.checkpoint_every={prepared / self.checkpoints:g}"
-        held_out = f"route.min_samples_per_expert={SEED_ROWS // self.experts}"
+        held_out = f"route.min_samples_per_expert={bed.seed_rows // experts}"
         return f"{self.recipe} {stages} {held_out} data.fraction={self.rows * bed.fraction:g} {self.more}"
 
     def but(self, changed: str) -> "Row":
@@ -148,6 +174,8 @@ METHODS = {
     "self-moe": Row("upcycled-lora", "self-moe", 0.5, LORA),
     "pesc": Row("base-lora", "pesc", more=LORA),
 }
+LORA_COPIES = {"lora-moe-sft": METHODS["upit-lora"].but("expand.copies_of=last route.start=random")}
+"""Of the half-trained adapter: the paper's stronger baseline."""
 WHEN = {
     f"{name} after {share:.0%}": replace(row, share=share)
     for share in (0.1, 0.25)
@@ -223,11 +251,12 @@ SLICES = {
     "upit, router's rate a tenth": UPIT.but(SLOW),
 }
 VARIANTS: dict[str, Row] = (
-    METHODS | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | UNSCALED | ROWS | SIZES | FINE | SLICES
+    METHODS | LORA_COPIES | WHEN | FLOPS | SPREAD | RATES | PARTS | STARTS | UNSCALED | ROWS | SIZES | FINE | SLICES
 )
 TABLES = {
     "core": ("sft", "vanilla", "vanilla-sft", "upit"),
     "upit": ("upit", "vanilla-sft", "vanilla"),
+    "core-lora": ("sft-lora", "lora-moe", *LORA_COPIES, "upit-lora"),
     "methods": tuple(METHODS),
     "from-base": ("vanilla", "noise", "drop"),
     "lora": ("upit-lora", "sft-lora", "self-moe", "lora-moe", "pesc"),
@@ -279,7 +308,7 @@ def best_rate(testbed: str, family: str) -> str:
         path = cell_file(RESULTS / f"{testbed}-search", f"{FAMILIES[family]} {rate}", SEARCH_SEED)
         return float(read_record(path, Cell).loss[ALL])
 
-    return min(BEDS[testbed].candidates, key=loss)
+    return min(BEDS[testbed].rates(family), key=loss)
 
 
 def search(testbed: str, table: str, work: Path, jobs: int) -> None:
@@ -288,8 +317,9 @@ def search(testbed: str, table: str, work: Path, jobs: int) -> None:
     for family, variant in FAMILIES.items():
         if family in {VARIANTS[name].family for name in TABLES[table]}:
             words = f"{VARIANTS[variant].words(bed)} {bed.common} {bed.search} {dense_rate(testbed, family)}"
-            texts = [f"{variant} {rate}: {words} posttrain.learning_rate={rate}" for rate in bed.candidates]
-            folder = work / f"search-{family}-{'-'.join(bed.candidates)}"
+            rates = bed.rates(family)
+            texts = [f"{variant} {rate}: {words} posttrain.learning_rate={rate}" for rate in rates]
+            folder = work / f"search-{family}-{'-'.join(rates)}"
             study = Study(texts, [SEARCH_SEED], folder, keep_models=False, results=results)
             at_once([replace(study, texts=[text], out=folder / text.split(":")[0]) for text in texts], jobs)
             compare(study, force=True)
