@@ -4,21 +4,28 @@
     python benchmarks/evidence.py capacity core --search      # learning rates, on a seed and rows that no table uses
     python benchmarks/evidence.py capacity core when --seeds 5     # goes on where it, or another machine, stopped
     python benchmarks/evidence.py toy core --seeds 1 --only sft upit        # as small as can be
+    python benchmarks/evidence.py smollm2-full core core-lora rows-10 rows-30 --benchmarks DATA_FOLDER/bench
 
 Every cell (a variant with a seed) leaves its measures in `benchmarks/results/TESTBED/`; a table takes what is there and
 runs the rest. Tables share cells: a variant has one name on a testbed. One thread is enough (OMP_NUM_THREADS=1). With
-`--jobs N`, so many seeds go at once, on as many cores or on one GPU.
+`--jobs N`, so many seeds go at once, on as many cores or on one GPU. Three testbeds tune SmolLM2-135M-Instruct:
+`smollm2` on short rows and `smollm2-full` on all need a GPU; `smollm2-cpu` is a night of CPU.
 """
 
 import argparse
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 
+from upcycle.pipeline.run import Run
 from upcycle.records.comparison import Cell
-from upcycle.records.record import ALL, read_record
+from upcycle.records.files import BENCHMARK, RESULT
+from upcycle.records.record import ALL, ByDomain, read_record
+from upcycle.studies.benchmark import choose_tasks, run_benchmark
 from upcycle.studies.cells import Study, cell_file
 from upcycle.studies.compare import compare, matched
 
@@ -49,63 +56,71 @@ class Bed:
 
     def rates(self, family: str) -> tuple[str, ...]:
         """That are tried for a family."""
-        return self.adapter_candidates * family.endswith("lora") or self.candidates
+        return self.adapter_candidates if self.adapter_candidates and "lora" in family else self.candidates
 
 
-BATCH = (
-    "prepare.batch_size=32 prepare.micro_batch_size=32 posttrain.batch_size=32 posttrain.micro_batch_size=32 "
-    "posttrain.checkpoint_every=4"
-)
-EMBEDDED = f"base=builtin:tiny data.train=builtin:train data.max_length=128 {BATCH}"
+def batches(size: int, micro: int) -> str:
+    """Settings of both stages."""
+    return " ".join(f"{stage}.batch_size={size} {stage}.micro_batch_size={micro}" for stage in ("prepare", "posttrain"))
+
+
+def files(testbed: str, common: str) -> tuple[str, str, str]:
+    """What all variants have alike, the rows of `testbeds.py` among it; rows for the tables, and for the search."""
+    rows = f"runs/testbeds/{testbed}"
+    return (
+        f"{common} data.train={rows}/train.jsonl evaluate.exact_match=false",
+        f"data.validation={rows}/validation.jsonl",
+        f"data.validation={rows}/search.jsonl",
+    )
+
+
+SMALL = f"{batches(32, 32)} posttrain.checkpoint_every=4"
+EMBEDDED = f"base=builtin:tiny data.train=builtin:train data.max_length=128 {SMALL}"
 EMBEDDED_ROWS = ("data.validation=builtin:validation", "data.validation_fraction=0.05")
-STAGES = ("prepare", "posttrain")
-SMOLLM2 = (
-    "base=runs/testbeds/smollm2/base data.train=runs/testbeds/smollm2/train.jsonl data.max_length=256 "
-    "evaluate.exact_match=false posttrain.checkpoint_every=2"
-)
-SMOLLM2_ROWS = (
-    "data.validation=runs/testbeds/smollm2/validation.jsonl",
-    "data.validation=runs/testbeds/smollm2/search.jsonl",
-)
-TEXT = f"data.max_length=256 evaluate.exact_match=false {BATCH}"
+SMOLLM2 = "base=runs/testbeds/smollm2/base posttrain.checkpoint_every=2"
+REAL_RATES = ("3e-5", "1e-4", "3e-4")
 BEDS = {
     "embedded": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 0.5),
     "toy": Bed(f"{EMBEDDED} data.max_validation=20 evaluate.exact_match=false", *EMBEDDED_ROWS, ("1e-3",), 0.1, 1.0),
     "embedded-once": Bed(EMBEDDED, *EMBEDDED_ROWS, ("2.5e-4", "5e-4", "1e-3", "2e-3"), 1.0, 2.0),
     "capacity": Bed(
-        f"base=benchmarks/testbeds/capacity data.train=runs/testbeds/capacity/train.jsonl {TEXT}",
-        "data.validation=runs/testbeds/capacity/validation.jsonl",
-        "data.validation=runs/testbeds/capacity/search.jsonl",
+        *files("capacity", f"base=benchmarks/testbeds/capacity data.max_length=256 {SMALL}"),
         ("4e-3", "8e-3", "16e-3"),
         0.5,
     ),
     "middle": Bed(
-        f"base=benchmarks/testbeds/middle data.train=runs/testbeds/middle/train.jsonl {TEXT}",
-        "data.validation=runs/testbeds/middle/validation.jsonl",
-        "data.validation=runs/testbeds/middle/search.jsonl",
+        *files("middle", f"base=benchmarks/testbeds/middle data.max_length=256 {SMALL}"),
         ("1e-3", "2e-3", "4e-3"),
         0.25,
         2.0,
     ),
-    "smollm2": Bed(
-        f"{SMOLLM2} " + " ".join(f"{stage}.batch_size=64 {stage}.micro_batch_size=32" for stage in STAGES),
-        *SMOLLM2_ROWS,
-        ("3e-5", "1e-4", "3e-4"),
-        0.5,
-        2.0,
-    ),
+    "smollm2": Bed(*files("smollm2", f"{SMOLLM2} data.max_length=256 {batches(64, 32)}"), REAL_RATES, 0.5, 2.0),
     "smollm2-cpu": Bed(
-        f"{SMOLLM2} data.max_validation=100 evaluate.models=ends evaluate.tokens_per_batch=1024 "
-        + " ".join(f"{stage}.batch_size=8 {stage}.micro_batch_size=8" for stage in STAGES),
-        *SMOLLM2_ROWS,
-        ("3e-5", "1e-4", "3e-4"),
+        *files(
+            "smollm2",
+            f"{SMOLLM2} data.max_length=256 {batches(8, 8)} data.max_validation=100 evaluate.models=ends "
+            "evaluate.tokens_per_batch=1024",
+        ),
+        REAL_RATES,
         0.008,
         2.0,
         experts=4,
         seed_rows=16,
         adapter_candidates=("3e-4", "1e-3", "3e-3"),
     ),
+    "smollm2-full": Bed(
+        *files(
+            "smollm2-full",
+            f"{SMOLLM2} data.max_length=1024 {batches(64, 32)} data.max_validation=1000 "
+            "route.tokens_per_batch=32768 evaluate.tokens_per_batch=32768",
+        ),
+        REAL_RATES,
+        1.0,
+        seed_rows=400,
+        adapter_candidates=("1e-4", "3e-4", "1e-3"),
+    ),
 }
+BENCHMARKS = ("arc_easy", "arc_challenge", "boolq", "csqa", "piqa", "winogrande", "gsm8k", "svamp")
 LORA = "lora.rank=8 lora.alpha=16"
 FAMILIES = {
     "dense": "sft",
@@ -337,6 +352,14 @@ def _make(study: Study) -> None:
     compare(study, force=True)
 
 
+def benchmark_mean(run: Run, data: Path, rows: int) -> ByDomain:
+    """The MoE's score on each benchmark, and their mean."""
+    tasks = choose_tasks(BENCHMARKS, data, allow_code=False)
+    (scores,) = run_benchmark([str(RESULT.of(run.folder))], tasks, False, BENCHMARK.of(run.folder), rows).values()
+    by_task = {task: found.main[0] for task, found in scores.items()}
+    return {ALL: fmean(by_task.values()), **by_task}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("testbed", choices=BEDS)
@@ -345,15 +368,22 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="only look for the learning rates that the table needs")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these variants of the tables alone")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at once, or rates in a search")
+    parser.add_argument(
+        "--benchmarks", type=Path, metavar="FOLDER", help="score every result on benchmarks from here too"
+    )
+    parser.add_argument("--benchmark-rows", type=int, default=300, metavar="N", help="of each")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="folder for the runs")
     arguments = parser.parse_args()
     testbed, work, jobs = arguments.testbed, arguments.work / arguments.testbed, arguments.jobs
+    found = partial(benchmark_mean, data=arguments.benchmarks, rows=arguments.benchmark_rows)
+    benchmark = found if arguments.benchmarks else None
     for table in arguments.tables:
         search(testbed, table, work, jobs)
         if not arguments.search:
             texts = [text(testbed, name) for name in arguments.only or TABLES[table]]
             seeds = range(arguments.seeds)
-            study = Study(texts, seeds, work / table, keep_models=False, results=RESULTS / testbed)
+            kept = RESULTS / testbed
+            study = Study(texts, seeds, work / table, keep_models=False, benchmark=benchmark, results=kept)
             at_once([replace(study, seeds=[seed], out=work / table / f"seed-{seed}") for seed in seeds], jobs)
             compare(study, force=True)
 

@@ -2,7 +2,8 @@
 
     python benchmarks/testbeds.py capacity --data DATA_FOLDER --out runs/testbeds          # some seconds
     python benchmarks/testbeds.py middle --data DATA_FOLDER --out runs/testbeds
-    python benchmarks/testbeds.py smollm2 --data DATA_FOLDER --out runs/testbeds           # rows alone, for a GPU
+    python benchmarks/testbeds.py smollm2 --data DATA_FOLDER --out runs/testbeds           # rows alone
+    python benchmarks/testbeds.py smollm2-full --data DATA_FOLDER --out runs/testbeds      # rows alone, for a GPU
     python benchmarks/testbeds.py middle --base --data DATA_FOLDER --out FOLDER            # its base too: half an hour
     python benchmarks/testbeds.py toy --data DATA_FOLDER --out FOLDER                      # as small as can be
 
@@ -11,7 +12,8 @@ into training, validation and search (learning rates are chosen on those alone);
 the longer rows. `capacity` is short of capacity: 20 training tokens and more for each parameter in four epochs of half
 the rows. `middle` is a larger model with few tokens for it: a quarter of one for each parameter in two epochs of a
 quarter of the rows. The weights of both are in this folder, since another machine's rounding would make another base;
-the rows are not. `smollm2` is for SmolLM2-135M-Instruct: put it, or a link to it, at runs/testbeds/smollm2/base.
+the rows are not. `smollm2` and `smollm2-full` are for SmolLM2-135M-Instruct: put it, or a link to it, at
+runs/testbeds/smollm2/base.
 """
 
 import argparse
@@ -48,7 +50,7 @@ class Testbed:
     vocabulary: int
     shape: dict[str, int]
     longest: int
-    """Characters of question and answer."""
+    """Characters of question and answer; longer rows are for pre-training."""
     pretraining_tokens: int
     learning_rate: float
 
@@ -70,8 +72,10 @@ TESTBEDS = {
     ),
 }
 TESTBEDS["toy"] = replace(TESTBEDS["capacity"], vocabulary=300, pretraining_tokens=32 * BLOCK)
-ROWS_ALONE = {"smollm2": 400}
-"""Testbeds whose base is made elsewhere, and how long their rows may be."""
+SHORTEST = 40
+"""Characters of an answer, so that it says something."""
+ROWS_ALONE = {"smollm2": (400, SHORTEST), "smollm2-full": (100_000, 1)}
+"""Testbeds whose base is made elsewhere: how long their rows may be, and how short an answer."""
 
 
 def read_rows(data: Path) -> Iterator[dict[str, Any]]:
@@ -86,10 +90,10 @@ def _text(row: dict[str, Any]) -> str:
     return "\n".join(message["content"] for message in row["messages"])
 
 
-def split_of(row: dict[str, Any], longest: int) -> str | None:
+def split_of(row: dict[str, Any], longest: int, shortest: int) -> str | None:
     """Where a row goes: training, validation, search; None: its text is for pre-training."""
     question, answer = (message["content"] for message in row["messages"])
-    if len(question) + len(answer) >= longest or len(answer) < 40:
+    if len(question) + len(answer) >= longest or len(answer) < shortest:
         return None
     place = int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") / 2**64
     for name, share in SPLITS.items():
@@ -99,12 +103,12 @@ def split_of(row: dict[str, Any], longest: int) -> str | None:
     return "train"
 
 
-def write_rows(rows: list[dict[str, Any]], longest: int, out: Path) -> list[str]:
+def write_rows(rows: list[dict[str, Any]], longest: int, shortest: int, out: Path) -> list[str]:
     """Write the splits, and give the texts for pre-training: none has the question of a split's row."""
     splits: dict[str, list[dict[str, Any]]] = {name: [] for name in ("train", *SPLITS)}
     others = []
     for row in rows:
-        name = split_of(row, longest)
+        name = split_of(row, longest, shortest)
         (others if name is None else splits[name]).append(row)
     for name, chosen in splits.items():
         with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
@@ -175,7 +179,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = list(read_rows(arguments.data))
     random.Random(0).shuffle(rows)
-    texts = write_rows(rows, testbed.longest if testbed else ROWS_ALONE[arguments.testbed], out)
+    lengths = (testbed.longest, SHORTEST) if testbed else ROWS_ALONE[arguments.testbed]
+    texts = write_rows(rows, *lengths, out)
     if testbed is None:
         return
     kept = Path(__file__).parent / "testbeds" / arguments.testbed

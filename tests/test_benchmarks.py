@@ -33,14 +33,12 @@ COMMANDS = {
     "results": "",
     "routing_share": "RECIPE --out WORK",
     "slices_assembly": "--work WORK --toy --repeats 1",
-    "smollm2_methods": "--base BASE --data DATA --out WORK --size toy --seeds 1",
-    "smollm2_router_starts": "--base BASE --data DATA --out WORK --size toy --seeds 1",
     "testbeds": "toy --data DATA --out WORK",
     "training_step": "--work WORK --rows 1 --length 16 --hidden 64 --layers 1 --rounds 1",
     "verb_start": "--work WORK --toy",
 }
 """mergekit is left out: it has an environment of its own, which is installed from the network."""
-LONG = {"evidence", "smollm2_methods"}
+LONG = {"evidence"}
 """Several whole runs: with `make test-long`."""
 
 
@@ -50,8 +48,7 @@ def data(rows: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     (folder / "instruct").mkdir(parents=True)
     (folder / "instruct" / "rows.jsonl.gz").write_bytes(gzip.compress(rows.read_bytes()))
-    others = write_rows(tmp_path / "others.jsonl", 24, seed=1)
-    (folder / "instruct_valid.jsonl.gz").write_bytes(gzip.compress(others.read_bytes()))
+    write_rows(tmp_path / "others.jsonl", 24, seed=1)
     return folder
 
 
