@@ -106,7 +106,7 @@ BEDS = {
         2.0,
         experts=4,
         seed_rows=16,
-        adapter_candidates=("3e-4", "1e-3", "3e-3"),
+        adapter_candidates=("1e-3", "3e-3", "1e-2"),
     ),
     "smollm2-full": Bed(
         *files(
