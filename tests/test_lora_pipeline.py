@@ -1,6 +1,7 @@
 """The whole path with adapters as experts: UpIT's LoRA setting and the methods that it is compared with."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_dense
+from conftest import make_dense, perturbed
+from upcycle.api import export as make_export
+from upcycle.api import report
 from upcycle.errors import UpcycleError
+from upcycle.evaluation.benchmark import Contender, benchmark
+from upcycle.evaluation.tasks import read_tasks
 from upcycle.experts.adapter_files import read_tensors
 from upcycle.experts.gram import adapter_gram
 from upcycle.experts.kinds import KINDS, load_model
@@ -25,6 +30,7 @@ from upcycle.pipeline.summary import show_summary
 from upcycle.recipe import parse_recipe
 from upcycle.settings import ExpandSettings
 from upcycle.stages.model_upcycling.export import export
+from upcycle.studies.benchmark import contenders
 from worlds import IDS, as_base, logits, make_adapter, shrunk, some_long
 
 PLAIN = """
@@ -270,3 +276,35 @@ def test_a_base_without_a_plain_moe_runs_to_the_end_and_is_told_so_at_the_start(
             export(result, tmp_path / "plain", True, "source")
     with pytest.raises(UpcycleError, match=rf"{reason}.*; LoRA experts work on it: prepare\.train=lora"):
         run_stages(Run(parse_recipe({**tiny_recipe, "base": str(base)}, "test"), tmp_path / "other"))
+
+
+def test_what_has_changed_since_is_never_used_in_silence(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Adapters on other weights than they were trained on, texts that were not scored."""
+    home = Path(shutil.copytree(tiny_recipe["base"], tmp_path / "base"))
+    data = Path(shutil.copy(tiny_recipe["data"]["train"], tmp_path / "rows.jsonl"))
+    values = {**tiny_recipe, "base": str(home), "data": {**tiny_recipe["data"], "train": str(data)}}
+    run = Run(shrunk("upit-lora", values, expand={"num_experts": 2}), tmp_path / "run")
+    run_stages(run)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "say.jsonl").write_text(json.dumps({"prompt": "copy a", "answer": "a"}))
+    tasks, (adapter, *_) = read_tasks(tmp_path / "tasks"), run.checkpoint_folders
+
+    def kept(base: Path | None) -> int:
+        benchmark([Contender("adapter", adapter, base=base)], tasks, tmp_path / "out")
+        return len(list((tmp_path / "out" / "cache").iterdir()))
+
+    assert kept(home) == kept(None) == 1
+    text = data.read_text()
+    data.write_text(text.replace("copy", "echo"))
+    with pytest.raises(UpcycleError, match="stage prepare was made from another data than is there now"):
+        report(run.folder)
+    data.write_text(text)
+    perturbed(home, home, 9, ffn_only=False)
+    assert kept(home) == 2
+    for use in (
+        lambda: report(run.folder),
+        lambda: make_export(run.folder, tmp_path / "compact"),
+        lambda: contenders([str(run.folder)], experts=False),
+    ):
+        with pytest.raises(UpcycleError, match="stage prepare was made from another base than is there now; put back"):
+            use()

@@ -129,7 +129,7 @@ def report(run: Run | Name, out: Name | None = None) -> Path:
         out: the file; None: `report.html` in the folder.
 
     Raises:
-        UpcycleError: the run is not finished, or a file of it is damaged.
+        UpcycleError: the run is not finished, a file of it is damaged, or its base or data have changed.
     """
     folder = run.folder if isinstance(run, Run) else Path(run)
     page = REPORT.of(folder) if out is None else Path(out)
@@ -139,6 +139,7 @@ def report(run: Run | Name, out: Name | None = None) -> Path:
         write_comparison_report(found, folder, page)
         return page
     finished = open_run(folder, dict.fromkeys((POSTTRAIN, EVALUATE, *stage_names())))
+    finished.check_unchanged("base", "data")
     from upcycle.evaluation.tokens import one_of_each_domain, routed_tokens
     from upcycle.experts.kinds import kind_in, load_for_scoring
     from upcycle.reporting.report import write_report
@@ -161,7 +162,8 @@ def export(source: Run | Name, to: Name, *, fold: bool = False, dtype: str = "so
         base: the dense model of a mixture, if it has moved.
 
     Raises:
-        UpcycleError: the folder is there, the run is not finished, a file is damaged, or the mixture has no plain MoE.
+        UpcycleError: the folder is there, the run is not finished, a file is damaged, the base of a mixture has
+            changed, or it has no plain MoE.
     """
     from upcycle.experts.kinds import kind_in
     from upcycle.reporting.card import write_card
@@ -171,6 +173,8 @@ def export(source: Run | Name, to: Name, *, fold: bool = False, dtype: str = "so
     with every_file_read():  # what leaves has to be what was made
         finished = open_run(folder) if is_run(folder) else None
         verified(folder / EVALUATE if finished else folder)
+        if finished and finished.recipe.prepare.shares_base and base is None:
+            finished.check_unchanged("base")
 
         def card(made: Path) -> None:
             if finished:

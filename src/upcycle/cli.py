@@ -20,7 +20,7 @@ from upcycle.pipeline.run import Run, is_run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import STAGES, stage_names, stages_until
 from upcycle.reading import brief
-from upcycle.recipe import chosen_settings, describe_settings, dump_recipe, load_recipe, shipped_recipes
+from upcycle.recipe import as_override, chosen_settings, describe_settings, dump_recipe, load_recipe, shipped_recipes
 from upcycle.records.files import (
     CARD,
     COMPARISON,
@@ -131,6 +131,9 @@ def init(
     checkpoints: Annotated[
         str | None, typer.Option(metavar="FOLDER_OR_PATTERN", help="Your checkpoints: nothing is fine-tuned then.")
     ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="chatml, or a Jinja file: for a model whose tokenizer has none.")
+    ] = None,
     devices: Annotated[
         str | None, typer.Option(help="What it must fit on, such as 1x24GB or 8xH100. Default: what is here.")
     ] = None,
@@ -145,7 +148,7 @@ def init(
     check_free(out)
     cards = parse_devices(devices) if devices is not None else None
     given = {"base": base, "data": data, "validation": validation, "method": method, "checkpoints": checkpoints}
-    start(Wanted(**ask(given, typer.prompt), devices=cards), out)
+    start(Wanted(**ask(given, typer.prompt), chat_template=chat_template, devices=cards), out)
 
 
 for _stage in STAGES:
@@ -210,10 +213,10 @@ def data(
         raise UpcycleError("data.train= is given by the sources; name the files alone")
     if not names:
         raise UpcycleError("no source among the settings; name files, folders, patterns or hub datasets")
-    run = Run(load_recipe("upit", [f"base={json.dumps(base)}", f"data.train={json.dumps(names)}", *settings]), Path())
+    run = Run(load_recipe("upit", [as_override("base", base), as_override("data.train", names), *settings]), Path())
     console.record = html is not None
     given = run.given_base  # whatever can be made of it
-    train, _ = load_parts(run.recipe, given.tokenizer, given.context_length)
+    train, _ = load_parts(run.recipe, given.tokenizer, given.context_length, given.vocabulary)
     overview(train, given.tokenizer)
     if html is not None:
         console.save_html(str(html))

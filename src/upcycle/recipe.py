@@ -5,6 +5,7 @@ before torch is imported, so a misspelt field costs no waiting.
 """
 
 import json
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -318,7 +319,19 @@ def chosen_settings(recipe: Recipe) -> list[str]:
     """`section.field=value` of base, data and every setting that is not at its default."""
     defaults = dict(_flat(Recipe(base="-", data=DataSettings(train="-")).model_dump()))
     found = {key: value for key, value in _flat(recipe.model_dump()) if key not in defaults or value != defaults[key]}
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in found.items()]
+    return [f"{key}={written(value)}" for key, value in found.items()]
+
+
+def written(value: Any) -> str:
+    """The value of an override as it is typed: text as it is, anything else as YAML on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def as_override(name: str, value: str | Sequence[str]) -> str:
+    """`section.field=value` of a name or of several, whatever characters they have."""
+    names = value if isinstance(value, str) else list(value)
+    text = yaml.safe_dump(names, default_style='"', default_flow_style=True, width=math.inf)
+    return f"{name}={text.strip()}"
 
 
 def describe_settings() -> str:

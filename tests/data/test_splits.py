@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,27 @@ def test_rows_with_one_question_are_refused_as_what_they_are(tiny_recipe: dict[s
         split(tiny_recipe, **given)
     kept = split(tiny_recipe, **given, route__seed_from="train")
     assert len(kept.train) == 80
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Special tokens added, and the embeddings not resized; a token that no row has does not matter."""
+    tokenizer = load_tokenizer(Path(tiny_recipe["base"]), None)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<never>", "<turn>"])
+    recipe = parse_recipe(tiny_recipe, "test")
+    load_splits(recipe, tokenizer, 128, known)
+    tokenizer.chat_template = str(tokenizer.chat_template) + "<turn>"
+    with pytest.raises(
+        UpcycleError, match=rf"jsonl:\d+: its token '<turn>' has the id {known + 1}, but the model knows"
+    ):
+        load_splits(recipe, tokenizer, 128, known)
+    load_splits(recipe, tokenizer, 128, known + 2)
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_refused(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    kept = {key: value for key, value in settings.items() if key not in ("pad_token", "eos_token")}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(kept))
+    with pytest.raises(UpcycleError, match="base has neither a padding nor an end token"):
+        load_tokenizer(tmp_path / "base", None)

@@ -8,10 +8,13 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int
 
 from upcycle.data.chat import Sample
 from upcycle.data.rows import Rows, open_table
+from upcycle.errors import UpcycleError
+from upcycle.types import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,22 @@ def by_domain(samples: Sequence[Sample]) -> dict[str, Sequence[Sample]]:
     if isinstance(samples, Samples):
         return {domain: Samples(samples.encoded, samples.chosen[some]) for domain, some in places.items()}
     return {domain: [samples[int(place)] for place in some] for domain, some in places.items()}
+
+
+def check_known(samples: Samples, tokenizer: Tokenizer, vocabulary: int) -> None:
+    """
+    Raises:
+        UpcycleError: a sample has a token beyond the `vocabulary` tokens that the model has embeddings for.
+    """
+    if pc.max(pc.list_flatten(samples.encoded.table["input_ids"])).as_py() < vocabulary:
+        return
+    for sample in samples:
+        if (highest := max(sample.input_ids)) >= vocabulary:
+            raise UpcycleError(
+                f"{sample.where}: its token {tokenizer.convert_ids_to_tokens(highest)!r} has the id {highest}, but the "
+                f"model knows {vocabulary} tokens (vocab_size); resize the model's embeddings, or remove the token "
+                "from the tokenizer or its chat template"
+            )
 
 
 def dataset(samples: Sequence[Sample], names: Sequence[str]) -> Any:

@@ -13,7 +13,7 @@ from upcycle.data.chat import Sample
 from upcycle.data.encoding import encoded
 from upcycle.data.overlap import Alike, questions_of
 from upcycle.data.rows import Rows, open_rows
-from upcycle.data.samples import Encoded, Samples
+from upcycle.data.samples import Encoded, Samples, check_known
 from upcycle.data.sources import share_of, too_many
 from upcycle.errors import UpcycleError, counted
 from upcycle.reading import brief
@@ -70,13 +70,16 @@ class Part:
         return [self.rows.questions[number] for number in self.numbers]
 
 
-def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Splits:
+def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int, vocabulary: int | None = None) -> Splits:
     """Read, encode and split the data of a recipe; says what was left out and why.
 
+    Args:
+        vocabulary: see `load_parts`.
+
     Raises:
-        UpcycleError: unreadable data, or too few rows for the seed data that the recipe asks for.
+        UpcycleError: see `load_parts`; or too few rows for the seed data that the recipe asks for.
     """
-    training, validation = load_parts(recipe, tokenizer, context_length)
+    training, validation = load_parts(recipe, tokenizer, context_length, vocabulary)
     seed, rest = _seed_data(training, recipe)
     fit, test = cut_questions(seed, seed_sizes(len(training), recipe)[0])
     splits = Splits(rest if recipe.route.seed_from == "held_out" else training, SeedData(fit, test), validation)
@@ -88,11 +91,16 @@ def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> Sp
     return splits
 
 
-def load_parts(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> tuple[Samples, Samples]:
+def load_parts(
+    recipe: Recipe, tokenizer: Tokenizer, context_length: int, vocabulary: int | None = None
+) -> tuple[Samples, Samples]:
     """What is trained on, seed data included, and what is held out; says what was left out and why.
 
+    Args:
+        vocabulary: tokens that the model has embeddings for; None: all that the tokenizer gives.
+
     Raises:
-        UpcycleError: unreadable data.
+        UpcycleError: unreadable data, or a token that the model does not know.
     """
     data, limit = recipe.data, min(recipe.data.max_length, context_length)
     train = in_hash_order(answered(open_rows(data.sources(data.train), data.max_bad), "training"), recipe.seed)
@@ -108,7 +116,11 @@ def load_parts(recipe: Recipe, tokenizer: Tokenizer, context_length: int) -> tup
     train = _without_questions(train, held_out, data)
     train, held_out = train[: math.ceil(len(train) * data.fraction)], held_out[: data.max_validation]
     encode = _encoder(train, held_out, tokenizer, data, limit)
-    return encode(train, "training"), encode(held_out, "validation")
+    training, validation = encode(train, "training"), encode(held_out, "validation")
+    if vocabulary is not None:
+        for part in (training, validation):
+            check_known(part, tokenizer, vocabulary)
+    return training, validation
 
 
 def answered(rows: Rows, name: str) -> Part:

@@ -22,7 +22,7 @@ from upcycle.disk import digest
 from upcycle.distributed.world import is_main, share, wait
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.score import routed_share
-from upcycle.experts.kinds import load_for_scoring, must_spread
+from upcycle.experts.kinds import base_in, load_for_scoring, must_spread
 from upcycle.reading import brief
 from upcycle.records.benchmark import BenchmarkScores, TaskScores, score_table
 from upcycle.records.files import BENCHMARK_SCORES, cached_score
@@ -87,10 +87,13 @@ def benchmark(
         "format": CACHE_FORMAT,
     }
     contents = {name: _content(task) for name, task in tasks.items()}
-    hashes = {folder: hash_model(folder) for folder in {contender.folder for contender in contenders}}
+    bases = {contender.name: base_in(contender.folder, contender.base) for contender in contenders}
+    folders = {folder for contender in contenders for folder in (contender.folder, *bases[contender.name])}
+    hashes = {folder: hash_model(folder) for folder in folders}
     places: dict[str, dict[str, Path]] = {}
     for contender in contenders:
-        model = digest([hashes[contender.folder], contender.expert])
+        own, shared = hashes[contender.folder], [hashes[folder] for folder in bases[contender.name]]
+        model = digest([own, contender.expert, *shared])
         places[contender.name] = {
             name: cached_score(out_dir, digest([model, name, content, how])) for name, content in contents.items()
         }

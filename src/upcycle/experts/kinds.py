@@ -21,6 +21,7 @@ from upcycle.records.files import LINEAGE
 from upcycle.routing.routers import freeze, num_slices, router_modules, routing_vectors
 from upcycle.settings import DevicesSettings
 from upcycle.types import Model
+from upcycle.weights.folders import find_model
 from upcycle.weights.safetensors_io import ModelReader
 
 KINDS: dict[str, Kind] = {"ffn": FFN, "full": FULL, "lora": LORA, "bottleneck": BOTTLENECK}
@@ -38,6 +39,13 @@ def kind_in(folder: Path) -> Kind:
         return FFN
     peft_type = read_adapter_config(folder).get("peft_type")
     return next((kind for kind in KINDS.values() if peft_type in kind.peft_types), LORA)
+
+
+def base_in(folder: Path, base: Path | None = None) -> list[Path]:
+    """The dense model that a folder's adapters add to: `base`, or the one that they name; of a plain model none."""
+    if not is_adapter(folder):
+        return []
+    return [base or find_model(str(read_adapter_config(folder).get("base_model_name_or_path")))]
 
 
 def kind_of(model: Model) -> Kind:

@@ -1,6 +1,5 @@
 """Will it fit, and how long: what the trainings of a recipe need on given devices, before anything is spent."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from upcycle.console import say, table, tell, warn
 from upcycle.errors import UpcycleError, counted
-from upcycle.pipeline.run import Run
-from upcycle.recipe import Recipe, load_recipe
+from upcycle.pipeline.run import Run, shards_evenly
+from upcycle.recipe import Recipe, as_override, load_recipe
 from upcycle.records.files import POSTTRAIN, PREPARE
 
 if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
@@ -183,7 +182,8 @@ def ways(
     """
     plain = make(())
     slices = plain.expand.num_experts * plain.assemble.granularity
-    fsdp = max(n for n in range(1, devices.count + 1) if devices.count % n == 0 and n <= slices)
+    counts = (n for n in range(1, devices.count + 1) if devices.count % n == 0 and n <= slices)
+    fsdp = max(n for n in counts if shards_evenly(base.config, n))
     for name, templates in SETTINGS.items():
         if (fsdp == 1 and "fsdp" in name) or (not devices.accelerator and "8-bit" in name):
             continue
@@ -254,7 +254,7 @@ def _recipe(
         f"assemble.granularity={mapping.granularity}",
         "prepare.train=full",
     ]
-    given = [f"base={json.dumps(model)}", "data.train=rows.jsonl"]
+    given = [as_override("base", model), "data.train=rows.jsonl"]
     return load_recipe("upit", [*given, *experts, *batch, *micro, *overrides])
 
 

@@ -1,7 +1,7 @@
 """A run: a recipe and its folder, what it reads, and the hashes of what decides each stage."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +99,12 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     return sorted(found)
 
 
+def shards_evenly(config: Mapping[str, Any], fsdp: int) -> bool:
+    """Whether tied embeddings can be divided: both uses are shards of their own, of which one alone is trained where
+    they are padded."""
+    return not config.get("tie_word_embeddings") or config["vocab_size"] % fsdp == 0
+
+
 class Run:
     """A recipe, or the name of one, and its run folder."""
 
@@ -158,9 +164,8 @@ class Run:
         return replace(base, layers=layers)
 
     def _check_shards(self, base: "upcycle.weights.base.Base") -> None:
-        """Both uses of a tied weight are shards of their own, and where those are padded only one is trained."""
-        fsdp, vocabulary = self.recipe.devices.fsdp, base.config["vocab_size"]
-        if base.config.get("tie_word_embeddings") and vocabulary % fsdp:
+        fsdp, vocabulary = self.recipe.devices.fsdp, base.vocabulary
+        if not shards_evenly(base.config, fsdp):
             raise UpcycleError(
                 f"devices.fsdp is {fsdp}, which does not divide the {vocabulary} rows of {base.folder}'s embeddings; "
                 "they are tied to its head, and transformers would compute with an old copy of them; set devices.fsdp "
@@ -189,7 +194,8 @@ class Run:
         found: list[upcycle.data.splits.Splits] = []
 
         def load() -> None:
-            found.append(load_splits(self.recipe, self.base.tokenizer, self.base.context_length))
+            base = self.base
+            found.append(load_splits(self.recipe, base.tokenizer, base.context_length, base.vocabulary))
 
         on_main(load)  # the others find everything encoded
         if not found:
@@ -277,6 +283,26 @@ class Run:
         return (
             {"checkpoints": digest([sha256 for _, sha256 in self.given_checkpoints])} if self.given_checkpoints else {}
         )
+
+    def check_unchanged(self, *names: str) -> None:
+        """Look at what stages were made from: `base`, `data`, the `checkpoints` that were given.
+
+        Raises:
+            UpcycleError: one of them is not what it was.
+        """
+        from upcycle.pipeline.stages import STAGES
+
+        now = {"base": lambda: self.base_hash, "data": lambda: self.data_hash}
+        now["checkpoints"] = lambda: self.given_hashes.get("checkpoints", "")
+        made = {stage.name: read_manifest(self.folder / stage.name) for stage in STAGES}
+        for name in names:
+            for stage, manifest in made.items():
+                if manifest and name in manifest.inputs and manifest.inputs[name] != now[name]():
+                    raise UpcycleError(
+                        f"{self.folder}: stage {stage} was made from another {name} than is there now; put back what "
+                        f"it was made from, or make the stages again with `upcycle run {RECIPE.of(self.folder)} --run "
+                        f"{self.folder} --update`"
+                    )
 
     def inputs(self, stage: Stage) -> dict[str, str] | None:
         """Name to hash of everything that decides what the stage makes; None while an earlier one is missing."""

@@ -1,7 +1,6 @@
 """A first recipe: what the model becomes, what the data hold, what fits, and a file with a comment for each setting."""
 
 import glob
-import json
 import re
 import shlex
 import sys
@@ -16,7 +15,7 @@ from upcycle.errors import NoTwinError, UpcycleError, counted, nearest
 from upcycle.pipeline.commented import commented
 from upcycle.pipeline.fit import CHOSEN_FIRST, Devices, devices_here, show_ways, tell_the_rest, typed, ways
 from upcycle.pipeline.run import Run
-from upcycle.recipe import Recipe, load_recipe, read_values, shipped_recipes
+from upcycle.recipe import Recipe, as_override, load_recipe, read_values, shipped_recipes
 from upcycle.records.files import POSTTRAIN, PREPARE
 
 if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
@@ -48,6 +47,8 @@ class Wanted:
     """None: `DEFAULT`, or `ADAPTERS` where that alone works."""
     checkpoints: str | None = None
     """A Trainer's folder, or a pattern of model folders."""
+    chat_template: str | None = None
+    """`chatml`, or a Jinja file; None: the model's own."""
     devices: Devices | None = None
     """None: what is here."""
 
@@ -180,6 +181,8 @@ def _draft(wanted: Wanted, method: str, checkpoints: Sequence[Path]) -> Draft:
     values: dict[str, Any] = {"base": wanted.base, "data.train": train}
     if wanted.validation:
         values["data.validation"] = wanted.validation
+    if wanted.chat_template:
+        values["data.chat_template"] = wanted.chat_template
     if checkpoints and not _drafted(method, values).recipe().prepares:
         raise UpcycleError(f"--checkpoints: {method} makes its experts of copies of the base; give another --method")
     if wanted.checkpoints:
@@ -189,7 +192,7 @@ def _draft(wanted: Wanted, method: str, checkpoints: Sequence[Path]) -> Draft:
 
 
 def _drafted(method: str, values: Mapping[str, Any]) -> Draft:
-    return Draft(method, tuple(f"{name}={json.dumps(value)}" for name, value in values.items()))
+    return Draft(method, tuple(as_override(name, value) for name, value in values.items()))
 
 
 def _checkpoints(given: str | None) -> list[Path]:
@@ -267,7 +270,7 @@ def _read_data(draft: Draft) -> tuple[Draft, list[int]]:
 
     recipe = draft.recipe()
     given = Run(recipe, Path()).given_base
-    train, validation = load_parts(recipe, given.tokenizer, given.context_length)
+    train, validation = load_parts(recipe, given.tokenizer, given.context_length, given.vocabulary)
     show_domains(train)
     tell(f"{counted(len(validation), 'row')} held out for the evaluation")
     if recipe.prepare.by_domain:

@@ -1,12 +1,11 @@
 """Dense tuning for as many training tokens as a run had: which runs are that, and the command that makes one."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from upcycle.pipeline.stages import training_tokens
-from upcycle.recipe import Recipe
+from upcycle.recipe import Recipe, written
 from upcycle.records.comparison import Found
 from upcycle.records.files import PLAN, RECIPE, ROUTE, run_of
 from upcycle.records.plan import ExpansionPlan
@@ -79,14 +78,9 @@ def dense_overrides(recipe: Recipe) -> list[str]:
         shared = set(TrainingSettings.model_fields) - {"epochs", "checkpoint_every"}
         wanted |= {f"posttrain.{name}": getattr(recipe.prepare, name) for name in sorted(shared)}
         wanted["posttrain.epochs"] = wanted["posttrain.checkpoint_every"] = recipe.prepare.epochs + posttrain.epochs
-    return [f"{name}={_written(value)}" for name, value in wanted.items() if value != _setting(recipe, name)]
+    return [f"{name}={written(value)}" for name, value in wanted.items() if value != _setting(recipe, name)]
 
 
 def _setting(recipe: Recipe, name: str) -> Any:
     section, field = name.split(".")
     return getattr(getattr(recipe, section), field)
-
-
-def _written(value: Any) -> str:
-    """As YAML on one line."""
-    return value if isinstance(value, str) else json.dumps(value)

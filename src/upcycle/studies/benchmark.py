@@ -70,7 +70,7 @@ def contenders(paths: Sequence[str], experts: bool) -> list[Contender]:
             prefix = f"{Path(path).name}: " if len(paths) > 1 else ""
             found += _of_run(open_run(Path(path), needs), prefix, experts)
         else:
-            found.append(Contender(Path(path).name, find_model(path)))
+            found.append(Contender(Path(path).name or Path(path).resolve().name, find_model(path)))
     names = [contender.name for contender in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UpcycleError(f"two models are called {twice[0]}; rename a folder, so that the table can tell them apart")
@@ -78,6 +78,7 @@ def contenders(paths: Sequence[str], experts: bool) -> list[Contender]:
 
 
 def _of_run(run: Run, prefix: str, experts: bool) -> list[Contender]:
+    run.check_unchanged("base", "checkpoints")
     base = run.base.folder
     dense = zip(run.checkpoints, run.checkpoint_folders, strict=True)
     alone = enumerate(run.plan.labels) if experts else ()

@@ -83,7 +83,7 @@ class Base:
     def tokenizer(self) -> Tokenizer:
         """With the chat template in force, see `load_tokenizer`."""
         tokenizer = load_tokenizer(self.words, self.template)
-        known = self.config["vocab_size"]
+        known = self.vocabulary
         for name in ("pad_token", "eos_token"):
             token = getattr(tokenizer, f"{name}_id")
             if token is not None and token >= known:
@@ -97,6 +97,11 @@ class Base:
     @property
     def pad_token_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has embeddings for."""
+        return int(self.config["vocab_size"])
 
     @property
     def context_length(self) -> int:
@@ -125,17 +130,23 @@ def load_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
         chat_template: Jinja text that replaces its own.
 
     Raises:
-        UpcycleError: it has no template and none is given, or it gives no character offsets.
+        UpcycleError: it has no template and none is given, it gives no character offsets, or has no token to pad with.
     """
     tokenizer = read_tokenizer(folder)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if not tokenizer.chat_template:
         raise UpcycleError(
-            f"the tokenizer of {folder} has no chat template; give data.chat_template: a Jinja file, or chatml"
+            f"the tokenizer of {folder} has no chat template; give data.chat_template (upcycle init: --chat-template): "
+            "a Jinja file, or chatml"
         )
     if not tokenizer.is_fast:
         raise UpcycleError(f"the tokenizer of {folder} has no fast version, which the answer mask needs")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UpcycleError(
+            f"the tokenizer of {folder} has neither a padding nor an end token; name one in tokenizer_config.json "
+            "(pad_token or eos_token)"
+        )
     return tokenizer

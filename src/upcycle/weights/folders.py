@@ -54,7 +54,7 @@ def find_model(name: str) -> Path:
     path = expanded(name)
     if path.is_dir():
         return check_name(path)
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if not _on_hub(name):
         raise UpcycleError(f"model folder {name} does not exist (nor is it a hub name, owner/model)")
     from huggingface_hub import snapshot_download
 
@@ -64,9 +64,15 @@ def find_model(name: str) -> Path:
         raise UpcycleError(f"model '{name}': no such folder here, and not from the hub: {hub_problem(error)}") from None
 
 
+def _on_hub(name: str) -> bool:
+    """Whether a name that is no folder here may be one there."""
+    path = expanded(name)
+    return not (path.is_dir() or path.is_absolute() or name.startswith(".") or name.count("/") != 1)
+
+
 def is_here(name: str) -> bool:
     """Whether `find_model` would download nothing: for hub names, whether a copy is in the cache."""
-    if name == BUILTIN_BASE or expanded(name).is_dir() or name.count("/") != 1 or name.startswith("."):
+    if name == BUILTIN_BASE or not _on_hub(name):
         return True
     from huggingface_hub import snapshot_download
 
