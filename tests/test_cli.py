@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from upcycle import cli, command, console
 from upcycle.disk import write_text
 from upcycle.hashes import VERIFY
 from upcycle.pipeline.stages import stage_names
-from upcycle.recipe import shipped_recipes
+from upcycle.recipe import load_recipe, shipped_recipes
 from upcycle.records.route import Ranking
 
 
@@ -421,6 +422,25 @@ def test_check_forecasts_slices_too(monkeypatch: pytest.MonkeyPatch, capsys: Any
     typed = ["--granularity", "4", "--num-experts-per-tok", "1", "--devices", "8xH100"]
     assert call(monkeypatch, "check", "builtin:tiny", *typed) == 0
     assert "on each card" in capsys.readouterr().out
+
+
+def test_check_says_what_no_recipe_would_take(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert call(monkeypatch, "check", "builtin:tiny", "--num-experts-per-tok", "1") == 2
+    assert "--num-experts-per-tok is 1: the weight of the only expert" in capsys.readouterr().err
+
+
+def test_names_may_have_any_characters(
+    monkeypatch: pytest.MonkeyPatch, rows: Path, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Emoji, rarer Chinese, what YAML or Python escape."""
+    odd = '\U0001f600 \U00020bb7\u2028\x85 "it\'s" \\ # : {a}'
+    data, model = tmp_path / f"{odd}.jsonl", tmp_path / odd
+    shutil.copy(rows, data)
+    shutil.copytree(base, model)
+    assert call(monkeypatch, "data", data, "--base", model) == 0
+    assert call(monkeypatch, "init", "--base", model, "--data", data, "--out", tmp_path / "r.yaml") == 0
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.base, recipe.data.train) == (str(model), str(data))
 
 
 def test_names_are_taken_as_they_are_typed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -239,6 +239,11 @@ def check(
     _check_dtype(dtype)
     if num_experts_per_tok > num_experts:
         raise UpcycleError(f"--num-experts-per-tok is {num_experts_per_tok}, more than --num-experts, {num_experts}")
+    if num_experts_per_tok == granularity == 1:
+        raise UpcycleError(
+            "--num-experts-per-tok is 1: the weight of the only expert of a token is always 1, so the router would not "
+            "learn; give 2 or more, or --granularity 2, 4 or 8"
+        )
     if as_json and devices:
         raise UpcycleError("--json has no forecast for --devices; leave one of them out")
     if granularity not in (1, 2, 4, 8):

@@ -182,6 +182,16 @@ def test_a_verb_does_not_build_on_an_outdated_or_damaged_stage(copy: tuple[dict[
         run_stages(make(values, folder), ("evaluate",))
 
 
+def test_a_lost_recipe_is_not_replaced_by_another_one(copy: tuple[dict[str, Any], Path]) -> None:
+    values, folder = copy
+    (folder / "recipe.yaml").unlink()
+    with pytest.raises(UpcycleError, match=r"has no recipe\.yaml, and another recipe made .* \(assemble: run again"):
+        run_stages(make(values, folder, route={"init_std": 0.03}))
+    assert not (folder / "recipe.yaml").exists()
+    run_stages(make(values, folder))
+    assert (folder / "recipe.yaml").exists()
+
+
 def test_work_left_with_other_inputs_is_set_aside_not_deleted(
     tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

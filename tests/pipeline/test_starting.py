@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,36 @@ def test_what_makes_it_fit_is_chosen(rows: Path, out: Path, tmp_path: Path, caps
     said = capsys.readouterr().out
     assert "warning: the trainings will not fit on 3 x 0.0001 GB" in said
     assert said.rstrip().splitlines()[-1].startswith("    torchrun --nproc-per-node 3 -m upcycle run ")
+
+
+def test_tied_embeddings_are_divided_evenly(tmp_path: Path) -> None:
+    """As a run wants it: a vocabulary of 99 is no multiple of 2, and one of 3."""
+    dense = make_dense(tmp_path / "tied", tie_word_embeddings=True)
+    run = Run(load_recipe("upit", given(dense, "rows.jsonl")), tmp_path / "run")
+    mapping = run.kind.read_base(run.base, run.recipe)
+
+    def sharded(cards: int) -> set[str]:
+        batches = [f"{stage}.batch_size={2 * cards}" for stage in ("prepare", "posttrain")]
+        micro = [f"{stage}.micro_batch_size=1" for stage in ("prepare", "posttrain")]
+        plain = [*given(dense, "rows.jsonl"), *batches, *micro, "prepare.train=full"]
+        found = ways(
+            lambda more: load_recipe("upit", [*plain, *more]), mapping, [64], Devices(cards, "card", 1.0, None)
+        )
+        return {setting for way in found for setting in way.overrides if "fsdp" in setting}
+
+    assert sharded(6) == {"devices.fsdp=3"}
+    assert sharded(2) == set()
+
+
+def test_a_base_without_a_chat_template_can_be_given_one(base: Path, rows: Path, out: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(base, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(
+        UpcycleError, match=r"no chat template; give data\.chat_template \(upcycle init: --chat-template"
+    ):
+        start(Wanted(str(bare), [str(rows)]), out)
+    start(Wanted(str(bare), [str(rows)], chat_template="chatml"), out)
+    assert load_recipe(str(out)).data.chat_template == "chatml"
 
 
 def test_what_nearly_fills_a_device_is_a_tight_fit() -> None:

@@ -145,11 +145,14 @@ def test_a_label_is_what_the_others_do_not_say() -> None:
 
 
 def test_twins_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    for texts in (["a", "b", "a"], ["x: a", "x: b"]):
+    unnamed = ["upit", "upit: quickstart"]  # the first one's label is the second one's name
+    for texts in (["a", "b", "a"], ["x: a", "x: b"], ["x: a", "x : b"], unnamed):
         with pytest.raises(UpcycleError, match="there are two variants"):
             run_cells(Study(texts, range(1), tmp_path / "out"))
     with pytest.raises(UpcycleError, match="there are two variants"):
         sweep("a", ["seed=1,1"], 1, tmp_path / "out")
+    with pytest.raises(UpcycleError, match="variant ' : a' has an empty name"):
+        run_cells(Study([" : a", "b"], range(1), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -210,6 +213,42 @@ def test_differences_that_are_alike_up_to_rounding_are_no_evidence() -> None:
     assert len(set(gaps)) > 1
     assert math.isnan(paired(gaps)[2])
     assert not math.isnan(paired([*gaps, 3 / 120])[2])
+
+
+def test_what_cannot_run_or_be_compared_is_said_before_anything_trains(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"messages": [{"role": "user", "content": "copy a"}]}')
+    for changed, force, said in (
+        ("data.train=nope.jsonl", True, "data file nope.jsonl does not exist"),
+        ("base=./nope", True, "model folder ./nope does not exist"),
+        (f"data.validation={tmp_path / 'other.jsonl'}", False, "the variants saw different data; such a comparison"),
+        ("data.max_length=32", False, r"are scored on different rows \(data.max_length: 64, 32\)"),
+        ("'prepare.checkpoints=[x, y]'", False, "start from different checkpoints"),
+    ):
+        with pytest.raises(UpcycleError, match=said):
+            compare(Study([f"a: {recipe_file}", f"b: {recipe_file} {changed}"], [0], tmp_path / "out"), force=force)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UpcycleError, match=r"data file nope\.jsonl does not exist"):
+        sweep(str(recipe_file), ["data.fraction=1,0.5", "data.train=nope.jsonl"], 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_is_taken_wherever_base_and_data_lie(recipe_file: Path, tmp_path: Path, base: Path, rows: Path) -> None:
+    def study(place: str) -> Study:
+        home = tmp_path / place
+        shutil.copytree(base, home / "base")
+        shutil.copy(rows, home / "rows.jsonl")
+        given = f"base={home / 'base'} data.train={home / 'rows.jsonl'} posttrain.epochs=0.3"
+        return Study(
+            [f"ours: {recipe_file} {given}"], [0], home / "out", keep_models=False, results=tmp_path / "results"
+        )
+
+    first = run_cells(study("one"))
+    assert [*run_cells(study("two")).values()] == [*first.values()]
+    assert not (tmp_path / "two" / "out").exists()  # nothing ran
+    moved = study("three")
+    (tmp_path / "three" / "rows.jsonl").write_text(rows.read_text().replace("copy", "echo"))
+    with pytest.raises(UpcycleError, match="was made from different data"):
+        run_cells(moved)
 
 
 def test_a_cell_of_another_base_or_template_is_refused(recipe_file: Path, tmp_path: Path, base: Path) -> None:

@@ -23,7 +23,8 @@ def commented(recipe: Recipe, names: Sequence[str], head: Sequence[str], notes: 
         head: lines of comment above.
         notes: setting to what is said of it beside its docstring.
     """
-    lines = [f"# {line}" for line in head]
+    printable = ("".join(c if c.isprintable() else " " for c in line) for line in head)  # names may hold anything
+    lines = [f"# {line}" for line in printable]
     for name, field in Recipe.model_fields.items():
         value = getattr(recipe, name)
         own = f"{name}." if isinstance(value, BaseModel) else name

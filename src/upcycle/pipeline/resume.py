@@ -38,6 +38,8 @@ from upcycle.recipe import MOST_BYTES, differences, dump_recipe, is_dump, load_r
 from upcycle.records.files import DELETED, INPUTS, LOCK, MEASURES, POSTTRAIN, PREPARE, RECIPE
 from upcycle.records.manifest import Manifest
 
+AGAIN = "run again"
+
 
 def run_stages(run: Run, names: Sequence[str] | None = None, update: bool = False, donors: Sequence[Path] = ()) -> None:
     """Run the named stages (default: all) in order; what is complete and has the same inputs is left alone.
@@ -97,7 +99,7 @@ def status(run: Run) -> list[tuple[str, str]]:
         else:
             changed = changed_inputs(manifest.inputs, inputs)
         stale = True
-        todo = f"run again ({changed} changed)" if manifest else "run"
+        todo = f"{AGAIN} ({changed} changed)" if manifest else "run"
         rows.append((stage.name, f"{todo}, resuming what is there" if partial_of(folder).exists() else todo))
     return rows
 
@@ -241,6 +243,13 @@ def _is_current(run: Run, stage: Stage, inputs: dict[str, str], update: bool) ->
 def _claim(run: Run, update: bool) -> None:
     """Write recipe.yaml, or compare with the one that made what is there."""
     path, changes = RECIPE.of(run.folder), changes_of(run)
+    if not path.exists() and not update:
+        outdated = [f"{stage}: {todo}" for stage, todo in status(run) if todo.startswith(AGAIN)]
+        if outdated:
+            raise UpcycleError(
+                f"{run.folder} has no {path.name}, and another recipe made what is there ({'; '.join(outdated)}); "
+                "repeat the settings that it was made with, or use a different --run; --update makes it again"
+            )
     if changes and not update:
         listed = "\n".join(f"  {change}" for change in changes)
         raise UpcycleError(

@@ -11,6 +11,7 @@ from upcycle.disk import digest
 from upcycle.distributed.world import is_main, on_main, wait
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.costs import read_costs
+from upcycle.pipeline.looking import look
 from upcycle.pipeline.manifest import changed_inputs
 from upcycle.pipeline.resume import changes_of, run_stages
 from upcycle.pipeline.run import Run, is_run
@@ -26,6 +27,9 @@ from upcycle.weights.folders import is_here
 
 LONGEST_NAME = 240
 """Bytes of a folder's name, from which on it ends in a hash."""
+DATA_FILES = ("data.train", "data.validation", "data.decontaminate_with")
+OTHER_FILES = ("base", "prepare.checkpoints", "data.chat_template")
+"""Settings whose files a cell knows by their hashes."""
 Benchmark = Callable[[Run], ByDomain]
 """Scores of a finished run by benchmark, and their mean under `ALL`."""
 
@@ -56,7 +60,9 @@ class Variant:
 
     def _parts(self) -> tuple[str | None, str]:
         named = re.fullmatch(r"([^:=]+):\s(.+)", self.text, re.DOTALL)
-        return (named[1], named[2]) if named else (None, self.text)
+        if named and not named[1].strip():
+            raise UpcycleError(f"variant '{self.text}' has an empty name")
+        return (named[1].strip(), named[2]) if named else (None, self.text)
 
     def run(self, seed: int, folder: Path, more: Sequence[str] = ()) -> Run:
         """
@@ -122,6 +128,7 @@ def run_cells(study: Study, check: Callable[[Cells], None] = lambda _: None) -> 
             other things; or what `check` raises.
     """
     _check(study)
+    on_main(lambda: _look(study))
     cells: dict[str, list[Measures]] = {text: [] for text in study.texts}
     donors: list[Path] = []
     for seed in study.seeds:
@@ -139,9 +146,9 @@ def run_cells(study: Study, check: Callable[[Cells], None] = lambda _: None) -> 
 
 
 def _check(study: Study) -> None:
-    named = [*study.texts, *_names(study.texts)]
-    if twice := [text for text in named if named.count(text) > 1]:
-        raise UpcycleError(f"there are two variants '{twice[0]}'; give each a name of its own, or leave one out")
+    for named in (study.texts, labels(study.texts)):
+        if twice := [text for text in named if named.count(text) > 1]:
+            raise UpcycleError(f"there are two variants '{twice[0]}'; give each a name of its own, or leave one out")
     if seeded := [text for text in study.texts if any(word.startswith("seed=") for word in Variant(text).words[1:])]:
         raise UpcycleError(f"variant '{seeded[0]}' sets seed, but every variant runs with the same seeds: use --seeds")
     if study.results:
@@ -153,6 +160,14 @@ def _check(study: Study) -> None:
                 )
     if is_run(study.out):
         raise UpcycleError(f"--out {study.out} is the folder of a run; name a new one")
+
+
+def _look(study: Study) -> None:
+    """Before hours of other variants: raises UpcycleError for what the first stage of one would say."""
+    for number, text in enumerate(study.texts):
+        run, kept = study.run(number, study.seeds[0]), study.kept(text, study.seeds[0])
+        if not (kept and kept.is_file()) and not DELETED.of(run.folder).exists():
+            list(look(run))
 
 
 def _check_folder(run: Run) -> None:
@@ -218,7 +233,10 @@ def _of_this_run(found: Cell, run: Run, where: Path) -> Cell:
         UpcycleError: the cell is another recipe's (settings that are newer than it have their defaults), or of other
             data.
     """
-    if changes := differences(parse_recipe(found.recipe, str(where)), run.recipe):
+    inputs = _inputs_if_here(run) if found.inputs else None
+    by_content = (*DATA_FILES, *(OTHER_FILES if inputs else ()))  # wherever they lie
+    changes = differences(parse_recipe(found.recipe, str(where)), run.recipe)
+    if changes := [change for change in changes if change.partition(":")[0] not in by_content]:
         raise UpcycleError(
             f"{where} was made by a different recipe ({'; '.join(changes)}); move it away, or give the variant a "
             "different name"
@@ -227,7 +245,6 @@ def _of_this_run(found: Cell, run: Run, where: Path) -> Cell:
         raise UpcycleError(
             f"{where} was made from different data; move it away, or use a different --out and --results"
         )
-    inputs = _inputs_if_here(run) if found.inputs else None
     if found.inputs and inputs and found.inputs != inputs:
         raise UpcycleError(
             f"{where} was made from different inputs ({changed_inputs(found.inputs, inputs)} changed); move it away, "
@@ -248,10 +265,6 @@ def _inputs(run: Run) -> dict[str, str]:
     """What decides a cell besides its recipe and rows."""
     given = run.given_hashes if run.recipe.prepare.checkpoints else {}
     return {"base": run.base_hash, "chat_template": digest(run.base.chat_template), **given}
-
-
-def _names(texts: Sequence[str]) -> list[str]:
-    return [name for text in texts if (name := Variant(text).name)]
 
 
 def _delete_weights(folder: Path) -> None:

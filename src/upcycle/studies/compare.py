@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from upcycle.console import table, tell
-from upcycle.distributed.world import is_main
+from upcycle.distributed.world import is_main, on_main
 from upcycle.errors import UpcycleError, nearest
 from upcycle.pipeline.run import Run
 from upcycle.recipe import Recipe, parse_recipe
@@ -38,8 +38,8 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
         match: `flops` scales the epochs of the others to the training FLOPs of the first.
 
     Raises:
-        UpcycleError: no such label or match; or the variants are not comparable (after the first seed), and `force` is
-            not given.
+        UpcycleError: no such label or match; or `force` is not given, and the variants are not comparable (of their
+            tokens or FLOPs that is known after the first seed).
     """
     names = labels(study.texts)
     if against is not None and against not in names:
@@ -51,11 +51,13 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
     if match == "flops":
         study = replace(study, overrides=matched(study.texts))
 
-    def refuse(cells: Cells) -> None:
-        if problems := differences(cells, match):
+    def refuse(problems: Sequence[str]) -> None:
+        if problems:
             raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little; --force runs it anyway")
 
-    cells = run_cells(study, (lambda _: None) if force else refuse)
+    if not force:
+        on_main(lambda: refuse(_planned(study)))
+    cells = run_cells(study, (lambda _: None) if force else lambda cells: refuse(differences(cells, match)))
     rows = summary(cells, names, against=names.index(against) if against else 0)
     found = Comparison(
         variants=cells,
@@ -108,15 +110,10 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
     problems = []
     for runs in zip(*cells.values(), strict=True):
         seed = runs[0].seed
-        if len({run.data for run in runs}) > 1:
-            problems.append(f"seed {seed}: the variants saw different data")
-        recipes = [parse_recipe(run.recipe, "of a cell") for run in runs if isinstance(run, Cell)]
-        problems += [f"seed {seed}: the variants are scored on different rows ({said})" for said in _scored(recipes)]
-        if len({str(recipe.prepare.checkpoints) for recipe in recipes}) > 1:
-            problems.append(
-                f"seed {seed}: the variants start from different checkpoints (prepare.checkpoints), whose training is "
-                "not counted"
-            )
+        known = [(cell, parse_recipe(cell.recipe, "of a cell")) for cell in runs if isinstance(cell, Cell)]
+        given = [(cell.inputs or {}).get("checkpoints", _named(recipe)) for cell, recipe in known]
+        unlike = _unlike([recipe for _, recipe in known], [run.data for run in runs], given)
+        problems += [f"seed {seed}: the variants {said}" for said in unlike]
         if match == "tokens":
             totals, unit = [run.total_tokens for run in runs], "numbers of training tokens"
             starts = [run.tokens.get(ROUTE, 0) for run in runs]
@@ -132,6 +129,33 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
             close = max(totals) < NEAR * min(totals)
             problems.append(f"seed {seed}: different {unit} ({listed}{near * close})")
     return problems
+
+
+def _planned(study: Study) -> list[str]:
+    """What makes the variants not comparable, as far as it is known before any of them runs."""
+    runs = [study.run(number, study.seeds[0]) for number in range(len(study.texts))]
+    recipes = [run.recipe for run in runs]
+    unlike = _unlike(recipes, [run.data_hash for run in runs], [_named(recipe) for recipe in recipes])
+    return [f"the variants {said}" for said in unlike]
+
+
+def _named(recipe: Recipe) -> str:
+    """The checkpoints that it is given, by name."""
+    return str(recipe.prepare.checkpoints)
+
+
+def _unlike(recipes: Sequence[Recipe], data: Sequence[str], given: Sequence[str]) -> list[str]:
+    """What the variants of a seed do differently besides what is trained.
+
+    Args:
+        data: the hash of what each sees.
+        given: that of the checkpoints that each starts from, or their names.
+    """
+    found = ["saw different data"] if len(set(data)) > 1 else []
+    found += [f"are scored on different rows ({said})" for said in _scored(recipes)]
+    if len(set(given)) > 1:
+        found.append("start from different checkpoints (prepare.checkpoints), whose training is not counted")
+    return found
 
 
 def _near(totals: Sequence[int], match: str) -> bool:
