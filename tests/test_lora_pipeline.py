@@ -299,8 +299,15 @@ def test_what_has_changed_since_is_never_used_in_silence(tiny_recipe: dict[str, 
     with pytest.raises(UpcycleError, match="stage prepare was made from another data than is there now"):
         report(run.folder)
     data.write_text(text)
+    compact, ours = make_export(run.folder, tmp_path / "own"), Path(shutil.copytree(home, tmp_path / "moved"))
     perturbed(home, home, 9, ffn_only=False)
     assert kept(home) == 2
+    make_export(compact, tmp_path / "plain", fold=True, base=str(ours))  # of a mixture whose base has moved
+    for folder in (compact, run.result):
+        with pytest.raises(UpcycleError, match=r"base is not the base that .* was trained on \(their hashes differ\)"):
+            make_export(folder, tmp_path / "other", fold=True, base=str(home))
+        with pytest.raises(UpcycleError, match="is not the base that"):
+            load_model(folder, torch.float32, base=home)
     for use in (
         lambda: report(run.folder),
         lambda: make_export(run.folder, tmp_path / "compact"),

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from upcycle.disk import check_writable, expanded
 from upcycle.distributed import world
 from upcycle.errors import UpcycleError
 from upcycle.hashes import every_file_read
@@ -41,7 +42,7 @@ def make_recipe(recipe: Name | Recipe = "upit", **settings: Any) -> Recipe:
     Raises:
         UpcycleError: no such recipe, an unknown setting, a value of the wrong type or range.
     """
-    where = "in Python" if isinstance(recipe, Recipe) else str(recipe)
+    where = "in Python" if isinstance(recipe, Recipe) else str(expanded(recipe))
     values = recipe.model_dump() if isinstance(recipe, Recipe) else read_values(where)
     for name, given in settings.items():
         changed = {"train": given} if name == "data" and not isinstance(given, Mapping) else given
@@ -78,7 +79,7 @@ def run(
     if not out:
         raise UpcycleError("out is empty, expected the name of a folder")
     given = {name: value for name, value in (("base", base), ("data", data)) if value is not None}
-    made = Run(make_recipe(recipe, **given, **settings), Path(out))
+    made = Run(make_recipe(recipe, **given, **settings), out)
     world.start()
     run_stages(made, stages, update)
     return made
@@ -131,8 +132,9 @@ def report(run: Run | Name, out: Name | None = None) -> Path:
     Raises:
         UpcycleError: the run is not finished, a file of it is damaged, or its base or data have changed.
     """
-    folder = run.folder if isinstance(run, Run) else Path(run)
-    page = REPORT.of(folder) if out is None else Path(out)
+    folder = run.folder if isinstance(run, Run) else expanded(run)
+    page = REPORT.of(folder) if out is None else expanded(out)
+    check_writable(page)
     from upcycle.reporting.comparison import find_comparison, write_comparison_report
 
     if (found := find_comparison(folder)) is not None:
@@ -169,17 +171,18 @@ def export(source: Run | Name, to: Name, *, fold: bool = False, dtype: str = "so
     from upcycle.reporting.card import write_card
     from upcycle.stages.model_upcycling import export as stage
 
-    folder, target = source.folder if isinstance(source, Run) else Path(source), Path(to)
+    folder, target = source.folder if isinstance(source, Run) else expanded(source), expanded(to)
     with every_file_read():  # what leaves has to be what was made
         finished = open_run(folder) if is_run(folder) else None
         verified(folder / EVALUATE if finished else folder)
-        if finished and finished.recipe.prepare.shares_base and base is None:
+        dense = finished.find_base(base) if finished else None
+        if finished and dense and finished.kind.frozen and base is None:
             finished.check_unchanged("base")
 
         def card(made: Path) -> None:
             if finished:
                 description = kind_in(made).describe(made)
-                write_card(made, target.name, folder, finished.recipe, finished.base.folder, description)
+                write_card(made, target.absolute().name, folder, finished.recipe, dense, description)
 
         stage.export(finished.result if finished else folder, target, fold, dtype, base, card)
     return target

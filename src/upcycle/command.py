@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from upcycle.console import visible
+from upcycle.disk import expanded
 from upcycle.distributed import world
 from upcycle.errors import RelayedError, UpcycleError
 from upcycle.reading import brief
@@ -45,7 +46,7 @@ def run_command(app: Callable[[list[str]], Any], shared: Collection[str]) -> Non
         app: what takes the words.
         shared: the verbs that several processes share; all others run in the first process only.
     """
-    words = _loudness_first(sys.argv[1:])
+    words = _loudness_first([_at_home(word) for word in sys.argv[1:]])
     verb = next((word for word in words if not word.startswith("-")), "")
     if not world.is_main() and verb not in shared:
         return
@@ -107,6 +108,15 @@ def quiet_bars() -> None:
 def is_verbose() -> bool:
     """Whether the words that were typed ask for it."""
     return bool(set(sys.argv) & set(LOUDNESS["verbose"]))
+
+
+def _at_home(word: str) -> str:
+    """With the home folder that a shell leaves as `~` behind an option's `=`, or in quotes; no such user: as it is."""
+    option, equals, place = word.partition("=") if word.startswith("--") else ("", "", word)
+    try:
+        return f"{option}{equals}{expanded(place)}" if place.startswith("~") else word
+    except UpcycleError:
+        return word
 
 
 def _loudness_first(words: list[str]) -> list[str]:

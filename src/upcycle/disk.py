@@ -91,11 +91,22 @@ def check_new(folder: Path, option: str) -> None:
     """Before any work whose result goes there.
 
     Raises:
-        UpcycleError: it holds something already, or is a file.
+        UpcycleError: it holds something already, is a file, or a folder that no other one can take the place of.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UpcycleError(f"{folder} is {'not empty' if folder.is_dir() else 'a file'}; give {option} a new folder")
+    if fixed := _fixed(folder):
+        raise UpcycleError(f"{folder} is {fixed}, which cannot be replaced; give {option} a new folder within it")
     check_folder(folder, option)
+
+
+def _fixed(folder: Path) -> str | None:
+    """What an empty folder is that no other one can take the place of."""
+    if folder.is_symlink():
+        return "a link"
+    if folder.is_dir() and folder.samefile(Path()):
+        return "the current folder"
+    return "a mount" if folder.resolve().is_mount() else None
 
 
 def check_name(path: Path) -> Path:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, logging
 
 from upcycle.data.formats import to_row
 from upcycle.data.sources import hash_sources
@@ -110,7 +110,9 @@ def test_every_format_in_a_table(spell: Callable[[Any], dict[str, Any]], kind: s
     else:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.data.table.schema) as writer:
             writer.write_table(rows.data.table)
+    before = logging.get_verbosity()
     assert found(path) == expected()
+    assert logging.get_verbosity() == before
 
 
 @pytest.mark.parametrize("spell", [plain, sharegpt, alpaca, prompt_completion])
@@ -401,6 +403,8 @@ def test_speakers_of_sharegpt_in_any_spelling(tmp_path: Path) -> None:
 def test_a_row_without_a_label_has_the_domain_all() -> None:
     for label in (None, "", float("nan")):
         assert to_row({"prompt": "a", "completion": "b", "domain": label}, "x").domain == "all"
+    # not that of all rows together
+    assert to_row({"prompt": "a", "completion": "b", "domain": "all"}, "x").domain == "all (domain)"
 
 
 def test_a_column_that_no_row_has_is_said_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

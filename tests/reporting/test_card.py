@@ -1,21 +1,27 @@
 """The model card: metadata that the hub reads, lineage, scores, the exact recipe."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from typer.testing import CliRunner
 
+import upcycle
 from upcycle.cli import app
+from upcycle.command import _at_home
 from upcycle.disk import write_json
+from upcycle.errors import UpcycleError
 from upcycle.pipeline.benchmarks import read_scores
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe, parse_recipe
+from upcycle.records.description import Description
 from upcycle.records.files import BENCHMARK_SCORES
-from upcycle.reporting.card import _cell, licence_of
+from upcycle.reporting.card import _cell, _spelt, _use, licence_of
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +77,68 @@ def test_card_and_report_have_the_benchmarks_of_the_run(finished: Path, tmp_path
     assert "is of a different model than the run has now" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_card_warns_of_programs_that_compute_something_else() -> None:
+    made = Description("A MoE", plain=True, warnings=("llama.cpp ignores the sliding window",))
+    assert _use(made).endswith("```\n\n- llama.cpp ignores the sliding window")
+    assert _use(replace(made, warnings=())).endswith("```")
+
+
+def test_an_export_needs_no_base(finished: Path, tmp_path: Path, base: Path) -> None:
+    """But for its licence: the run's base is gone, or named by a path of another folder."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(base), "gone/base"))
+    upcycle.export(run, tmp_path / "moe")
+    assert "Not stated by the base's folder" in (tmp_path / "moe" / "README.md").read_text()
+
+
+def test_an_export_replaces_no_folder_that_cannot_be(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would fail after everything is written."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(
+        UpcycleError, match="link is a link, which cannot be replaced; give --to a new folder within it"
+    ):
+        upcycle.export(finished, tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UpcycleError, match="is the current folder"):
+        upcycle.export(finished, ".")
+    with pytest.raises(UpcycleError, match="dtype is 'bf16', expected one of source, float32, bfloat16, float16"):
+        upcycle.export(finished, tmp_path / "moe", dtype="bf16")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "empty")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UpcycleError, match="empty is a mount"):
+        upcycle.export(finished, "empty")
+
+
+def test_the_home_folder_may_be_spelt(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "run")
+    assert upcycle.export("~/run", "~/moe") == tmp_path / "moe"
+    assert upcycle.report("~/run", "~/page.html") == tmp_path / "page.html"
+    assert upcycle.Run(tmp_path / "run" / "recipe.yaml", "~/x").folder == tmp_path / "x"
+    assert _at_home("--run=~/x y") == f"--run={tmp_path}/x y"
+    assert _at_home("~/x") == f"{tmp_path}/x"
+    for word in ("a=~/x", "~nobody-here: upit", "--run=x~", "x"):
+        assert _at_home(word) == word
+
+
 def test_the_licence_is_the_bases(tmp_path: Path) -> None:
-    assert licence_of(tmp_path) is None
-    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# a model")
-    assert licence_of(tmp_path) == "apache-2.0"
-    (tmp_path / "README.md").write_text("---\nlicense: [apache\n---\n# a model")
-    assert licence_of(tmp_path) is None
+    def written(front: str) -> dict[str, Any]:
+        (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# a model")
+        return licence_of(tmp_path)
+
+    assert licence_of(tmp_path) == {}
+    assert written("license: apache-2.0") == {"license": "apache-2.0"}
+    assert written("license: [apache-2.0, mit]") == {"license": ["apache-2.0", "mit"]}
+    own = {"license": "other", "license_name": "qwen-research", "license_link": "https://a.b/LICENSE"}
+    assert written("\n".join(f"{name}: {value}" for name, value in own.items())) == own
+    assert _spelt(own) == "other (qwen-research, https://a.b/LICENSE)"
+    assert ModelCardData(**own).to_dict() == own
+    assert written("license: [apache") == {}
 
 
 def test_a_name_does_not_break_a_table() -> None:

@@ -412,3 +412,8 @@ def test_a_cell_whose_data_changed_says_what_to_type(
     typed = r"upcycle run \S+out/0-seed0/recipe\.yaml --run \S+out/0-seed0 --update`, then this command again"
     with pytest.raises(UpcycleError, match=typed):
         run_cells(study)
+
+
+def test_a_name_is_no_mathematics(tmp_path: Path) -> None:
+    comparison_figure(compared({"cost $x^{$: upit": [cell(0, 1.0)], r"$\frac: b": [cell(0, 2.0)]}), tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()

@@ -8,6 +8,7 @@ from typing import Any
 
 from upcycle.errors import UpcycleError, nearest
 from upcycle.reading import brief, parse_json
+from upcycle.records.record import ALL
 from upcycle.settings import COLUMNS, Source
 
 MISSPELT = 0.75
@@ -339,12 +340,12 @@ def without_nulls(value: Any) -> Any:
 
 
 def _domain(label: object, where: str) -> str:
-    """A label as text; `all` for a row that has none, as tables spell it: null, no text, or not a number."""
+    """A label as text; `all`, as all rows are called, for a row that has none: null, no text, or not a number."""
     if label is None or label == "" or label != label:
-        return "all"
+        return ALL
     if not isinstance(label, (str, int, float)):
         raise UnusableError(where, "'domain' is no text", f"'domain' is {brief(label)}, expected a text or a number")
-    return str(label)
+    return f"{label} (domain)" if label == ALL else str(label)
 
 
 def check_encodable(value: Any, where: str) -> None:

@@ -23,7 +23,7 @@ from upcycle.disk import digest
 from upcycle.errors import UpcycleError
 from upcycle.settings import Source
 
-FORMAT = 3
+FORMAT = 4
 """Of the table; another one is another table."""
 TABLE, REPORT = "rows.arrow", "report.json"
 ROWS_AT_ONCE = 4096

@@ -324,6 +324,7 @@ def _read_table(path: Path) -> Decoded:
     from datasets import load_dataset, logging
     from pyarrow.parquet import read_metadata
 
+    before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # it logs what it raises, too
     try:
         kind = "parquet" if _kind(path) == ".parquet" else "arrow"
@@ -333,6 +334,8 @@ def _read_table(path: Path) -> Decoded:
         yield from _numbered(path, rows)
     except Exception as error:  # of pyarrow, of datasets, of the system
         raise UpcycleError(f"{path} cannot be read as {kind}: {_first_line(error)}") from None
+    finally:
+        logging.set_verbosity(before)
 
 
 READERS: dict[str, Callable[[Path], Decoded]] = {

@@ -355,6 +355,7 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
 
 def check_same_base(source: Path, base: Path) -> None:
     """Raises UpcycleError if a run trained the mixture on another base than `base`."""
+    MixtureConfig.load(source).check_base(base, source)
     manifest = MANIFEST.known(source)
     if manifest is not None and manifest.inputs.get("base") != hash_model(base, manifest.format):
         raise UpcycleError(

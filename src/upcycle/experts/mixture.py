@@ -24,12 +24,14 @@ from upcycle.experts.kind import Load, Routers
 from upcycle.experts.linears import Shapes, Structure, structure_of
 from upcycle.reading import MAX_BYTES
 from upcycle.records.files import LINEAGE
+from upcycle.records.manifest import FORMAT, HASHED_WITH
 from upcycle.records.plan import ExpansionPlan
-from upcycle.records.record import Record, read_record, write_record
+from upcycle.records.record import Record, optional, read_record, write_record
 from upcycle.settings import MOST_EXPERTS, AssembleSettings
 from upcycle.types import Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, find_model, load_dense
+from upcycle.weights.hashing import hash_model
 
 MULTIPLE = 8
 """Ranks are padded with zeros to a multiple of it, which stay zero in training: grouped products want it so."""
@@ -50,6 +52,8 @@ class MixtureConfig(Record):
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     r: int
     """The largest rank."""
+    base_hash: str | None = optional()
+    """`FORMAT:HASH` of the dense model's files; None in mixtures of earlier versions."""
 
     @model_validator(mode="after")
     def _is_of_all_experts(self) -> "MixtureConfig":
@@ -66,6 +70,17 @@ class MixtureConfig(Record):
     def padded_rank(self) -> int:
         """Of all experts' tensors in memory."""
         return -(-self.r // MULTIPLE) * MULTIPLE
+
+    def check_base(self, base: Path, where: Path) -> None:
+        """Raises UpcycleError if the mixture in `where` is of another dense model than `base`."""
+        if self.base_hash is None:
+            return
+        known, _, expected = self.base_hash.partition(":")
+        if known.isdecimal() and int(known) in HASHED_WITH and hash_model(base, int(known)) != expected:
+            raise UpcycleError(
+                f"{base} is not the base that {where} was trained on (their hashes differ); name the right one with "
+                "--base, or put it back"
+            )
 
     @classmethod
     def load(cls, folder: Path) -> "MixtureConfig":
@@ -139,6 +154,7 @@ def load_mixture(how: Load, make: MakeAdditions) -> Model:
     """
     config = MixtureConfig.load(how.folder)
     base = how.base or find_model(config.base_model_name_or_path)
+    config.check_base(base, how.folder)
     tensors = read_tensors(how.folder)
     check_ranks(config, tensors, how.folder)
     model = attach(load_dense(base, how.dtype, how.four_bit, **how.where), config, make)
@@ -284,6 +300,7 @@ def write_new(
         expert_scaling=tuple(experts.scalings),
         r=max(experts.ranks),
         dtype="float32" if settings.dtype == "source" else settings.dtype,
+        base_hash=f"{FORMAT}:{hash_model(base.folder)}",
     )
     write_mixture(out_dir, config, {**experts.tensors, **named})
     base.write_companions(out_dir)

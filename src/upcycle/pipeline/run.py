@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upcycle.disk import digest, inside
+from upcycle.disk import digest, expanded, inside
 from upcycle.distributed.world import on_main
 from upcycle.errors import UpcycleError
 from upcycle.pipeline.manifest import read_manifest, verified
@@ -52,7 +52,7 @@ def open_run(folder: str | Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
         UpcycleError: the folder is no run, one that has not come as far as the stages that it `needs`, or one of which
             only the scores were kept; a file of these stages is damaged; or stages do not belong together.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if not is_run(folder):
         raise UpcycleError(f"{folder} is not a run: it has no {RECIPE.name}")
     if DELETED.of(folder).exists():
@@ -110,7 +110,7 @@ class Run:
 
     def __init__(self, recipe: Recipe | str | Path, folder: str | Path) -> None:
         self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-        self.folder = Path(folder)
+        self.folder = expanded(folder)
         self.verified: set[str] = set()
         self.asked: tuple[str, ...] = ()
         """The stages that this process was asked for."""
@@ -162,6 +162,15 @@ class Run:
         except ValueError as error:
             raise UpcycleError(str(error)) from None
         return replace(base, layers=layers)
+
+    def find_base(self, name: str | None = None) -> Path | None:
+        """The base's folder, or that of another `name`; None if it is gone."""
+        from upcycle.weights.folders import find_model
+
+        try:
+            return find_model(name or self.recipe.base)
+        except UpcycleError:
+            return None
 
     def _check_shards(self, base: "upcycle.weights.base.Base") -> None:
         fsdp, vocabulary = self.recipe.devices.fsdp, base.vocabulary

@@ -1,6 +1,7 @@
 """The model card of an exported model: what it was made from, how, and how good it is."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -17,6 +18,8 @@ from upcycle.records.record import ALL
 from upcycle.records.scores import ModelScores, standard_error
 from upcycle.settings import DataSettings
 
+Licence = dict[str, Any]
+"""Fields of a card to what they say, a text or several."""
 PAPER = """@inproceedings{hui2025upcycling,
   title = {Upcycling Instruction Tuning from Dense to Mixture-of-Experts via Parameter Merging},
   author = {Hui and Zhang and Wang and Sun and Wu and Su},
@@ -27,34 +30,43 @@ PAPER = """@inproceedings{hui2025upcycling,
 
 
 # six parameters: nothing is looked up here
-def write_card(folder: Path, name: str, run: Path, recipe: Recipe, base: Path, made: Description) -> None:
+def write_card(folder: Path, name: str, run: Path, recipe: Recipe, base: Path | None, made: Description) -> None:
     """Write the card into an exported model folder.
 
     Args:
         name: what the folder will be called.
         run: the finished run that it comes from.
-        base: the dense model's folder, whose licence is inherited.
+        base: the dense model's folder, whose licence is inherited; None if it is gone.
         made: what the folder holds.
     """
-    write_text(CARD.of(folder), card_text(folder, name, run, recipe, licence_of(base), made))
+    write_text(CARD.of(folder), card_text(folder, name, run, recipe, licence_of(base) if base else {}, made))
 
 
-def licence_of(base: Path) -> str | None:
-    """What the base's own model card says; None if it has none."""
+def licence_of(base: Path) -> Licence:
+    """What the base's own model card says: `license`, `license_name` and `license_link`, as far as it has them."""
     path = CARD.of(base)
     try:
-        licence = ModelCard.load(path).data.license if path.is_file() else None
+        said = ModelCard.load(path).data if path.is_file() else None
     except Exception as error:  # its metadata are YAML that anyone may have written
         warn(f"{path} is not a readable model card ({brief(str(error))}): the licence of the base is not known")
-        return None
-    return str(licence) if licence else None
+        return {}
+    found = {name: getattr(said, name, None) for name in ("license", "license_name", "license_link")}
+    return {
+        name: list(map(str, value)) if isinstance(value, list) else str(value) for name, value in found.items() if value
+    }
 
 
-def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: str | None, made: Description) -> str:
+def _spelt(licence: Licence) -> str:
+    """In one line."""
+    parts = [", ".join(value) if isinstance(value, list) else value for value in licence.values()]
+    return f"{parts[0]} ({', '.join(parts[1:])})" if parts[1:] else parts[0]
+
+
+def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: Licence, made: Description) -> str:
     """Metadata, lineage, scores with errors, recipe, versions, citation."""
     data = ModelCardData(
         base_model=recipe.base if recipe.base.count("/") == 1 and not Path(recipe.base).exists() else None,
-        license=licence,
+        **licence,
         library_name="transformers" if made.plain else None,
         pipeline_tag="image-text-to-text" if recipe.assemble.keep_vision else "text-generation",
         tags=["moe", "mixture-of-experts", "upcycling", "upit"],
@@ -63,7 +75,9 @@ def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: str |
     lineage = "\n".join(f"- {_cell(line)}" for line in plan.lines)
     versions = ", ".join(f"{name} {version}" for name, version in MANIFEST.read(RESULT.of(run)).versions.items())
     inherited = (
-        f"The base's: {licence}." if licence else "Not stated by the base's folder: look it up before you publish."
+        f"The base's: {_spelt(licence)}."
+        if licence
+        else "Not stated by the base's folder: look it up before you publish."
     )
     return f"""---
 {data.to_yaml()}
@@ -109,7 +123,9 @@ Save as `recipe.yaml`, then `upcycle run recipe.yaml --run FOLDER` ({versions}):
 
 def _use(made: Description) -> str:
     if made.plain:
-        return f"Any program that loads it with transformers, or:\n\n```sh\n{commands('FOLDER')}\n```"
+        warned = "".join(f"\n- {line}" for line in made.warnings)
+        lines = f"Any program that loads it with transformers, or:\n\n```sh\n{commands('FOLDER')}\n```"
+        return f"{lines}\n{warned}" if warned else lines
     if made.folds:
         return (
             "Fold it into a plain mixture of experts first: `upcycle export FOLDER --fold --to PLAIN` (with its base)."

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from upcycle.records.plan import ExpansionPlan, Gram
 from upcycle.records.record import ALL, Shares
 from upcycle.records.training import LogEntry
 
+mpl.rcParams["text.parse_math"] = False  # a `$` in a name is a `$`
 MAX_LABELLED = 16
 """Experts up to which the cells of the heat map carry their numbers."""
 

@@ -18,7 +18,7 @@ from upcycle.weights.safetensors_io import COMPILED, ModelReader
 from upcycle.weights.wrappers import wrapper_in, wrapper_of
 
 BUILTIN_BASE = "builtin:tiny"
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     TEMPLATE,
+    TEMPLATES,
 )
 GENERATION = "generation_config.json"
 SETTINGS_FILES = (GENERATION,)
@@ -295,10 +296,14 @@ def copy_companions(source: Path, folder: Path, chat_template: str | None = None
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Those of the files that there are."""
+    """Those of the files that there are; of a folder the chat templates in it."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+        elif templates := sorted((source / name).glob("*.jinja")):
+            (folder / name).mkdir(exist_ok=True)
+            for path in templates:
+                shutil.copyfile(path, folder / name / path.name)
 
 
 def _size(count: float) -> str:

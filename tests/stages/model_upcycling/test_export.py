@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from upcycle.disk import scratch_folder
 from upcycle.errors import UpcycleError
@@ -19,9 +21,14 @@ NAMES = {"config.json", "model.safetensors", "tokenizer.json", "upcycle_plan.jso
 
 
 def test_a_plain_moe_is_copied_without_what_is_ours_alone(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
-    made = assembled(base, checkpoints, tmp_path / "made")
+    dense = Path(shutil.copytree(base, tmp_path / "dense"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(dense)
+    made = assembled(dense, checkpoints, tmp_path / "made")
     (made / "log.json").write_text("{}")
     export(made, tmp_path / "out", False, "source")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= NAMES
     assert not names & {"manifest.json", "log.json"}
@@ -67,7 +74,10 @@ def test_a_mixture_is_folded_on_its_own_base_alone(base: Path, checkpoints: list
     with pytest.raises(UpcycleError, match="model folder /nowhere does not exist"):
         export(tmp_path / "made", tmp_path / "out", True, "source")
     (tmp_path / "made" / "manifest.json").unlink()
-    export(tmp_path / "made", tmp_path / "out", True, "source", str(checkpoints[0]))
+    with pytest.raises(UpcycleError, match=r"checkpoint-1 is not the base that .* was trained on"):
+        export(tmp_path / "made", tmp_path / "out", True, "source", str(checkpoints[0]))
+    moved = shutil.copytree(base, tmp_path / "moved")
+    export(tmp_path / "made", tmp_path / "out", True, "source", str(moved))
     assert load_model(tmp_path / "out", torch.float32).config.model_type == "mixtral"
     assert not (tmp_path / "manifest.json").exists()
 

@@ -83,6 +83,10 @@ def _collect(kind: Kind, base: Base, names: Sequence[str], settings: PrepareSett
     checkpoints = []
     for name in names:
         saved = sorted((out_dir / name).glob("checkpoint-*"), key=step_of)
+        if not saved:
+            raise UpcycleError(
+                f"prepare: the training left no checkpoint in {out_dir / name}; remove it, and run again"
+            )
         for checkpoint in reversed(saved):  # the newest first: without it, no training goes on with half of the others
             _finish(kind, checkpoint, base)
             kind.check_checkpoint(base, saved[-1], checkpoint)

@@ -10,7 +10,10 @@ from upcycle.disk import check_new, scratch_folder, sync_files
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import holds_model, kind_in
 from upcycle.records.files import INPUTS, LOG, MANIFEST
+from upcycle.weights.folders import copy_files
 
+STORED = ("source", "float32", "bfloat16", "float16")
+"""What weights may be written in."""
 NOT_EXPORTED = (MANIFEST.name, INPUTS.name, LOG.name)
 
 
@@ -35,6 +38,8 @@ def export(
             cannot be folded, or logits that are not the mixture's.
     """
     check_new(target, "--to")
+    if dtype not in STORED:
+        raise UpcycleError(f"dtype is {dtype!r}, expected one of {', '.join(STORED)}")
     if not fold and (dtype != "source" or base is not None):
         raise UpcycleError("--dtype and --base are for a mixture that is folded; add --fold, or leave them out")
     if not holds_model(source):
@@ -45,8 +50,8 @@ def export(
             kind_in(source).fold(source, scratch, dtype, base)
         else:
             for path in sorted(source.iterdir()):
-                if path.is_file() and path.name not in NOT_EXPORTED:
-                    shutil.copyfile(path, scratch / path.name)
+                if path.name not in NOT_EXPORTED:
+                    copy_files(source, scratch, [path.name])
         finish(scratch)
         sync_files(scratch)
         scratch.replace(target)
