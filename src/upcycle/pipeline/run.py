@@ -164,11 +164,12 @@ class Run:
         return replace(base, layers=layers)
 
     def find_base(self, name: str | None = None) -> Path | None:
-        """The base's folder, or that of another `name`; None if it is gone."""
-        from upcycle.weights.folders import find_model
+        """The base's folder, or that of another `name`; None if it is gone, or would have to be downloaded."""
+        from upcycle.weights.folders import find_model, is_here
 
+        name = name or self.recipe.base
         try:
-            return find_model(name or self.recipe.base)
+            return find_model(name) if is_here(name) else None
         except UpcycleError:
             return None
 

@@ -18,11 +18,13 @@ from upcycle.records.plan import ExpansionPlan, Gram
 from upcycle.records.record import ALL, Shares
 from upcycle.records.training import LogEntry
 
-mpl.rcParams["text.parse_math"] = False  # a `$` in a name is a `$`
+NAMES_AS_THEY_ARE = {"text.parse_math": False}
+"""A `$` in a name begins no mathematics."""
 MAX_LABELLED = 16
 """Experts up to which the cells of the heat map carry their numbers."""
 
 
+@mpl.rc_context(NAMES_AS_THEY_ARE)
 def similarity_figure(plan: ExpansionPlan, path: Path) -> None:
     """A heat map of the similarity of all experts, and a dendrogram (average linkage) of what is near to what."""
     names = plan.labels
@@ -37,6 +39,7 @@ def similarity_figure(plan: ExpansionPlan, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@mpl.rc_context(NAMES_AS_THEY_ARE)
 def comparison_figure(found: Comparison, path: Path) -> None:
     """The loss (and exact match) of each variant: a dot per seed, its mean and standard deviation."""
     rows, metrics = found.summary, found.metrics
@@ -57,6 +60,7 @@ def comparison_figure(found: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@mpl.rc_context(NAMES_AS_THEY_ARE)
 def sweep_figure(found: Sweep, path: Path) -> None:
     """Scores along the first axis, a line for each combination of the others (UpIT, figures 3 and 4)."""
     first, *others = found.axes
@@ -88,6 +92,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
+@mpl.rc_context(NAMES_AS_THEY_ARE)
 def routing_figure(shares: Mapping[str, Shares], path: Path, kind: str = "domain") -> None:
     """Share of tokens per expert by domain or benchmark, a heat map for each layer (UpIT, figure 5).
 
@@ -125,6 +130,7 @@ def draw_benchmarks(found: BenchmarkScores, out: Path) -> None:
             routing_figure(shares, out / f"routing-{name}.png", "benchmark")
 
 
+@mpl.rc_context(NAMES_AS_THEY_ARE)
 def benchmark_figure(found: BenchmarkScores, path: Path) -> None:
     """Score of each model on each benchmark, a heat map; the best models of a benchmark are framed (UpIT, figure 2).
 
@@ -149,6 +155,7 @@ def benchmark_figure(found: BenchmarkScores, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@mpl.rc_context(NAMES_AS_THEY_ARE)
 def load_figure(log: Sequence[LogEntry], path: Path) -> None:
     """Over training: the load of each expert (mean over layers), the balance loss, the largest load of each layer."""
     load = np.array([entry.load for entry in log])  # (steps, layers, experts)
