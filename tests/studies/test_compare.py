@@ -23,7 +23,7 @@ from upcycle.records.files import COMPARISON, LOG, ROUTE_REPORT
 from upcycle.records.record import read_record, write_record
 from upcycle.reporting.figures import comparison_figure, sweep_figure
 from upcycle.studies.cells import Study, Variant, cell_file, labels, run_cells
-from upcycle.studies.compare import compare, differences, show
+from upcycle.studies.compare import _say_fewer, compare, differences, show
 from upcycle.studies.statistics import holm, paired, spread, summary
 from upcycle.studies.sweep import axis_values, sweep
 
@@ -412,6 +412,13 @@ def test_a_cell_whose_data_changed_says_what_to_type(
     typed = r"upcycle run \S+out/0-seed0/recipe\.yaml --run \S+out/0-seed0 --update`, then this command again"
     with pytest.raises(UpcycleError, match=typed):
         run_cells(study)
+
+
+def test_a_comparison_of_fewer_seeds_says_so(tmp_path: Path, capsys: Any) -> None:
+    COMPARISON.write(tmp_path, compared({"a": [cell(0, 1.0), cell(1, 1.0)], "b": [cell(0, 2.0), cell(1, 2.0)]}))
+    _say_fewer(tmp_path, compared({"a": [cell(0, 1.0)], "b": [cell(0, 2.0)]}))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "comparison.json had 2 seeds, and has 1 seed now; --seeds 2 makes it again" in said
 
 
 def test_a_name_is_no_mathematics(tmp_path: Path) -> None:

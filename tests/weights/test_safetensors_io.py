@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from upcycle.errors import UpcycleError
+from upcycle.weights.folders import read_config
 from upcycle.weights.safetensors_io import INDEX, ModelReader, ModelWriter, TensorSpec, pieces
 
 TENSORS = {
@@ -99,3 +100,10 @@ def test_what_the_system_takes_in_parts_is_written_whole(tmp_path: Path, monkeyp
     with ModelWriter(tmp_path, {"a": TensorSpec((4, 5), torch.float32)}) as writer:
         writer.write("a", values)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], values)
+
+
+def test_an_adapter_is_no_base(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", 1)
+    for read in (ModelReader, read_config):
+        with pytest.raises(UpcycleError, match="adapter.* an adapter.*: name the base that it was trained on"):
+            read(adapter)

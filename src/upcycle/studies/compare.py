@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from upcycle.console import table, tell
+from upcycle.console import table, tell, warn
 from upcycle.distributed.world import is_main, on_main
 from upcycle.errors import UpcycleError, nearest
 from upcycle.pipeline.run import Run
@@ -67,12 +67,24 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
     )
     if is_main():
         study.out.mkdir(parents=True, exist_ok=True)  # all cells may have been taken from the results
+        _say_fewer(study.out, found)
         COMPARISON.write(study.out, found)
     show(found)
     if match == "flops":
         share = max(_start(run) / max(run.total_flops, 1) for runs in cells.values() for run in runs)
         tell(f"FLOPs are those of all stages; the router's start, at most {share:.1%} of a variant's, is not matched")
     return found
+
+
+def _say_fewer(out: Path, found: Comparison) -> None:
+    """What a comparison that is replaced had more."""
+    try:
+        before = COMPARISON.known(out)
+    except UpcycleError:
+        return  # damaged: it is mended now
+    if before and before.seeds > found.seeds:
+        place = out / COMPARISON.name
+        warn(f"{place} had {before.over}, and has {found.over} now; --seeds {before.seeds} makes it again")
 
 
 def _start(run: Measures) -> int:

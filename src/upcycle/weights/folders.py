@@ -91,7 +91,8 @@ def read_config(folder: Path) -> Config:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise UpcycleError(f"{folder} is not a model folder: it has no config.json")
+        adapter = ", but an adapter: name the base that it was trained on" * (folder / "adapter_config.json").is_file()
+        raise UpcycleError(f"{folder} is not a model folder: it has no config.json{adapter}")
     try:
         return _resolved(_with_floats(read_json(path)), path)
     except RecursionError:

@@ -167,6 +167,8 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
     if single.is_file():  # before an index, as transformers does
         return {single: set()}
     if not index.exists():
+        if (folder / "adapter_config.json").is_file():
+            raise UpcycleError(f"{folder} holds an adapter and no model: name the base that it was trained on")
         raise UpcycleError(f"{folder} has no {SINGLE} (nor an index of shards): weights must be safetensors")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
