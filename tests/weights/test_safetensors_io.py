@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from upcycle.errors import UpcycleError
 from upcycle.weights.folders import read_config
 from upcycle.weights.safetensors_io import INDEX, ModelReader, ModelWriter, TensorSpec, pieces
+from worlds import make_adapter
 
 TENSORS = {
     "a": torch.arange(24.0).view(6, 4),
@@ -105,5 +106,5 @@ def test_what_the_system_takes_in_parts_is_written_whole(tmp_path: Path, monkeyp
 def test_an_adapter_is_no_base(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", 1)
     for read in (ModelReader, read_config):
-        with pytest.raises(UpcycleError, match="adapter.* an adapter.*: name the base that it was trained on"):
+        with pytest.raises(UpcycleError, match=r"adapter.* an adapter.*: name the base that it was trained on"):
             read(adapter)
