@@ -84,7 +84,9 @@ def test_a_run_leaves_the_other_layers_ffns_as_they_are(
     assert active.moe == active.dense + 16 * 32 + zeros
     scores = json.loads((run.folder / "evaluate" / "scores.json").read_text())
     assert scores["MoE"]["loss"]["all"] < scores["base"]["loss"]["all"]
-    assert "4 experts of 4 slices each, top-1" in run.kind.describe(run.folder / "posttrain").what
+    said = run.kind.describe(run.folder / "posttrain").what
+    assert "4 experts of 4 slices each, top-1" in said
+    assert f"{active.moe / active.dense:.2f} times the dense FLOPs" in said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,47 @@ def test_names_are_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "program.jsonl", tmp_path / "program.jsonl.gz")
     with pytest.raises(UpcycleError, match="every task needs its own name"):
         read_tasks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answers", "said", "target", "right"),
+    [
+        (["x+1", "yes"], "x-1", "x+1", 0),
+        (["-5 m", "yes"], "5 m", "-5 m", 0),
+        (["3.5 km", "yes"], "35 km", "3.5 km", 0),
+        (["1/2", "3/4"], "12", "1/2", 0),
+        (["42", "7 "], "The answer is 42", "42", 1),
+        (["Rome", "well-known"], "rome.", "Rome", 1),
+    ],
+)
+def test_punctuation_counts_where_it_makes_another_answer(
+    answers: list[str], said: str, target: str, right: int
+) -> None:
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+
+    task = task_of("x", [{"prompt": "p", "answer": answer} for answer in answers])
+    how = {k: v for k, v in task["metric_list"][0].items() if k not in ("metric", "aggregation", "higher_is_better")}
+    picked = task["filter_list"][0]["filter"][0]
+    found = re.findall(picked["regex_pattern"], said)[picked.get("group_select", 0)]
+    assert exact_match_hf_evaluate([found], [target], **how)["exact_match"] == right
+
+
+def test_a_run_s_template_is_that_of_a_base_without_one(
+    base: Path, checkpoints: list[Path], folder: Path, tmp_path: Path
+) -> None:
+    bare = Path(shutil.copytree(base, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    tasks, template = read_tasks(folder, ["choose"]), (base / "chat_template.jinja").read_text()
+    asked = benchmark([Contender("x", bare, chat_template=template)], tasks, tmp_path / "out")
+    assert asked == benchmark([Contender("x", base)], tasks, tmp_path / "other")
+
+
+def test_questions_that_are_cut_are_counted(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "x" * length, "answer": "a"} for length in (5, 500, 600)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    benchmark([Contender("base", base)], read_tasks(tmp_path), tmp_path / "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"2 of 3 questions have more than \d+ tokens, which is what the context leaves for them", said)
 
 
 def test_a_moe_has_its_routing_on_each_benchmark(

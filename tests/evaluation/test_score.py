@@ -1,12 +1,15 @@
 """Scores against one sample at a time, without padding."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from upcycle.data.chat import Sample
+from upcycle.data.chat import Sample, end_of_turn
 from upcycle.data.splits import load_splits
 from upcycle.evaluation.score import _greedy, exact_matches, held_out, score, short_answers
 from upcycle.experts.kinds import load_model
@@ -49,6 +52,29 @@ def test_batched_greedy_answers_equal_those_of_one_prompt(base: Path, samples: l
     assert exact_matches(model, tokenizer, said, SETTINGS, "base") == [1.0] * len(samples)
     other = [replace(s, answer=e + "!") for s, e in zip(samples, expected, strict=True)]
     assert exact_matches(model, tokenizer, other, SETTINGS, "base") == [0.0] * len(samples)
+
+
+@pytest.mark.parametrize("text", ["yes", "<think>x</think>\n yes "])
+def test_an_answer_is_what_stands_behind_thoughts_until_the_template_s_end_of_turn(
+    text: str, base: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base ends texts with another token than its template ends turns with."""
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    for name, values in (("config.json", {"eos_token_id": 0}), ("tokenizer_config.json", {"eos_token": "<|pad|>"})):
+        (other / name).write_text(json.dumps({**json.loads((other / name).read_text()), **values}))
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    tokenizer, model = load_tokenizer(other, None), load_model(other, torch.float32)
+    end = end_of_turn(tokenizer)
+    assert end == tokenizer.convert_tokens_to_ids("<|im_end|>") == samples[0].labels[-1]
+    said = tokenizer(f"{text}<|im_end|>no", add_special_tokens=False)["input_ids"]
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        ends = model.generation_config.eos_token_id
+        stop = next(i for i, token in enumerate([*said, 0]) if token in ends)
+        return torch.cat([input_ids, torch.tensor([said[: stop + 1]])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert exact_matches(model, tokenizer, [replace(samples[0], answer="yes")], SETTINGS, "x") == [1.0]
 
 
 def test_answers_are_greedy_whatever_the_model_s_settings_say(base: Path, samples: list[Sample]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
 
-from upcycle.data.formats import Message, Row, called
+from upcycle.data.formats import Message, Row, called, to_row
 from upcycle.data.masks import Chat, read_chat, skeletons_of
 from upcycle.data.renderings import rendered
 from upcycle.errors import UpcycleError
@@ -43,6 +43,21 @@ class Sample:
 def encode(row: Row, tokenizer: Tokenizer, turns: Turns = "all") -> Sample:
     """One row of `encode_rows`."""
     return encode_rows([row], tokenizer, turns)[0]
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The special token that the chat template puts behind an answer; None if it puts none, or cannot render a chat.
+
+    It need not be the tokenizer's end token: a base may end texts with another one than its template ends turns with.
+    """
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        labels = encode(to_row({"messages": turns}, "a chat"), tokenizer).labels
+    except UpcycleError:
+        return None
+    last = next((label for label in reversed(labels) if label != IGNORED), None)
+    token = tokenizer.added_tokens_decoder.get(last)
+    return last if token is not None and token.special else None
 
 
 def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns = "all") -> list[Sample]:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
-from upcycle.console import console, is_progress_shown, say, table
+from upcycle.console import console, is_progress_shown, say, table, warn
+from upcycle.data.chat import end_of_turn
+from upcycle.data.skeletons import THOUGHTS_END
 from upcycle.disk import digest
 from upcycle.distributed.world import is_main, share, wait
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, counted
 from upcycle.evaluation.score import routed_share
 from upcycle.experts.kinds import base_in, load_for_scoring, must_spread
 from upcycle.reading import brief
@@ -30,7 +32,7 @@ from upcycle.records.manifest import library_versions
 from upcycle.records.record import read_record, write_record
 from upcycle.routing.routers import ForcedRouter, RowExperts, granularity, num_experts, swapped_routers
 from upcycle.types import Model, Tokenizer
-from upcycle.weights.folders import TEMPLATE
+from upcycle.weights.folders import TEMPLATE, with_end
 from upcycle.weights.hashing import hash_model
 from upcycle.weights.tokenizers import has_tokenizer, read_tokenizer
 
@@ -39,7 +41,7 @@ Task = dict[str, Any] | str
 BATCH_SIZE = 16
 """Rows."""
 BATCH_TOKENS = 4096
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 MEAN_WIDTH, CELL_WIDTH = 8, 18
 """Characters on the terminal."""
 SEED = 1234
@@ -58,6 +60,8 @@ class Contender:
     """This expert of a MoE alone: every token is routed to it."""
     base: Path | None = None
     """The dense model that it came from: weights that adapters share, a tokenizer where it has none."""
+    chat_template: str | None = None
+    """The Jinja text that it is asked with if its tokenizer has none."""
 
 
 def benchmark(
@@ -93,7 +97,8 @@ def benchmark(
     places: dict[str, dict[str, Path]] = {}
     for contender in contenders:
         own, shared = hashes[contender.folder], [hashes[folder] for folder in bases[contender.name]]
-        model = digest([own, contender.expert, *shared])
+        asked = [contender.chat_template] if contender.chat_template else []
+        model = digest([own, contender.expert, *shared, *asked])
         places[contender.name] = {
             name: cached_score(out_dir, digest([model, name, content, how])) for name, content in contents.items()
         }
@@ -126,6 +131,8 @@ def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
     model = load_for_scoring(contender.folder, contender.base)
     own = has_tokenizer(contender.folder)  # a user's checkpoint may have none
     tokenizer = read_tokenizer(contender.folder if own else contender.base or contender.folder)
+    if contender.chat_template and not tokenizer.chat_template:
+        tokenizer.chat_template = contender.chat_template
     if contender.expert is None:
         yield model, tokenizer
         return
@@ -138,10 +145,15 @@ def _loaded(contender: Contender) -> Iterator[tuple[Model, Tokenizer]]:
 def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, chat: bool, routed: bool) -> TaskScores:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     length = network.config.max_position_embeddings
-    lm = asked_model(network, tokenizer, length)
+    thinks = chat and THOUGHTS_END in str(tokenizer.chat_template)
+    lm = asked_model(network, tokenizer, length, thinks)
+    ends = network.generation_config.eos_token_id
+    network.generation_config.eos_token_id = with_end(ends, end_of_turn(tokenizer) if chat else None)
     own = isinstance(task, dict)
     if isinstance(task, dict) and task["output_type"] == "generate_until":
-        asked = task["generation_kwargs"]
+        asked = dict(task["generation_kwargs"])
+        if thinks:  # an empty line stands within thoughts
+            asked["until"] = [text for text in asked["until"] if text.strip()]
         task = {**task, "generation_kwargs": {**asked, "max_gen_toks": min(asked["max_gen_toks"], length // 2)}}
     try:
         result: Any = _evaluate(lm, task, limit, chat)
@@ -175,11 +187,14 @@ def _evaluate(lm: Any, task: Task, limit: int | None, chat: bool) -> Any:
     return evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=STDERR_RESAMPLES, apply_chat_template=chat)
 
 
-def asked_model(network: Model, tokenizer: Tokenizer, length: int) -> Any:
+def asked_model(network: Model, tokenizer: Tokenizer, length: int, thinks: bool = False) -> Any:
     """The model as lm-eval asks it, with choices told from their question also where tokens are longer than either.
 
     lm-eval cuts at the number of the question's tokens, its white space at the end given to the choice. That is right
     if no token reaches over the cut: `assistant\\n` may be one token, and `assistant` nine.
+
+    Args:
+        thinks: whether answers are what stands behind thoughts.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -200,9 +215,12 @@ def asked_model(network: Model, tokenizer: Tokenizer, length: int) -> Any:
             return question, choice
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            _say_cut([len(self.tok_encode("".join(request.args))) for request in requests], self.max_length)
             return super().loglikelihood(requests, disable_tqdm or not is_progress_shown())
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            room = max((int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests), default=0)
+            _say_cut([len(self.tok_encode(request.args[0])) for request in requests], self.max_length - room)
             return super().generate_until(requests, disable_tqdm or not is_progress_shown())
 
     return AskedHFLM(
@@ -211,7 +229,17 @@ def asked_model(network: Model, tokenizer: Tokenizer, length: int) -> Any:
         batch_size=BATCH_SIZE,
         max_length=length,
         trust_remote_code=False,
+        think_end_token=THOUGHTS_END if thinks else None,
     )
+
+
+def _say_cut(lengths: Sequence[int], limit: int) -> None:
+    """Of questions, in tokens, which lm-eval cuts without a word."""
+    if longer := sum(length > limit for length in lengths):
+        warn(
+            f"{longer} of {counted(len(lengths), 'question')} have more than {limit} tokens, which is what the context "
+            "leaves for them: their beginning is cut off"
+        )
 
 
 @cache

@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 
 from upcycle.console import Progress
 from upcycle.data.batches import make_batches, token_batches
-from upcycle.data.chat import Sample
+from upcycle.data.chat import Sample, end_of_turn
+from upcycle.data.skeletons import behind_thoughts
 from upcycle.records.record import ALL
 from upcycle.records.scores import ModelScores
 from upcycle.routing.answers import answer_losses
@@ -22,6 +23,7 @@ from upcycle.routing.batch import IGNORED
 from upcycle.routing.routers import RouterRecorder, num_experts
 from upcycle.settings import EvaluateSettings
 from upcycle.types import Model, Tokenizer
+from upcycle.weights.folders import with_end
 
 
 def score(
@@ -99,26 +101,28 @@ def short_answers(samples: Sequence[Sample], settings: EvaluateSettings) -> list
 def exact_matches(
     model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], settings: EvaluateSettings, name: str
 ) -> list[float]:
-    """1.0 where the greedy answer to the prompt equals the reference (white space at the ends aside)."""
-    matches = [0.0] * len(samples)
+    """1.0 where the greedy answer to the prompt equals the reference, white space at the ends and thoughts aside."""
+    matches, end = [0.0] * len(samples), end_of_turn(tokenizer)
     lengths = [s.answer_start + settings.max_answer_tokens for s in samples]
     groups = token_batches(lengths, settings.tokens_per_batch)
     with Progress(f"evaluate {name}: answers", len(samples), "rows") as bar:
         for group in groups:
-            answers = _greedy(model, tokenizer, [samples[i] for i in group], settings.max_answer_tokens)
+            answers = _greedy(model, tokenizer, [samples[i] for i in group], settings.max_answer_tokens, end)
             for index, answer in zip(group, answers, strict=True):
-                matches[index] = float(answer.strip() == samples[index].answer)
+                matches[index] = float(samples[index].answer in (answer.strip(), behind_thoughts(answer)))
             bar.advance(len(group))
     return matches
 
 
-def _greedy(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int) -> list[str]:
+def _greedy(
+    model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int, end: int | None = None
+) -> list[str]:
     longest = max(s.answer_start for s in samples)
     pad = tokenizer.pad_token_id
     prompts = [s.input_ids[: s.answer_start] for s in samples]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with _nothing_but_the_end(model):
+    with _nothing_but_the_end(model, end):
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -130,10 +134,11 @@ def _greedy(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], max_n
 
 
 @contextmanager
-def _nothing_but_the_end(model: Model) -> Iterator[None]:
-    """Of the model's settings for generation only where it stops: with a penalty or beams, answers are not greedy."""
+def _nothing_but_the_end(model: Model, end: int | None) -> Iterator[None]:
+    """Of the model's settings for generation only where it stops, at the end of a turn too: with a penalty or beams,
+    answers are not greedy."""
     own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=with_end(own.eos_token_id, end))
     try:
         yield
     finally:

@@ -26,6 +26,8 @@ from upcycle.reading import brief
 
 Row = dict[str, Any]
 NUMBER = re.compile(r"-?[\d,]*\.?\d+")
+MATHEMATICS = re.compile(r"[+*/=<>^%]|(?<!\w)-\s*\w|\d\s*[-.:]\s*\d|\b\w-\w\b")
+"""Punctuation that makes another answer: `x-1`, `3.5 km`, `1/2`."""
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 GAP = re.compile(r"(?<!\w)_(?!\w)")
 Check = tuple[Callable[[Any], bool], str]
@@ -182,15 +184,17 @@ def task_of(name: str, rows: Sequence[Row]) -> dict[str, Any]:
                 "aggregation": "mean",
                 "higher_is_better": True,
                 "ignore_case": True,
-                "ignore_punctuation": not numeric and _differ_without_punctuation(targets),
+                "ignore_punctuation": not numeric and _means_the_same_without_punctuation(targets),
                 "regexes_to_ignore": [",", r"\s+$", r"^\s+"],
             }
         ],
     }
 
 
-def _differ_without_punctuation(targets: Sequence[str]) -> bool:
-    """Whether answers that differ stay different, and none is left empty."""
+def _means_the_same_without_punctuation(targets: Sequence[str]) -> bool:
+    """Whether none has signs of mathematics, answers that differ stay different, and none is left empty."""
+    if any(map(MATHEMATICS.search, targets)):
+        return False
     known = {target.strip().lower() for target in targets}
     bare = {target.translate(PUNCTUATION).strip() for target in known}
     return "" not in bare and len(bare) == len(known)
@@ -208,7 +212,7 @@ def _choice_document(row: Row) -> Row:
 
 def _answer_document(row: Row) -> Row:
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    return {"text": row["prompt"], "target": answers}
+    return {"text": row["prompt"], "target": [answer.strip() for answer in answers]}
 
 
 def _code_document(row: Row) -> Row:

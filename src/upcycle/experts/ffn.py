@@ -20,7 +20,6 @@ from upcycle.architectures.families import computed_fields, expert_counts, famil
 from upcycle.architectures.layouts import ffn, in_memory, moe_layers, prefix
 from upcycle.architectures.mapping import (
     Mapping,
-    looked_up,
     map_model,
     needed_tensors,
     read_region,
@@ -218,7 +217,9 @@ def assemble(
     hint = "lower expand.num_experts or set assemble.dtype=bfloat16"
     config = write_moe(out_dir, mapping, parts, dtype, "assemble", hint)
     base.write_companions(out_dir)
-    LINEAGE.write(out_dir, plan.model_copy(update={"granularity": settings.granularity, "channels": settings.channels}))
+    cut = {"granularity": settings.granularity, "channels": settings.channels}
+    flops = mapping.flops_over_dense(settings.num_experts_per_tok)
+    LINEAGE.write(out_dir, plan.model_copy(update={**cut, "flops_over_dense": flops}))
     for limit in limits(config):
         if limit.silent and not moments:
             warn(f"{CLIENTS[limit.client]} loads this {limit.moe} but {limit.what}: its output will be different")
@@ -354,7 +355,7 @@ def describe(folder: Path) -> Description:
     slices = lineage.granularity if lineage else 1
     cut = f" of {slices} slices each, top-{k // slices} ({experts} experts, top-{k}, on disk)" if slices > 1 else ""
     what = f"A {config['model_type']} mixture of {counted(experts // slices, 'expert')}{cut or f', top-{k}'}"
-    sizes = f": {_sizes(folder, config, experts, k, slices)}" if lineage else ""  # what is made elsewhere may have more
+    sizes = f": {_sizes(folder, config, experts, k, lineage.flops_over_dense)}" if lineage else ""
     return Description(what + _beside(folder) + sizes, plain=True, warnings=tuple(warnings))
 
 
@@ -366,16 +367,15 @@ def _beside(folder: Path) -> str:
     return f", the text part of a {wrapper.model_type} model ({ModelReader(folder).left_out / 1e6:,.1f}M beside it)"
 
 
-def _sizes(folder: Path, config: Config, experts: int, active_experts: int, slices: int) -> str:
-    """Parameters in all and for a token, and FLOPs over the dense model's (scores of attention left out)."""
+def _sizes(folder: Path, config: Config, experts: int, active_experts: int, flops: float | None) -> str:
+    """Parameters in all and for a token, and FLOPs over the dense model's, where the lineage has them."""
     reader, layers, hidden = ModelReader(folder), len(moe_layers(config)), config["hidden_size"]
     moe = moe_of(config)
     expert = layers * len(ffn(moe.layout)) * hidden * config[moe.size_field]
     total = reader.num_parameters
     active = total - (experts - active_experts) * expert
-    dense = total - (experts - slices) * expert - layers * experts * hidden
-    ratio = (active - looked_up(config)) / (dense - looked_up(config))
-    return f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M for a token, {ratio:.2f} times the dense FLOPs"
+    over = f", {flops:.2f} times the dense FLOPs" if flops else ""
+    return f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M for a token{over}"
 
 
 FFN = Kind(

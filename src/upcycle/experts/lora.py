@@ -53,7 +53,7 @@ from upcycle.merging.lineage import Child
 from upcycle.merging.low_rank import Adapter, LowRank, fresh, materialise_adapters
 from upcycle.recipe import Recipe
 from upcycle.records.description import Description
-from upcycle.records.files import MANIFEST
+from upcycle.records.files import LINEAGE, MANIFEST
 from upcycle.records.plan import ExpansionPlan, Expert, Gram
 from upcycle.settings import AssembleSettings, DevicesSettings, ExpandSettings, LoraSettings
 from upcycle.types import Config, Model
@@ -351,6 +351,9 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
     )
     write_moe(target, mapping, parts, storage_dtype(dtype, reader, mapping), "export", "take --dtype bfloat16")
     copy_companions(source, target)
+    if (lineage := LINEAGE.known(source)) is not None:
+        flops = mapping.flops_over_dense(config.num_experts_per_tok)
+        LINEAGE.write(target, lineage.model_copy(update={"flops_over_dense": flops}))
 
 
 def check_same_base(source: Path, base: Path) -> None:

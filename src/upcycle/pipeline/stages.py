@@ -84,9 +84,17 @@ def _expand(run: Run, out: Path) -> None:
 
 
 def _assemble(run: Run, out: Path) -> None:
+    from upcycle.data.chat import end_of_turn
     from upcycle.stages.model_upcycling.assemble import assemble
 
     assemble(run.kind, run.base, run.checkpoint_folders, run.plan, run.recipe, out)
+    try:
+        tokenizer = run.base.tokenizer
+    except UpcycleError:
+        return  # without a chat template, which this stage can do without
+    if (end := end_of_turn(tokenizer)) is not None and run.base.generate_until(out, end):
+        token = tokenizer.convert_ids_to_tokens(end)
+        say(f"assemble: the chat template ends turns with {token}: generation stops there too (generation_config.json)")
 
 
 def _route(run: Run, out: Path) -> None:

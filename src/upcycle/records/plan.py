@@ -65,6 +65,8 @@ class ExpansionPlan(Record):
     """G of a MoE's lineage: its experts e G to e G + G - 1 are the slices of expert e."""
     channels: Literal["contiguous", "strided", "random"] = "contiguous"
     """Which channels are in a slice."""
+    flops_over_dense: float | None = Field(None, gt=0, exclude_if=lambda value: value is None)
+    """Of a MoE's lineage: FLOPs of a token over the dense model's, scores of attention left out in both."""
     spread: float = 1.0
     """Every expert E but the base becomes L + spread (E - L) at assembly, L the last checkpoint; `gram` is older."""
 
@@ -92,6 +94,11 @@ class ExpansionPlan(Record):
     def spread_of(self, number: int) -> float:
         """That of an expert: the base is one on purpose and stays where it is."""
         return 1.0 if self.experts[number].kind == "base" else self.spread
+
+    @property
+    def measured(self) -> str:
+        """`FFN task vectors`, and whether experts have moved since: what `gram` and similarities are of."""
+        return f"FFN task vectors{f', before expand.spread={self.spread:g}' if self.spread != 1 else ''}"
 
     @property
     def labels(self) -> list[str]:

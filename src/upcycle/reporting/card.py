@@ -91,7 +91,7 @@ def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: Licen
 
 {lineage}
 
-Children: {plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed}. Similarity: {plan.similarity} of task vectors.
+Children: {plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed}. Similarity: {plan.similarity} of {plan.measured}.
 
 ## Scores on held-out rows
 

@@ -188,7 +188,7 @@ def _heat_map(axes: Axes, plan: ExpansionPlan) -> None:
     image = axes.imshow(similarity, cmap="viridis", vmin=np.nanmin(others), vmax=np.nanmax(similarity))
     axes.set_xticks(range(len(names)), [name.split()[0] for name in names])
     axes.set_yticks(range(len(names)), names)
-    axes.set_title("similarity: " + ("cosine" if cosine else "-L2²") + " of FFN task vectors")
+    axes.set_title("similarity: " + ("cosine" if cosine else "-L2²") + f" of {plan.measured}")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     if len(names) <= MAX_LABELLED:
         middle = (np.nanmin(others) + np.nanmax(similarity)) / 2

@@ -38,7 +38,7 @@ def inspect(path: Path, figure: Path | None = None, made: Description | None = N
     console.print(lineage_tree(plan))
     names = [label.split()[0] for label in plan.labels]
     rows = [(label, *map(_cell, row)) for label, row in zip(plan.labels, plan.similarities, strict=True)]
-    table(f"similarity of experts ({plan.similarity} of FFN task vectors)", ("", *names), rows)
+    table(f"similarity of experts ({plan.similarity} of {plan.measured})", ("", *names), rows)
     if figure is not None:
         if np.isnan(plan.similarities[~np.eye(len(names), dtype=bool)]).all():
             tell(f"{figure} is not drawn: no two of the experts have a similarity")

@@ -1,6 +1,7 @@
 """What `upcycle benchmark` scores: the models of a run, or any model folders."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from upcycle.distributed.world import is_main
@@ -82,9 +83,10 @@ def _of_run(run: Run, prefix: str, experts: bool) -> list[Contender]:
     base = run.base.folder
     dense = zip(run.checkpoints, run.checkpoint_folders, strict=True)
     alone = enumerate(run.plan.labels) if experts else ()
-    return [
-        Contender(f"{prefix}{BASE}", base),
-        *(Contender(f"{prefix}{checkpoint.name}", folder, base=base) for checkpoint, folder in dense),
-        *(Contender(f"{prefix}{label} alone", run.routed_moe, i, base) for i, label in alone),
-        Contender(f"{prefix}{MOE}", RESULT.of(run.folder), base=base),
+    found = [
+        Contender(BASE, base),
+        *(Contender(checkpoint.name, folder, base=base) for checkpoint, folder in dense),
+        *(Contender(f"{label} alone", run.routed_moe, i, base) for i, label in alone),
+        Contender(MOE, RESULT.of(run.folder), base=base),
     ]
+    return [replace(one, name=f"{prefix}{one.name}", chat_template=run.base.chat_template) for one in found]

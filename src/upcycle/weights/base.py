@@ -4,11 +4,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from upcycle.disk import expanded
+from upcycle.disk import expanded, write_json
 from upcycle.errors import UpcycleError
-from upcycle.reading import read_text
+from upcycle.reading import read_json, read_text
 from upcycle.types import Config, Tokenizer
-from upcycle.weights.folders import GENERATION, SETTINGS_FILES, TEMPLATE, TOKENIZER_FILES, copy_files, read_config
+from upcycle.weights.folders import (
+    GENERATION,
+    SETTINGS_FILES,
+    TEMPLATE,
+    TOKENIZER_FILES,
+    copy_files,
+    read_config,
+    with_end,
+)
 from upcycle.weights.tokenizers import has_tokenizer, read_tokenizer
 
 CHATML = (
@@ -71,6 +79,17 @@ class Base:
             return True
         own = self.special_ids
         return not (self.last / GENERATION).is_file() and all(self.config.get(name) == own[name] for name in own)
+
+    def generate_until(self, folder: Path, end: int) -> bool:
+        """Let the MoE in a new folder end its texts at a token too (generation_config.json); False if it does."""
+        path, config = folder / GENERATION, {**self.config, **self.special_ids}
+        given = {name: config[name] for name in SPECIAL_IDS if config.get(name) is not None}
+        written = read_json(path) if path.is_file() else given
+        before = written.get("eos_token_id", config.get("eos_token_id"))
+        if (ends := with_end(before, end)) == before:
+            return False
+        write_json(path, {**written, "eos_token_id": ends})
+        return True
 
     def write_companions(self, folder: Path) -> None:
         """Put what lies beside a model's weights into the folder of a MoE that is new."""

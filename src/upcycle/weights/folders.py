@@ -296,6 +296,12 @@ def copy_companions(source: Path, folder: Path, chat_template: str | None = None
         (folder / TEMPLATE).write_text(chat_template)
 
 
+def with_end(ends: int | list[int] | None, end: int | None) -> int | list[int] | None:
+    """`eos_token_id` with one more token that ends a text."""
+    known = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return ends if end is None or end in known else [*known, end]
+
+
 def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
     """Those of the files that there are; of a folder the chat templates in it."""
     for name in names:

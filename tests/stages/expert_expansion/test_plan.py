@@ -230,3 +230,14 @@ def test_only_what_becomes_an_expert_must_have_been_trained(copies_of: str, refu
                 make_plan(points(2), gram_of(vectors), settings, seed=0)
         else:
             assert len(make_plan(points(2), gram_of(vectors), settings, seed=0).experts) == 2
+
+
+def test_children_that_leave_their_parents_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each generation of DARE adds to the norm."""
+    gram = gram_of(torch.randn(4, 50, generator=torch.Generator().manual_seed(0)))
+    make_plan(points(4), gram, ExpandSettings(num_experts=16, drop_rate=0.2), seed=0)
+    assert "as far from the base" not in capsys.readouterr().out
+    plan = make_plan(points(4), gram, ExpandSettings(num_experts=16, drop_rate=0.9), seed=0)
+    norms = np.sqrt(np.diag(np.array(plan.gram)))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f" is {norms.max() / norms[:4].max():,.1f} times as far from the base as any checkpoint; lower" in said

@@ -27,6 +27,8 @@ from upcycle.merging.linear import slerp_weights
 from upcycle.records.plan import AdapterMerge, Checkpoint, ExpansionPlan, Expert, Gram, similarities
 from upcycle.settings import ExpandSettings
 
+FAR = 3.0
+"""Times the norm of the largest checkpoint, from which on a child is no mixture of its parents."""
 SAME = 1e-9
 """Share of a squared norm below which a squared distance is rounding."""
 
@@ -70,7 +72,21 @@ def make_plan(
         used.add((child.parents[0], child.parents[1]))
         experts.append(child)
         gram = _extend(gram, experts, settings, measure)
+    _say_far(experts, gram, settings)
     return _plan(experts, gram, settings, seed, adapters)
+
+
+def _say_far(experts: Sequence[Expert], gram: Gram, settings: ExpandSettings) -> None:
+    """Each generation of DARE adds to the norm, and what is large is unlike the others, so it is merged again."""
+    norms = np.sqrt(gram.diagonal())
+    largest = max(norm for norm, expert in zip(norms, experts, strict=True) if expert.kind != "child")
+    farthest = int(norms.argmax())
+    if norms[farthest] > FAR * largest:
+        warn(
+            f"expand: {experts[farthest].name} is {norms[farthest] / largest:,.1f} times as far from the base as any "
+            f"checkpoint; lower expand.drop_rate (now {settings.drop_rate:g}), take fewer experts, or set "
+            "expand.merge=linear"
+        )
 
 
 def _plan(
