@@ -173,7 +173,8 @@ _INSTEAD = {
     "remote code never runs": "trust_remote_code",
     "upcycle decides it; leave it out": "output_dir resume_from_checkpoint load_best_model_at_end auto_find_batch_size "
     "ignore_data_skip remove_unused_columns average_tokens_across_devices use_cpu do_train do_eval do_predict "
-    "restore_callback_states_from_checkpoint accelerator_config disable_tqdm logging_nan_inf_filter",
+    "restore_callback_states_from_checkpoint accelerator_config disable_tqdm logging_nan_inf_filter "
+    "enable_jit_checkpoint",
 }
 OWNED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
 """Fields of SFTConfig that Upcycle's own settings or guarantees decide; and what to do instead."""
@@ -510,7 +511,8 @@ class PosttrainSettings(TrainingSettings):
     freeze: Literal["none", "router", "experts", "shared"] = "none"
     """What post-training does not train. `shared` is attention, norms and embeddings."""
     report_to: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
-    """Also send the training log to this tracker, whose package must be installed. log.json is always written."""
+    """Also send the training log to this tracker, whose package must be installed. log.json is always written,
+    tensorboard's events come into `RUN/tensorboard`."""
 
     @property
     def rates(self) -> dict[str, float]:

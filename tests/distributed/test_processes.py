@@ -91,7 +91,12 @@ def log(run: Path, stage: str) -> list[dict[str, Any]]:
     return found
 
 
-FULL, LORA = ["prepare.train=full", "posttrain.balance_bias_rate=0.001"], ["prepare.train=lora", "assemble.shared=base"]
+EVALUATED = [
+    f"{stage}.trainer={{adam_epsilon: 1.0e-3, eval_strategy: steps, eval_steps: 4}}"
+    for stage in ("prepare", "posttrain")
+]
+FULL = ["prepare.train=full", "posttrain.balance_bias_rate=0.001", *EVALUATED]  # also where a checkpoint is saved
+LORA = ["prepare.train=lora", "assemble.shared=base"]
 CASES = {
     "full": (2, FULL, []),
     "lora": (2, LORA, []),

@@ -205,7 +205,7 @@ def test_tokens_are_those_of_the_steps_that_were_made(recipe_file: Path, tmp_pat
     per_epoch, rows = sum(lengths(run.splits.train)), run.recipe.prepare.batch_size
     steps_per_epoch = math.ceil(record.rows / rows)
     assert record.steps == math.ceil(0.3 * steps_per_epoch) > 0.3 * steps_per_epoch
-    assert record.tokens == round(per_epoch * record.steps / steps_per_epoch) > 0.3 * per_epoch
+    assert record.tokens == round(per_epoch * record.steps * rows / record.rows) > 0.3 * per_epoch
 
 
 def test_differences_that_are_alike_up_to_rounding_are_no_evidence() -> None:

@@ -22,7 +22,7 @@ from upcycle.settings import DevicesSettings, LoraSettings, PosttrainSettings, P
 from upcycle.stages.expert_preparation.prepare import tune
 from upcycle.training.callbacks import LoadMonitor, checkpoint_steps
 from upcycle.training.checkpoints import last_checkpoint, strip_resume_files
-from upcycle.training.fine_tune import fine_tune
+from upcycle.training.fine_tune import _epochs_of, fine_tune
 from upcycle.training.packing import can_pack
 from upcycle.training.trainer import UpcyclingTrainer
 from upcycle.training.trainer_settings import config
@@ -67,6 +67,12 @@ def test_steps_are_the_nearest_to_equal_distances() -> None:
     assert checkpoint_steps(10, 1.0, 0.3) == [3, 6, 9, 10]
     with pytest.raises(UpcycleError, match="less than one step apart"):
         checkpoint_steps(4, 1.0, 0.1)
+    assert checkpoint_steps(4, 1.0, 0.1, to_resume=True) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(8, 64 / 65), (9, 1.0), (10, 1 + 8 / 65), (18, 2.0)])
+def test_epochs_are_those_of_the_rows_that_whole_steps_have(steps: int, expected: float) -> None:
+    assert _epochs_of(steps, rows=65, batch_size=8) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lora", "moe", "moe with a balancing bias", "mixture of adapters"])

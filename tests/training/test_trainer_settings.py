@@ -55,6 +55,12 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_runs(monkeypatc
         ({"optim": "adamw_16bit"}, "posttrain.trainer: .*adamw_16bit.*is not a valid OptimizerNames"),
         ({"optim": "adamw_8bit"}, "posttrain.trainer: .*bitsandbytes"),
         ({"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs.dtype is not for a recipe"),
+        (
+            {"activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "posttrain.trainer.activation_checkpointing_kwargs.use_reentrant is true, with which routers get no",
+        ),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "gradient_checkpointing_kwargs.use_reentrant"),
+        ({"activation_offloading": True}, "activation_offloading is for an accelerator, and there is none"),
         ({"eval_strategy": "epoch"}, "eval_strategy is epoch, but .* a resume would lose; set eval_strategy: steps"),
     ],
 )
@@ -65,7 +71,12 @@ def test_what_trl_would_not_take_is_said_before_anything_runs(trainer: dict[str,
 
 @pytest.mark.parametrize(
     ("name", "instead"),
-    [("learning_rate", "set learning_rate"), ("packing", "set pack_rows"), ("bf16", "training computes in bf16 on")],
+    [
+        ("enable_jit_checkpoint", "upcycle decides it"),
+        ("learning_rate", "set learning_rate"),
+        ("packing", "set pack_rows"),
+        ("bf16", "training computes in bf16 on"),
+    ],
 )
 def test_what_a_setting_says_already_is_refused_by_name(name: str, instead: str, tiny_recipe: dict[str, Any]) -> None:
     tiny_recipe["prepare"] = {**tiny_recipe["prepare"], "trainer": {name: 1}}

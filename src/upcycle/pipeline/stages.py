@@ -191,7 +191,8 @@ def _started_flops(active: "upcycle.experts.active.Active", folder: Path) -> int
 def _less_memory(section: str, last: str) -> str:
     return (
         f"set {section}.micro_batch_size=1 and {section}.gradient_checkpointing=true, devices.fsdp with as many "
-        f"processes, or {last}; what is done is kept"
+        f"processes, or {last}; with --update: the "
+        "stages before are kept, this one begins anew"
     )
 
 
@@ -231,7 +232,7 @@ STAGES = (
         needs=(ASSEMBLE,),
         run=_route,
         by_all=True,
-        less_memory="set route.tokens_per_batch=1024 or less; what is done is kept",
+        less_memory="set route.tokens_per_batch=1024 or less, with --update; the stages before are kept",
         settings=_section(ROUTE),
         reads_data=lambda _: True,
         held_out=lambda _: True,
@@ -257,7 +258,7 @@ STAGES = (
         needs=(PREPARE, ASSEMBLE, ROUTE, POSTTRAIN),
         run=_evaluate,
         by_all=True,
-        less_memory="set evaluate.tokens_per_batch=1024 or less; what is done is kept",
+        less_memory="set evaluate.tokens_per_batch=1024 or less, with --update; the stages before are kept",
         settings=_section(EVALUATE),
         reads_data=lambda _: True,
         reads_validation=True,

@@ -20,6 +20,9 @@ class LogEntry(Record):
     step: Count
     epoch: float
     loss: float
+    """What is minimised, with what keeps routers balanced."""
+    language_loss: float | None = optional()
+    """Of a MoE, without that."""
     learning_rate: float | None = optional()
     balance_loss: float | None = optional()
     """Per-layer load-balancing loss of a MoE; 1 when balanced."""

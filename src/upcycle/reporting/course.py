@@ -70,7 +70,8 @@ def _lines(run: Path) -> Lines:
     records = _records(run)
     for stage, record in records.items():
         name = DENSE if _is_dense(run) else NAMES.get(stage, f"{stage}: training loss")
-        values = [(_at(record, n, start[stage]), e.loss, 0.0) for n, e in enumerate(record.log, 1)]
+        losses = [entry.loss if entry.language_loss is None else entry.language_loss for entry in record.log]
+        values = [(_at(record, n, start[stage]), loss, 0.0) for n, loss in enumerate(losses, 1)]
         lines.setdefault(name, []).extend(thinned(_drawable(values)))
         evaluated += [(_at(record, e.step, start[stage]), e.loss, 0.0) for e in record.evaluations or ()]
     if (scores := SCORES.known_of(run)) is not None and POSTTRAIN in records:

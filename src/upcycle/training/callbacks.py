@@ -19,17 +19,22 @@ WINDOW = 20
 """Steps over which an expert's load is judged."""
 
 
-def checkpoint_steps(max_steps: int, epochs: float, checkpoint_every: float) -> list[int]:
+def checkpoint_steps(max_steps: int, epochs: float, checkpoint_every: float, to_resume: bool = False) -> list[int]:
     """The step nearest to each multiple of `checkpoint_every` epochs, and the last one.
+
+    Args:
+        to_resume: they become no experts, so that several may fall on one step.
 
     Raises:
         UpcycleError: two of them fall on the same step.
     """
     count = math.floor(epochs / checkpoint_every + 1e-9)
     steps = [round(max_steps * i * checkpoint_every / epochs) for i in range(1, count + 1)]
+    if to_resume:
+        return sorted({*(max(1, step) for step in steps), max_steps})
     if len(set(steps)) < len(steps) or (steps and steps[0] == 0):
         raise UpcycleError(
-            f"checkpoint_every={checkpoint_every} of an epoch is less than one step apart "
+            f"prepare.checkpoint_every={checkpoint_every} of an epoch is less than one step apart "
             f"({counted(max_steps, 'step')} for epochs={epochs:g}); raise checkpoint_every, lower batch_size, or give "
             "more data"
         )
@@ -39,7 +44,8 @@ def checkpoint_steps(max_steps: int, epochs: float, checkpoint_every: float) -> 
 class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
     """Saves at equal distances in epochs, without the drift of a whole number of steps."""
 
-    def __init__(self, epochs: float, checkpoint_every: float) -> None:
+    def __init__(self, epochs: float, checkpoint_every: float, to_resume: bool) -> None:
+        self._to_resume = to_resume
         self._epochs = epochs
         self._every = checkpoint_every
         self._steps: list[int] = []
@@ -47,7 +53,7 @@ class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        self._steps = checkpoint_steps(state.max_steps, self._epochs, self._every)
+        self._steps = checkpoint_steps(state.max_steps, self._epochs, self._every, self._to_resume)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if state.global_step in self._steps:

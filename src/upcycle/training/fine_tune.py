@@ -60,7 +60,7 @@ def fine_tune(
     if wanted := attention(settings):
         model.set_attn_implementation(wanted)
     uneven = len(samples) % (settings.micro_batch_size * world_size()) > 0
-    schedule = CheckpointSchedule(settings.epochs, settings.checkpoint_every)
+    schedule = CheckpointSchedule(settings.epochs, settings.checkpoint_every, training.newest_alone)
     with classes_kept(model):
         trainer = UpcyclingTrainer(
             model=model,
@@ -85,11 +85,12 @@ def fine_tune(
         with trainer.watching(), closing(bar), kept_heap():
             if resume is None or not trainer.take_finished(resume):
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if (done := trainer.state.global_step) < (wanted_steps := trainer.state.max_steps):
+            raise UpcycleError(f"{training.title}: ended at step {done} of {wanted_steps}; the same command continues")
         if training.newest_alone and is_main():
             leave_newest(training.out_dir)
         wait()
-    # a training is a whole number of steps: of a last epoch that is not whole, a little more than was asked for
-    epochs = trainer.state.epoch or 0.0
+    epochs = _epochs_of(trainer.state.global_step, len(samples), training.settings.batch_size)
     log = [log_entry(entry) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingRecord(
         rows=len(samples),
@@ -99,6 +100,12 @@ def fine_tune(
         log=log,
         evaluations=[Evaluation.of(entry) for entry in trainer.state.log_history if "eval_loss" in entry] or None,
     )
+
+
+def _epochs_of(steps: int, rows: int, batch_size: int) -> float:
+    """Those of whole steps: of a last epoch that is not whole, a little more than was asked for."""
+    whole, rest = divmod(steps, -(-rows // batch_size))
+    return whole + min(rows, rest * batch_size) / rows
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from jaxtyping import Int
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Sampler
@@ -113,6 +114,15 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         self._metrics["train"]["router_z_loss"].append(z_loss.item())
         return self.balance.router_aux_loss_coef * balance + self.balance.router_z_loss_coef * z_loss
 
+    def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        """FSDP leaves the outermost weights gathered after a forward pass without a backward one: what is saved next
+        would miss their moments."""
+        found: dict[str, float] = super().evaluate(*arguments, **named)
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        return found
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """The routers' hooks, around the training: the bias first, so that what it chooses is what is recorded."""
@@ -126,8 +136,15 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
             return
         if world_size() > 1:
             self._average_over_processes("balance_loss", "router_z_loss")
-        super().log(logs | self.load_monitor.take(), start_time)
+        added = {"language_loss": logs["loss"] - self._added_loss(), **self.load_monitor.take()}
+        super().log(logs | added, start_time)
         self.state.log_history[-1]["load"] = self.load_monitor.load
+
+    def _added_loss(self) -> float:
+        """What the routers added to the loss of the step that is logged."""
+        assert self.balance is not None
+        balance, z_loss = (fmean(self._metrics["train"][name]) for name in ("balance_loss", "router_z_loss"))
+        return self.balance.router_aux_loss_coef * balance + self.balance.router_z_loss_coef * z_loss
 
     def _average_over_processes(self, *names: str) -> None:
         metrics = self._metrics["train"]

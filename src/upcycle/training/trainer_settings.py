@@ -64,6 +64,7 @@ def _defaults(accelerator: bool) -> dict[str, Any]:
     return {
         "dataloader_pin_memory": accelerator,
         "prediction_loss_only": True,
+        "per_device_eval_batch_size": 1,  # the mean over rows, as `evaluate` scores; else it is that of batches' means
         "ddp_find_unused_parameters": False,  # experts lie in one tensor, which always takes part
     }
 
@@ -99,6 +100,7 @@ def check(section: str, settings: TrainingSettings) -> None:
             f"{section}.trainer.eval_strategy is epoch, but a checkpoint at an epoch's end is saved before its "
             "evaluation, which a resume would lose; set eval_strategy: steps, and eval_steps"
         )
+    _check_checkpointing(section, settings)
     _check_model_kwargs(section, settings)
     try:
         made = config(settings, "unused", 0, 1, "none")
@@ -118,6 +120,17 @@ def _check_tracker(section: str, name: str) -> None:
             f"{section}.report_to is {name}, but the package {name} is not installed; `pip install {name}`, or leave "
             "the setting out"
         )
+
+
+def _check_checkpointing(section: str, settings: TrainingSettings) -> None:
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if (settings.trainer.get(name) or {}).get("use_reentrant"):
+            raise UpcycleError(
+                f"{section}.trainer.{name}.use_reentrant is true, with which routers get no gradient of the balance "
+                "loss; leave it out"
+            )
+    if settings.trainer.get("activation_offloading") and not torch.accelerator.is_available():
+        raise UpcycleError(f"{section}.trainer.activation_offloading is for an accelerator, and there is none here")
 
 
 def _check_model_kwargs(section: str, settings: TrainingSettings) -> None:

@@ -32,6 +32,15 @@ def test_balanced_buckets_differ_by_at_most_one(n: int, m: int, seed: int) -> No
     assert sizes.max() - sizes.min() <= 1
 
 
+def test_many_samples_are_assigned_in_parts_that_are_balanced() -> None:
+    losses = np.random.default_rng(0).normal(size=(2503, 8))
+    experts = balanced(losses)
+    sizes = np.bincount(experts, minlength=8)
+    assert sizes.max() - sizes.min() <= 1
+    own = losses[np.arange(len(losses)), experts].mean()
+    assert own == pytest.approx(losses.min(axis=1).mean(), abs=0.05)  # nearly as good as without balance
+
+
 @pytest.mark.parametrize("n", [4, 5, 6])
 def test_balanced_has_the_least_total_loss(n: int) -> None:
     losses = np.random.default_rng(n).normal(size=(n, 2))

@@ -75,6 +75,8 @@ def posttrain(
         release()
     wait()
     if is_main():
+        if (events := out_dir / TRAINER / "runs").is_dir():  # tensorboard's
+            shutil.copytree(events, out_dir.parent / "tensorboard", dirs_exist_ok=True)
         shutil.rmtree(out_dir / TRAINER, ignore_errors=True)
 
 

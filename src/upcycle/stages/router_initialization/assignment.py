@@ -18,6 +18,7 @@ Losses = NDArray[np.float64]
 Experts = NDArray[np.int64]
 Domains = Sequence[str]
 
+AT_ONCE = 1024
 RESAMPLES = 200
 
 
@@ -32,7 +33,13 @@ def centred(losses: Losses, _domains: Domains = (), _seed: int = 0) -> Experts:
 
 
 def balanced(losses: Losses, _domains: Domains = (), _seed: int = 0) -> Experts:
-    """Equal buckets (sizes differ by at most one) of the least total loss: a linear assignment to slots."""
+    """Equal buckets (sizes differ by at most one) of the least total loss; of many samples, of each `AT_ONCE` alone."""
+    size = max(1, AT_ONCE // losses.shape[1]) * losses.shape[1]
+    return np.concatenate([_balanced(losses[begin : begin + size]) for begin in range(0, len(losses), size)])
+
+
+def _balanced(losses: Losses) -> Experts:
+    """A linear assignment to slots, whose time grows with the cube of the samples."""
     num_samples, num_experts = losses.shape
     slots = np.arange(-(-num_samples // num_experts) * num_experts) % num_experts
     # the last round of slots costs more than any re-arrangement can gain, so no bucket falls below floor(N / E)
