@@ -61,6 +61,15 @@ def put(parameter: Any, values: Tensor) -> None:
     parameter.copy_(values)
 
 
+def reshard(model: nn.Module) -> None:
+    """After a forward pass alone, which leaves the outermost weights gathered: what is saved next would lack them."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def take_over(model: nn.Module, other: nn.Module) -> None:
     """The weights of another model that is sharded in the same way."""
     with torch.no_grad():

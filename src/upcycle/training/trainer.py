@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from jaxtyping import Int
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Sampler
 from transformers import TrainerState
 from trl import SFTTrainer
 
-from upcycle.distributed.shards import OPTIMIZER, is_sharded, load_optimizer, local, save_optimizer
+from upcycle.distributed.shards import OPTIMIZER, is_sharded, load_optimizer, local, reshard, save_optimizer
 from upcycle.distributed.world import gathered, summed, wait, world_size
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import kind_of
@@ -115,12 +114,9 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         return self.balance.router_aux_loss_coef * balance + self.balance.router_z_loss_coef * z_loss
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
-        """FSDP leaves the outermost weights gathered after a forward pass without a backward one: what is saved next
-        would miss their moments."""
+        """Afterwards a sharded model is as a training step leaves it."""
         found: dict[str, float] = super().evaluate(*arguments, **named)
-        for part in self.model.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        reshard(self.model)
         return found
 
     @contextmanager
