@@ -13,9 +13,9 @@ runs the rest. Tables share cells: a variant has one name on a testbed. One thre
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -51,12 +51,12 @@ class Bed:
     experts: int = 8
     seed_rows: int = 160
     """Held out of every variant's training, for the router or not."""
-    adapter_candidates: tuple[str, ...] = ()
-    """Learning rates of adapters, if not the same."""
+    by_family: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Learning rates of a family, where others are tried."""
 
     def rates(self, family: str) -> tuple[str, ...]:
         """That are tried for a family."""
-        return self.adapter_candidates if self.adapter_candidates and "lora" in family else self.candidates
+        return self.by_family.get(family, self.candidates)
 
 
 def batches(size: int, micro: int) -> str:
@@ -106,7 +106,12 @@ BEDS = {
         2.0,
         experts=4,
         seed_rows=16,
-        adapter_candidates=("1e-3", "3e-3", "1e-2"),
+        by_family={
+            "upcycled": ("1e-5", "3e-5", "1e-4"),
+            "dense-lora": ("1e-3", "3e-3", "1e-2"),
+            "base-lora": ("1e-3", "3e-3", "1e-2"),
+            "upcycled-lora": ("3e-4", "1e-3", "3e-3"),
+        },
     ),
     "smollm2-full": Bed(
         *files(
@@ -117,7 +122,7 @@ BEDS = {
         REAL_RATES,
         1.0,
         seed_rows=400,
-        adapter_candidates=("1e-4", "3e-4", "1e-3"),
+        by_family=dict.fromkeys(("dense-lora", "base-lora", "upcycled-lora"), ("1e-4", "3e-4", "1e-3")),
     ),
 }
 BENCHMARKS = ("arc_easy", "arc_challenge", "boolq", "csqa", "piqa", "winogrande", "gsm8k", "svamp")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from upcycle.errors import UpcycleError
-from upcycle.evaluation.benchmark import Contender, asked_model, benchmark, check_names
+from upcycle.evaluation.benchmark import Contender, _check_share, asked_model, benchmark, check_names
 from upcycle.evaluation.tasks import DOCUMENTS, check_row, read_rows, read_tasks, task_of
 from upcycle.experts.kinds import load_model
 from upcycle.pipeline.benchmarks import own_folder
@@ -264,6 +264,13 @@ def test_a_run_s_template_is_that_of_a_base_without_one(
     tasks, template = read_tasks(folder, ["choose"]), (base / "chat_template.jinja").read_text()
     asked = benchmark([Contender("x", bare, chat_template=template)], tasks, tmp_path / "out")
     assert asked == benchmark([Contender("x", base)], tasks, tmp_path / "other")
+
+
+def test_a_task_of_which_less_is_better_is_refused() -> None:
+    _check_share("arc", {"acc": True, "acc_norm": True})
+    _check_share("mixed", {"acc": True, "perplexity": False})
+    with pytest.raises(UpcycleError, match="wikitext is scored by word_perplexity, of which less is better"):
+        _check_share("wikitext", {"word_perplexity": False})
 
 
 def test_questions_that_are_cut_are_counted(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,8 @@ def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, 
             raise
         raise UpcycleError(_why_not(str(task), error)) from error  # lm-eval and what it loads raise any kind
     (name, scores), *_ = result["results"].items()
+    if not own:
+        _check_share(name, result["higher_is_better"].get(name, {}))
     figures = {key: float(value) for key, value in scores.items() if isinstance(value, (int, float)) and "," in key}
     share = None
     if routed:
@@ -169,6 +171,15 @@ def _score(network: Model, tokenizer: Tokenizer, task: Task, limit: int | None, 
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         share = routed_share(network, questions, BATCH_TOKENS, pad).tolist()
     return TaskScores(rows=result["n-samples"][name]["effective"], expert_share=share, **figures)
+
+
+def _check_share(name: str, higher_is_better: Mapping[str, bool | None]) -> None:
+    """Raises UpcycleError for a task of lm-eval's whose figures are no shares of right answers, as tables have."""
+    lower = [metric for metric, higher in higher_is_better.items() if higher is False]
+    if lower and len(lower) == len(higher_is_better):
+        raise UpcycleError(
+            f"{name} is scored by {', '.join(lower)}, of which less is better; name tasks with right answers"
+        )
 
 
 def _evaluate(lm: Any, task: Task, limit: int | None, chat: bool) -> Any:
