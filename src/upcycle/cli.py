@@ -31,7 +31,7 @@ from upcycle.records.files import (
     SWEEP,
     SWEEP_PICTURE,
 )
-from upcycle.settings import MOST_EXPERTS
+from upcycle.settings import DTYPES, MOST_EXPERTS
 
 PICTURES = (".png", ".pdf", ".svg")
 SHARED = ("run", *stage_names(), "compare", "sweep", "benchmark")
@@ -510,8 +510,8 @@ def _show_plan(run: Run, stages: tuple[str, ...]) -> None:
 
 
 def _check_dtype(dtype: str) -> None:
-    if dtype not in (choices := ("source", "float32", "bfloat16", "float16")):
-        raise UpcycleError(f"--dtype is '{dtype}', expected one of {', '.join(choices)}")
+    if dtype not in DTYPES:
+        raise UpcycleError(f"--dtype is '{dtype}', expected one of {', '.join(DTYPES)}")
 
 
 def _push(folder: Path, name: str) -> None:

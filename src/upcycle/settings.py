@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -10,6 +10,9 @@ from upcycle.errors import expected, nearest
 
 MOST_EXPERTS = 4096
 """Per layer."""
+Dtype = Literal["source", "float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+"""What a MoE may be stored in; `source` is what it is made from."""
 
 
 class Settings(BaseModel):
@@ -391,7 +394,7 @@ class AssembleSettings(Settings):
     """Source of attention, norms and embeddings: the last checkpoint, the mean of all, or the base (always the base for
     adapters). With `last`, the tokenizer, chat template, special tokens and generation settings also come from the last
     checkpoint, if it has them."""
-    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    dtype: Dtype = "source"
     """Storage dtype of the assembled MoE; `source` keeps that of the checkpoints."""
     keep_vision: bool = False
     """For a multimodal base (Mistral3, Qwen3-VL, Qwen3.5, Gemma 4): write the finished model with the base's vision

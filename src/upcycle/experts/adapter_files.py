@@ -20,6 +20,7 @@ from upcycle.merging.low_rank import LowRank
 from upcycle.reading import brief, read_json
 from upcycle.records.record import first_problem
 from upcycle.types import Config
+from upcycle.weights.folders import find_model
 from upcycle.weights.safetensors_io import plain_name
 
 CONFIG = "adapter_config.json"
@@ -81,6 +82,11 @@ class Scale(BaseModel):
         """Alpha of a module; as PEFT, that of the first pattern that ends its name."""
         patterns = (self.alpha_pattern or {}).items()
         return next((alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", name)), self.lora_alpha)
+
+
+def base_of(folder: Path, base: Path | None = None) -> Path:
+    """The dense model that a folder's adapters add to: `base`, or the one that they name."""
+    return base or find_model(str(read_adapter_config(folder).get("base_model_name_or_path")))
 
 
 def is_adapter(folder: Path) -> bool:

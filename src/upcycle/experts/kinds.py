@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from upcycle.distributed.device import compute_dtype, is_spread, pick_device, sees_several
 from upcycle.distributed.shards import placement, put
 from upcycle.errors import UpcycleError
-from upcycle.experts.adapter_files import is_adapter, read_adapter_config
+from upcycle.experts.adapter_files import base_of, is_adapter, read_adapter_config
 from upcycle.experts.bottleneck import BOTTLENECK
 from upcycle.experts.ffn import FFN, FULL, fix_constants
 from upcycle.experts.grouped import use_own_products
@@ -21,7 +21,6 @@ from upcycle.records.files import LINEAGE
 from upcycle.routing.routers import freeze, num_slices, router_modules, routing_vectors
 from upcycle.settings import DevicesSettings
 from upcycle.types import Model
-from upcycle.weights.folders import find_model
 from upcycle.weights.safetensors_io import ModelReader
 
 KINDS: dict[str, Kind] = {"ffn": FFN, "full": FULL, "lora": LORA, "bottleneck": BOTTLENECK}
@@ -42,10 +41,8 @@ def kind_in(folder: Path) -> Kind:
 
 
 def base_in(folder: Path, base: Path | None = None) -> list[Path]:
-    """The dense model that a folder's adapters add to: `base`, or the one that they name; of a plain model none."""
-    if not is_adapter(folder):
-        return []
-    return [base or find_model(str(read_adapter_config(folder).get("base_model_name_or_path")))]
+    """The dense model that a folder's adapters add to (`base_of`); of a plain model none."""
+    return [base_of(folder, base)] if is_adapter(folder) else []
 
 
 def kind_of(model: Model) -> Kind:

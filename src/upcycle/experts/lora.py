@@ -23,6 +23,7 @@ from upcycle.experts.active import active_additions
 from upcycle.experts.adapter_agreement import check_adapter_agreement, load_adapted
 from upcycle.experts.adapter_files import (
     PREFIX,
+    base_of,
     ffn_shapes,
     is_adapter,
     merged_weight,
@@ -38,6 +39,7 @@ from upcycle.experts.lora_ffn import DenseFfn, Factors, UngatedFactors, lora_ffn
 from upcycle.experts.mixture import (
     MixtureConfig,
     NewExperts,
+    check_trained_on,
     expert_tensor,
     load_mixture,
     load_tensors,
@@ -59,7 +61,6 @@ from upcycle.settings import AssembleSettings, DevicesSettings, ExpandSettings, 
 from upcycle.types import Config, Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, find_model, load_dense
-from upcycle.weights.hashing import hash_model
 from upcycle.weights.safetensors_io import ModelReader
 
 LORA_MIXTURE = "UPCYCLE_LORA_MOE"
@@ -311,7 +312,7 @@ def load(how: Load) -> Model:
     config = read_adapter_config(how.folder)
     if config.get("peft_type") == LORA_MIXTURE:
         return load_mixture(how, LoraExperts)
-    base = how.base or find_model(str(config.get("base_model_name_or_path")))
+    base = base_of(how.folder, how.base)
     merged: Model = load_adapted(base, how.folder, how.dtype).merge_and_unload().to(how.device).eval()
     return merged
 
@@ -358,12 +359,9 @@ def fold(source: Path, target: Path, dtype: str, base_name: str | None = None) -
 
 def check_same_base(source: Path, base: Path) -> None:
     """Raises UpcycleError if a run trained the mixture on another base than `base`."""
-    MixtureConfig.load(source).check_base(base, source)
-    manifest = MANIFEST.known(source)
-    if manifest is not None and manifest.inputs.get("base") != hash_model(base, manifest.format):
-        raise UpcycleError(
-            f"{base} is not the base that {source} was trained on (their hashes differ); name the right one with --base"
-        )
+    check_trained_on(MixtureConfig.load(source).base_hash, base, source)
+    if (manifest := MANIFEST.known(source)) is not None:
+        check_trained_on(f"{manifest.format}:{manifest.inputs.get('base')}", base, source)
 
 
 def describe(folder: Path) -> Description:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from upcycle.distributed.world import is_main
 from upcycle.errors import UpcycleError, counted
-from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
+from upcycle.experts.adapter_files import CONFIG, PREFIX, WEIGHTS, base_of, read_tensors
 from upcycle.experts.kind import Load, Routers
 from upcycle.experts.linears import Shapes, Structure, structure_of
 from upcycle.reading import MAX_BYTES
@@ -30,7 +30,7 @@ from upcycle.records.record import Record, optional, read_record, write_record
 from upcycle.settings import MOST_EXPERTS, AssembleSettings
 from upcycle.types import Model
 from upcycle.weights.base import Base
-from upcycle.weights.folders import copy_companions, find_model, load_dense
+from upcycle.weights.folders import copy_companions, load_dense
 from upcycle.weights.hashing import hash_model
 
 MULTIPLE = 8
@@ -71,17 +71,6 @@ class MixtureConfig(Record):
         """Of all experts' tensors in memory."""
         return -(-self.r // MULTIPLE) * MULTIPLE
 
-    def check_base(self, base: Path, where: Path) -> None:
-        """Raises UpcycleError if the mixture in `where` is of another dense model than `base`."""
-        if self.base_hash is None:
-            return
-        known, _, expected = self.base_hash.partition(":")
-        if known.isdecimal() and int(known) in HASHED_WITH and hash_model(base, int(known)) != expected:
-            raise UpcycleError(
-                f"{base} is not the base that {where} was trained on (their hashes differ); name the right one with "
-                "--base, or put it back"
-            )
-
     @classmethod
     def load(cls, folder: Path) -> "MixtureConfig":
         """
@@ -90,6 +79,22 @@ class MixtureConfig(Record):
         """
         found: MixtureConfig = read_record(folder / CONFIG, cls, most_bytes=MAX_BYTES)
         return found
+
+
+def check_trained_on(base_hash: str | None, base: Path, where: Path) -> None:
+    """
+    Args:
+        base_hash: of the dense model that the mixture in `where` was trained on, see `MixtureConfig`.
+
+    Raises:
+        UpcycleError: `base` is another one.
+    """
+    known, _, expected = (base_hash or "").partition(":")
+    if known.isdecimal() and int(known) in HASHED_WITH and hash_model(base, int(known)) != expected:
+        raise UpcycleError(
+            f"{base} is not the base that {where} was trained on (their hashes differ); name the right one with "
+            "--base, or put it back"
+        )
 
 
 class TopKRouter(nn.Module):
@@ -153,8 +158,8 @@ def load_mixture(how: Load, make: MakeAdditions) -> Model:
         UpcycleError: see `load_tensors`.
     """
     config = MixtureConfig.load(how.folder)
-    base = how.base or find_model(config.base_model_name_or_path)
-    config.check_base(base, how.folder)
+    base = base_of(how.folder, how.base)
+    check_trained_on(config.base_hash, base, how.folder)
     tensors = read_tensors(how.folder)
     check_ranks(config, tensors, how.folder)
     model = attach(load_dense(base, how.dtype, how.four_bit, **how.where), config, make)

@@ -34,6 +34,7 @@ from upcycle.records.scores import Scores
 if TYPE_CHECKING:  # what imports torch; the annotations are whole names, which the checks of the tests can follow
     import upcycle.data.splits
     import upcycle.experts.kind
+    import upcycle.records.manifest
     import upcycle.weights.base
 
 SEED_DATA = ("seed_from", "seed_fraction", "min_samples_per_expert", "test_fraction")
@@ -72,7 +73,7 @@ def _check_together(run: "Run") -> None:
     """Raises UpcycleError for a stage that was made from another one than is there, or with other settings."""
     from upcycle.pipeline.stages import STAGES
 
-    made = {stage.name: read_manifest(run.folder / stage.name) for stage in STAGES}
+    made = run.manifests()
     for stage in STAGES:
         if (manifest := made[stage.name]) is None:
             continue
@@ -294,17 +295,21 @@ class Run:
             {"checkpoints": digest([sha256 for _, sha256 in self.given_checkpoints])} if self.given_checkpoints else {}
         )
 
+    def manifests(self) -> "dict[str, upcycle.records.manifest.Manifest | None]":
+        """Of every stage; None of one that is not complete."""
+        from upcycle.pipeline.stages import stage_names
+
+        return {name: read_manifest(self.folder / name) for name in stage_names()}
+
     def check_unchanged(self, *names: str) -> None:
         """Look at what stages were made from: `base`, `data`, the `checkpoints` that were given.
 
         Raises:
             UpcycleError: one of them is not what it was.
         """
-        from upcycle.pipeline.stages import STAGES
-
         now = {"base": lambda: self.base_hash, "data": lambda: self.data_hash}
         now["checkpoints"] = lambda: self.given_hashes.get("checkpoints", "")
-        made = {stage.name: read_manifest(self.folder / stage.name) for stage in STAGES}
+        made = self.manifests()
         for name in names:
             for stage, manifest in made.items():
                 if manifest and name in manifest.inputs and manifest.inputs[name] != now[name]():

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, model_validator
 
-from upcycle.records.record import Count, Record, Sha256
+from upcycle.records.record import Count, Record, Sha256, optional
 
 Gram = NDArray[np.float64]
 """Inner products of task vectors: (experts, experts)."""
@@ -65,7 +65,7 @@ class ExpansionPlan(Record):
     """G of a MoE's lineage: its experts e G to e G + G - 1 are the slices of expert e."""
     channels: Literal["contiguous", "strided", "random"] = "contiguous"
     """Which channels are in a slice."""
-    flops_over_dense: float | None = Field(None, gt=0, exclude_if=lambda value: value is None)
+    flops_over_dense: Annotated[float, Field(gt=0)] | None = optional()
     """Of a MoE's lineage: FLOPs of a token over the dense model's, scores of attention left out in both."""
     spread: float = 1.0
     """Every expert E but the base becomes L + spread (E - L) at assembly, L the last checkpoint; `gram` is older."""

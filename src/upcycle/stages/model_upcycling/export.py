@@ -10,10 +10,9 @@ from upcycle.disk import check_new, scratch_folder, sync_files
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import holds_model, kind_in
 from upcycle.records.files import INPUTS, LOG, MANIFEST
+from upcycle.settings import DTYPES
 from upcycle.weights.folders import copy_files
 
-STORED = ("source", "float32", "bfloat16", "float16")
-"""What weights may be written in."""
 NOT_EXPORTED = (MANIFEST.name, INPUTS.name, LOG.name)
 
 
@@ -38,8 +37,8 @@ def export(
             cannot be folded, or logits that are not the mixture's.
     """
     check_new(target, "--to")
-    if dtype not in STORED:
-        raise UpcycleError(f"dtype is {dtype!r}, expected one of {', '.join(STORED)}")
+    if dtype not in DTYPES:
+        raise UpcycleError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if not fold and (dtype != "source" or base is not None):
         raise UpcycleError("--dtype and --base are for a mixture that is folded; add --fold, or leave them out")
     if not holds_model(source):
@@ -49,9 +48,8 @@ def export(
         if fold:
             kind_in(source).fold(source, scratch, dtype, base)
         else:
-            for path in sorted(source.iterdir()):
-                if path.name not in NOT_EXPORTED:
-                    copy_files(source, scratch, [path.name])
+            names = (path.name for path in source.iterdir())
+            copy_files(source, scratch, sorted(name for name in names if name not in NOT_EXPORTED))
         finish(scratch)
         sync_files(scratch)
         scratch.replace(target)
