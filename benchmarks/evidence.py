@@ -110,7 +110,7 @@ BEDS = {
             "upcycled": ("1e-5", "3e-5", "1e-4"),
             "dense-lora": ("1e-3", "3e-3", "1e-2"),
             "base-lora": ("1e-3", "3e-3", "1e-2"),
-            "upcycled-lora": ("3e-4", "1e-3", "3e-3"),
+            "upcycled-lora": ("1e-4", "3e-4", "1e-3", "3e-3"),
         },
     ),
     "smollm2-full": Bed(
