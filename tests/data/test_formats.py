@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict, logging
 
-from upcycle.data.formats import to_row
+from upcycle.data.formats import called, to_row
 from upcycle.data.sources import hash_sources
 from upcycle.errors import UpcycleError
 from upcycle.settings import DataSettings, Source
@@ -301,7 +301,12 @@ def test_mixed_formats_in_one_file_are_refused(tmp_path: Path) -> None:
         rows_of(path)
 
 
-@pytest.mark.parametrize("kind", [".parquet", ".arrow", ".jsonl.gz", ".jsonl.xz"])
+PACK = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstandard.compress}
+
+
+@pytest.mark.parametrize(
+    "kind", [".parquet", ".arrow", *(f".{form}.{name}" for name in PACK for form in ("jsonl", "csv"))]
+)
 def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
     rows, path = Dataset.from_list([plain(spec) for spec in CHATS * 50]), tmp_path / f"rows{kind}"
     if kind == ".parquet":
@@ -310,10 +315,24 @@ def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.data.table.schema) as writer:
             writer.write_table(rows.data.table)
     else:
-        pack = gzip.compress if kind.endswith("gz") else lzma.compress
-        path.write_bytes(pack(jsonl(list(rows)).encode()))
+        said = (
+            jsonl(list(rows))
+            if "jsonl" in kind
+            else "prompt,completion\n" + "".join(f"{i},{i * i}\n" for i in range(20_000))
+        )
+        path.write_bytes(PACK[kind.rpartition(".")[2]](said.encode()))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    with pytest.raises(UpcycleError, match=r"rows[.a-z]* cannot be read as"):
+    with pytest.raises(UpcycleError, match=r"rows[.a-z0-9]* cannot be read as"):
+        rows_of(path)
+
+
+def test_zstd_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
+    parts = [jsonl([plain(spec)] * 20_000).encode() for spec in CHATS[:2]]
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(b"".join(map(zstandard.compress, parts)))
+    assert len(rows_of(path)) == 40_000
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UpcycleError, match="the file ends before its zstd frame does"):
         rows_of(path)
 
 
@@ -414,11 +433,12 @@ def test_a_column_that_no_row_has_is_said_with_the_nearest(tmp_path: Path, capsy
         UpcycleError, match=r"found fields \['answer', 'question', 'topic'\] \(data.columns calls 'comp"
     ):
         rows_of(path, columns={"prompt": "question", "completion": "anwser"})
-    rows_of(path, columns={"prompt": "question", "completion": "answer", "domain": "topci"})
+    rows_of(path, columns={"prompt": "question", "completion": "answer", "domain": "topci", "input": "topic"})
     said = capsys.readouterr()
     assert "no row has the column 'topci', which data.columns takes for 'domain'; did you mean 'topic'?" in (
         said.out + said.err
     )
+    assert "takes 'topic' for 'input', which the prompt and completion format has not" in said.out + said.err
 
 
 @pytest.mark.parametrize(
@@ -486,6 +506,73 @@ def call(arguments: Any) -> dict[str, Any]:
             {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]},
         ]
     }
+
+
+F = {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": None, "tool_calls": json.dumps([F])},
+        {"content": None, "tool_calls": F},
+        {"content": None, "tool_calls": [json.dumps(F)]},
+        {"content": "", "function_call": F},
+        {"content": None, "function_call": F | {"arguments": json.dumps(F["arguments"])}},
+        {"content": None, "tool_calls": [], "function_call": json.dumps(F)},
+    ],
+)
+def test_calls_are_read_however_they_are_spelt(turn: dict[str, Any]) -> None:
+    row = to_row({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **turn}]}, "here:1")
+    assert called(row.messages[1]) == [F]
+    assert "function_call" not in row.messages[1]
+
+
+def test_sharegpts_call_is_a_call_and_not_a_text() -> None:
+    turns = [("human", "?"), ("function_call", json.dumps(F)), ("observation", "1"), ("gpt", "one")]
+    row = to_row({"conversations": [{"from": by, "value": said} for by, said in turns]}, "here:1")
+    assert [called(message) for message in row.messages] == [[], [F], [], []]
+    assert row.messages[1]["content"] is None
+    plain = to_row(
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value": "f(1)"}]}, "x"
+    )
+    assert plain.messages[1] == {"role": "assistant", "content": "f(1)"}
+
+
+@pytest.mark.parametrize("given", ["f", {"arguments": {}}, [{"function": {}}], [{"name": ""}], [1]])
+def test_a_call_without_a_name_is_refused(given: Any) -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": given}]
+    with pytest.raises(UpcycleError, match=r"here:1: messages\[1\] calls .*, expected an object with a 'name'"):
+        to_row({"messages": turns}, "here:1")
+
+
+def test_a_system_column_stands_ahead_of_messages() -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    system = {"role": "system", "content": "Be brief."}
+    for row in ({"messages": turns, "system": "Be brief."}, {"messages": [system, *turns], "system": "Be brief."}):
+        assert to_row(row, "x").messages == (system, *turns)
+    with pytest.raises(UpcycleError, match="here:1: 'messages' has a system message, and 'system' another; keep one"):
+        to_row({"messages": [system, *turns], "system": "Be long."}, "here:1")
+
+
+def test_a_message_in_place_of_a_row_says_so() -> None:
+    with pytest.raises(UpcycleError, match="here:1: is a message and not a row; a row has all messages of a chat"):
+        to_row({"role": "user", "content": "?"}, "here:1")
+
+
+def test_values_over_several_lines_are_told_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(plain(spec), indent=1) for spec in CHATS))
+    with pytest.raises(UpcycleError, match=r"not JSON \(Extra data, .*; write one row a line, as `jq -c` does"):
+        rows_of(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("other", ["a  \r\n b\r\n", " a\n b", "a\n b "])
+def test_questions_are_alike_whatever_the_ends_of_their_lines(other: str) -> None:
+    def question(text: str) -> str:
+        return to_row({"prompt": text, "completion": "!"}, "x").question
+
+    assert question(other) == question("a\n b") != question("a b")
+    assert question("cafe\u0301") == question("caf\u00e9")
 
 
 def test_arguments_of_calls_are_objects_and_hold_what_was_written(tmp_path: Path) -> None:

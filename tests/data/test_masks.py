@@ -3,14 +3,17 @@
 import re
 from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from upcycle.data.chat import Sample, encode, encode_rows
 from upcycle.data.formats import Row
+from upcycle.data.skeletons import behind_thoughts
 from upcycle.errors import UpcycleError
 from upcycle.routing.batch import IGNORED
 
@@ -162,7 +165,8 @@ def tokenizer() -> Any:
         vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator([TRAINED_ON], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", additional_special_tokens=SPECIAL[2:])
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **ends, additional_special_tokens=SPECIAL[2:])
 
 
 def chat(*messages: tuple[str, str | None] | dict[str, Any], tools: Any = ()) -> Row:
@@ -377,8 +381,7 @@ def test_qwen3_drops_earlier_thoughts(said: tuple[str, ...], expected: str, drop
         assert learned(tokenizer, row, QWEN3) == expected
         sample = encode(row, tokenizer)
         assert sample.dropped == dropped
-        whole = said[-1].strip() if "<think>hm</think>" not in said[-1] else "<think>hm</think>b"
-        assert sample.answer == whole
+        assert sample.answer == said[-1].rpartition("</think>")[2].strip()
 
 
 def test_thoughts_in_a_field_of_their_own_are_found_and_counted(tokenizer: Any) -> None:
@@ -402,13 +405,101 @@ def test_a_call_of_a_tool_is_learned_as_it_is_rendered(content: str | None, toke
     assert learned(tokenizer, row, QWEN3) == f"{CALLED}<|im_end|>|{empty}1<|im_end|>"
     assert encode(row, tokenizer).answer == "1"
     assert learned(tokenizer, chat(("user", "a"), call), QWEN3) == f"{empty}{CALLED}<|im_end|>"
-    if content is None:
-        assert encode(chat(("user", "a"), call), tokenizer).answer == f"{empty}{CALLED}"
+    assert encode(chat(("user", "a"), call), tokenizer).answer == CALLED
 
 
 def test_a_call_with_words_ahead_of_it_is_one_turn(tokenizer: Any) -> None:
     row = chat(("user", "a"), CALL | {"content": "let me see"}, ("tool", "1"), ("assistant", "1"))
     assert learned(tokenizer, row, QWEN3).split("|<think>")[0] == f"let me see\n{CALLED}<|im_end|>"
+
+
+def published(name: str) -> str:
+    """A template that TRL ships."""
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+
+
+QWEN35_CALL = "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"
+
+
+def test_qwen35_learns_calls_of_the_past_and_a_greeting(tokenizer: Any) -> None:
+    """Its generation prompt opens thoughts that turns of the past have not, and it renders no chat without a user."""
+    asked = chat(("user", "a"), CALL, ("tool", "1"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    last = "\n</think>\n\nd<|im_end|>"
+    assert learned(tokenizer, asked, published("qwen3_5_think")) == f"{QWEN35_CALL}<|im_end|>|b<|im_end|>|{last}"
+    greeted = chat(("assistant", "hi"), ("user", "c"), ("assistant", "d"))
+    assert learned(tokenizer, greeted, published("qwen3_5_think")) == f"hi<|im_end|>|{last}"
+
+
+def test_words_that_a_template_leaves_out_beside_a_call_are_counted(tokenizer: Any) -> None:
+    row = chat(("user", "a"), CALL | {"content": "let me see"}, ("tool", "1"), ("assistant", "b"))
+    assert (
+        learned(tokenizer, row, published("llama3_1")) == '{"name": "f", "parameters": {"x": 1}}<|eot_id|>|b<|eot_id|>'
+    )
+    assert encode(row, tokenizer).dropped == 1
+
+
+@pytest.mark.parametrize("said", ["I call f.", "fine", "one moment", ""])
+def test_a_call_that_the_template_leaves_out_is_refused_whatever_is_said_beside_it(said: str, tokenizer: Any) -> None:
+    row = chat(("user", "a"), CALL | {"content": said}, ("tool", "1"), ("assistant", "b"))
+    for template in (CHATML, published("llama3")):
+        with pytest.raises(UpcycleError, match=r"leaves out the tool calls of message 1 \(f\)"):
+            learned(tokenizer, row, template)
+    both = CALL | {"tool_calls": [*CALL["tool_calls"], {"function": {"name": "g", "arguments": {}}}]}
+    first = CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{{ (m.tool_calls or []) | map(attribute='function') | first }}"
+    )
+    with pytest.raises(UpcycleError, match=r"leaves out the tool calls of message 1 \(f, g\)"):
+        learned(tokenizer, chat(("user", "a"), both | {"content": said}), first)
+
+
+HEADED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", [None, "qwen2_5", "qwen3", "qwen3_5_think", "glm4moe"])
+@pytest.mark.parametrize("said", ["d", "<think>\nhm\n</think>\n\nd", CALL, CALL | {"content": "see"}])
+def test_an_answer_is_asked_for_as_users_do_and_its_own_words_match(
+    said: Any, name: str | None, tokenizer: Any
+) -> None:
+    """The prompt is what the template writes for generation, also where marks hold the header (SmolLM3)."""
+    row = chat(
+        ("user", "a"), ("assistant", "b"), ("user", "c"), said if isinstance(said, dict) else ("assistant", said)
+    )
+    tokenizer.chat_template = HEADED if name is None else published(name)
+    try:
+        sample = encode(row, tokenizer)
+    except UpcycleError as error:
+        assert (isinstance(said, dict) and "tool calls" in str(error)) or "render" in str(error)  # noqa: PT017
+        return
+    prompt = tokenizer.apply_chat_template(list(row.messages[:3]), add_generation_prompt=True, tokenize=False)
+    rest = tokenizer.decode(sample.input_ids[sample.answer_start :], skip_special_tokens=True)
+    asked = tokenizer.decode(sample.input_ids[: sample.answer_start])
+    assert asked.rstrip() == prompt.rstrip() or prompt.startswith(asked)
+    assert behind_thoughts(rest) == sample.answer
+    assert "think" not in sample.answer
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "expected"),
+    [
+        ("qwen3", ("developer",), "developer"),
+        ("qwen3", ("system",), ""),
+        ("phi3", ("developer", "system"), "developer"),
+        ("llama3", ("developer", "system"), ""),
+    ],
+)
+def test_messages_and_tools_that_the_template_does_not_show_are_counted(
+    template: str, roles: tuple[str, ...], expected: str, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = published(template)
+    said = [*((role, "be brief") for role in roles), ("user", "a"), ("assistant", "b")]
+    assert encode(chat(*said), tokenizer).ignored == expected
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    shown = encode(chat(*said, tools=tools), tokenizer).ignored.split(", ")
+    assert ("tools" in shown) == (template in ("phi3", "llama3"))
 
 
 def test_neither_a_default_system_message_nor_a_question_is_taken_for_an_answer(tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
 """Chat rows to tokens, with a label on the assistant's tokens only."""
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from upcycle.data.formats import Message, Row, called, to_row
 from upcycle.data.masks import Chat, read_chat, skeletons_of
 from upcycle.data.renderings import rendered
+from upcycle.data.skeletons import behind_thoughts
 from upcycle.errors import UpcycleError
 from upcycle.routing.batch import IGNORED
 from upcycle.types import Tokenizer
@@ -28,12 +30,14 @@ class Sample:
     domain: str
     question: str
     answer: str
-    """Text of the last assistant turn, as far as the template shows it."""
+    """Text of the last assistant turn without its thoughts; what the template writes for it, if it calls tools."""
     answer_start: int
     """Index of the last turn's first token: `input_ids[:answer_start]` is the prompt for generation."""
     where: str
     dropped: int = 0
     """Number of assistant turns of which the template left text out, such as earlier thoughts."""
+    ignored: str = ""
+    """What the template leaves out besides: roles of messages, tools."""
 
     @property
     def num_answer_tokens(self) -> int:
@@ -80,7 +84,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, turns: Turns = "all")
         texts = rendered(batch, tokenizer)
         chats = [read_chat(row, tokenizer, skeletons, text) for row, text in zip(batch, texts, strict=True)]
         encodings = _tokenise(tokenizer, [chat.text for chat in chats])
-        samples += [_sample(*row, turns) for row in zip(batch, chats, encodings, strict=True)]
+        samples += [_sample(*row, turns, tokenizer) for row in zip(batch, chats, encodings, strict=True)]
     return samples
 
 
@@ -105,7 +109,7 @@ def _tokenise(tokenizer: Tokenizer, texts: list[str]) -> list[Any]:
     return list(backend.encode_batch(texts, add_special_tokens=False))
 
 
-def _sample(row: Row, chat: Chat, encoding: Any, turns: Turns) -> Sample:
+def _sample(row: Row, chat: Chat, encoding: Any, turns: Turns, tokenizer: Tokenizer) -> Sample:
     """A token is learned if all its characters are in the span of a learned turn."""
     ids, last_turn = encoding.ids, max(chat.spans)
     labels = [IGNORED] * len(ids)
@@ -115,14 +119,24 @@ def _sample(row: Row, chat: Chat, encoding: Any, turns: Turns) -> Sample:
             for begin, end in spans:
                 inside = slice(_first_from(encoding, begin), _first_behind(encoding, end, len(chat.text)))
                 labels[inside] = ids[inside]
-    start = _first_from(encoding, chat.spans[last_turn][0][0])
-    return Sample(ids, labels, row.domain, row.question, chat.answer, start, row.where, chat.dropped)
+    start = _first_from(encoding, chat.prompt_end)
+    answer = row.messages[last_turn]["content"]
+    if called(row.messages[last_turn]):
+        stop = _first_behind(encoding, chat.spans[last_turn][-1][1], len(chat.text))
+        answer = tokenizer.decode(ids[start:stop], skip_special_tokens=True)
+    ignored = ", ".join(chat.ignored)
+    return Sample(
+        ids, labels, row.domain, row.question, behind_thoughts(answer), start, row.where, chat.dropped, ignored
+    )
 
 
 def _check_calls(row: Row, turn: int, learned: str) -> None:
-    """Raises UpcycleError for an answer whose calls of tools the template leaves out."""
-    names = [str(function["name"]) for function in called(row.messages[turn]) if function.get("name")]
-    if names and not any(name in learned for name in names):
+    """Raises UpcycleError for an answer of whose calls of tools the template leaves one out."""
+    message = row.messages[turn]
+    said = message.get("content")
+    beside = learned.replace(said.strip(), "", 1) if isinstance(said, str) else learned
+    names = [str(function["name"]) for function in called(message) if function.get("name")]
+    if any(len(re.findall(rf"(?<!\w){re.escape(name)}(?!\w)", beside)) < names.count(name) for name in names):
         raise UpcycleError(
             f"{row.where}: the chat template leaves out the tool calls of message {turn} ({', '.join(names)}); give a "
             "data.chat_template that writes them, or leave such rows out"

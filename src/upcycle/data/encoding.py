@@ -28,7 +28,7 @@ from upcycle.errors import UpcycleError
 from upcycle.types import Tokenizer
 from upcycle.weights.base import load_tokenizer
 
-FORMAT = 2
+FORMAT = 3
 """Of the tables; another one is another table."""
 ROWS_AT_ONCE = 1024
 ALONE = 20_000
@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         "answer_start": pa.int32(),
         "num_answer_tokens": pa.int32(),
         "dropped": pa.int32(),
+        "ignored": pa.string(),
         "refused": pa.string(),
     }
 )

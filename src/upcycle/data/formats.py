@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unicodedata import normalize
 
 from upcycle.errors import UpcycleError, nearest
 from upcycle.reading import brief, parse_json
@@ -15,9 +16,11 @@ MISSPELT = 0.75
 """How alike a column must be to one of ours to be taken for a slip."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 INSTRUCTS = ("system", "developer")
+CALL = "function_call"
+"""ShareGPT's speaker and OpenAI's former field, to a call of a tool."""
 SAID_BY = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", CALL), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
     "system": "system",
     "developer": "developer",
@@ -65,7 +68,8 @@ class Row:
     def question(self) -> str:
         """Everything before the first answer to a user: what training and held-out rows must not share.
 
-        System messages do not count where a user asks: others ask the same thing without them.
+        System messages do not count where a user asks: others ask the same thing without them. Nor does what templates
+        strip or a reader does not see: white space at the ends of lines, how lines end, how accents are encoded.
         """
         before, asked = [], False
         for message in self.messages:
@@ -74,11 +78,15 @@ class Row:
             asked = asked or message["role"] == "user"
             before.append(message)
         said = [message for message in before if message["role"] not in INSTRUCTS] if asked else before
-        return "\n".join(message["content"] or "" for message in said)
+        return "\n".join(_seen(message["content"] or "") for message in said)
 
     @property
     def has_answer(self) -> bool:
         return any(message["role"] == "assistant" for message in self.messages)
+
+
+def _seen(text: str) -> str:
+    return "\n".join(line.rstrip() for line in normalize("NFC", text).splitlines()).strip()
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,11 @@ class Format:
 
 
 def _chat(values: Values) -> list[Any]:
-    return _listed(values["messages"], "messages")
+    turns = _listed(values["messages"], "messages")
+    said = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "system"]
+    if said and values.get("system") not in (None, "", *said):
+        raise UpcycleError("'messages' has a system message, and 'system' another; keep one")
+    return turns if said else [*_system(values), *turns]
 
 
 def _sharegpt(values: Values) -> list[Any]:
@@ -111,6 +123,8 @@ def _sharegpt(values: Values) -> list[Any]:
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     said_by, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    if said_by == CALL and isinstance(said, str) and isinstance(_json(said), dict | list):
+        return {"role": "assistant", CALL: said, **rest}
     return {"role": SAID_BY.get(str(said_by).lower(), said_by), "content": said, **rest}
 
 
@@ -172,7 +186,7 @@ def _listed(value: Any, column: str) -> list[Any]:
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format("messages", ("messages",), _chat),
+    "messages": Format("messages", ("messages",), _chat, ("system",)),
     "sharegpt": Format("ShareGPT", ("conversations",), _sharegpt, ("system",)),
     "prompt_completion": Format("prompt and completion", ("prompt", "completion"), _prompt_completion, ("system",)),
     "alpaca": Format("Alpaca", ("instruction", "output"), _alpaca, ("input", "history", "system")),
@@ -208,7 +222,8 @@ def to_row(value: Any, where: str, source: Source | None = None) -> Row:
         raise UnusableError(where, "has no message", "expected an object with a non-empty 'messages' list, found []")
     tools = _tools(values.get("tools"), where)
     domain = values.get("domain") if source.domain is None else source.domain
-    unread = frozenset(map(str, value)).difference(form.needs, form.also, ALWAYS, source.columns.values())
+    ours = {*form.needs, *form.also, *ALWAYS}
+    unread = frozenset(map(str, value)) - ours - {source.columns[name] for name in ours & source.columns.keys()}
     row = Row(messages, _domain(domain, where), where, tools, unread)
     _check_characters(f"{row.spelt}{row.domain}{SPELL(tools) if tools else ''}", where)
     return row
@@ -239,6 +254,9 @@ def format_of(values: Values, where: str, source: Source) -> str:
     if "text" in there:
         reason = "holds 'text', which does not say what is an answer"
         raise UnusableError(where, reason, f"{reason}; expected {expected}")
+    if there >= {"role", "content"}:
+        reason = "is a message and not a row"
+        raise UnusableError(where, reason, f'{reason}; a row has all messages of a chat: {{"messages": [...]}}')
     theirs = sorted(there - {ours for ours, column in source.columns.items() if ours != column})
     gone = next(((ours, column) for ours, column in source.columns.items() if column not in values), None)
     if gone is not None:
@@ -257,11 +275,35 @@ def _message(turn: Any, name: str, where: str) -> Message:
             "a message has no known role",
             f"{name} is {brief(turn)}, expected a 'role' ({', '.join(ROLES)}) and a text 'content'",
         )
+    if calls := _calls(found, name, where):
+        found["tool_calls"] = calls
     found["content"] = _content(found, name, where)
-    if isinstance(calls := found.get("tool_calls"), list):
-        found["tool_calls"] = [with_arguments(call, _as_object) for call in calls]
     _check_learned(found, name, where)
     return found
+
+
+def _calls(message: Message, name: str, where: str) -> list[Any]:
+    """The calls of tools that a message makes, in either of OpenAI's fields: a list or one, as objects or as JSON.
+
+    Raises:
+        UnusableError: a call without the name of what it calls.
+    """
+    given, former = _parsed(message.pop("tool_calls", None)), _parsed(message.pop(CALL, None))
+    if not given and former:
+        some = former if isinstance(former, list) else [former]
+        given = [{"type": "function", "function": _parsed(call)} for call in some]
+    calls = [_parsed(call) for call in (given if isinstance(given, list) else [given] if given else [])]
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            detail = f"{name} calls {brief(call)}, expected an object with a 'name' and 'arguments'"
+            raise UnusableError(where, "a call of a tool has no name", detail)
+    return [with_arguments(call, _as_object) for call in calls]
+
+
+def _parsed(value: Any) -> Any:
+    """What a JSON text spells."""
+    return (_json(value) or value) if isinstance(value, str) else value
 
 
 def called(message: Message) -> list[dict[str, Any]]:

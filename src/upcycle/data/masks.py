@@ -10,17 +10,18 @@ from itertools import accumulate
 from typing import Any
 
 from upcycle.data.formats import Message, Row
-from upcycle.data.renderings import Span, marks_generations, render, render_marked, template_of
+from upcycle.data.renderings import Span, marks_generations, render, render_marked, template_of, try_render
 from upcycle.data.skeletons import (
-    THOUGHTS_END,
     Division,
     Skeleton,
     behind_thoughts,
     divide,
     divide_answer,
     free_texts,
+    ignored_of,
     reasoning_field,
     shape_of,
+    shared_head,
     skeleton_of,
     turns_of,
 )
@@ -37,8 +38,15 @@ class Chat:
     text: str
     spans: dict[int, list[Span]]
     """By message. A turn is in several pieces only where the template itself marks several."""
-    answer: str
     dropped: int
+    ignored: tuple[str, ...] = ()
+    """What the template leaves out besides: roles of messages, or tools."""
+    head: int | None = None
+    """Where the prompt for the last turn ends, if not where the turn begins."""
+
+    @property
+    def prompt_end(self) -> int:
+        return self.spans[max(self.spans)][0][0] if self.head is None else self.head
 
 
 @lru_cache(maxsize=8)
@@ -69,7 +77,7 @@ def read_chat(row: Row, tokenizer: Tokenizer, skeletons: dict[Any, Skeleton | No
     skeleton = skeletons[shape]
     spans = skeleton and skeleton.fit(free_texts(divisions), text)
     if skeleton and spans and len(spans) == len(turns_of(row)):
-        chat = Chat(text, spans, _answer(row, tokenizer, text, spans), skeleton.dropped)
+        chat = Chat(text, spans, skeleton.dropped, skeleton.ignored)
         return _ended(chat, skeleton, tokenizer)
     return _searched_chat(row, tokenizer, text)
 
@@ -92,7 +100,7 @@ def _searched_chat(row: Row, tokenizer: Tokenizer, text: str) -> Chat:
         spans = (skeleton and skeleton.fit(free_texts(divisions), text, free_head)) or {}
         hidden = _first_hidden(row, text, spans)
         if hidden is None:
-            chat = Chat(text, spans, _answer(row, tokenizer, text, spans), _count_dropped(row, text, spans))
+            chat = Chat(text, spans, _count_dropped(row, text, spans), skeleton.ignored if skeleton else ())
             return _ended(chat, skeleton, tokenizer) if skeleton else chat
         lost = hidden if spans else lost
     raise _rewritten(row, lost)
@@ -106,18 +114,6 @@ def _rewritten(row: Row, turn: int) -> UpcycleError:
 
 
 # --- what the template shows of an answer
-
-
-def _answer(row: Row, tokenizer: Tokenizer, text: str, spans: dict[int, list[Span]]) -> str:
-    """The last turn's text; of a call of a tool, which has none, what the template writes."""
-    turn = max(spans)
-    content = row.messages[turn].get("content")
-    covered = _covered(text, spans[turn])
-    if not isinstance(content, str):
-        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-        ending = next((token for token in special if covered.endswith(token)), "")
-        return covered.removesuffix(ending).strip()
-    return content.strip() if THOUGHTS_END not in content else _visible(row.messages[turn], covered) or ""
 
 
 def _covered(text: str, spans: list[Span]) -> str:
@@ -179,5 +175,13 @@ def _marked_chat(row: Row, tokenizer: Tokenizer) -> Chat:
     hidden = _first_hidden(row, text, spans)
     if hidden is not None or ends[-1] != len(marks):
         raise _rewritten(row, turns[-1] if hidden is None else hidden)
-    answer = _answer(row, tokenizer, text, spans)
-    return Chat(text, spans, answer, _count_dropped(row, text, spans))
+    head = _prompt_end(tokenizer, row, text, max(spans), spans[max(spans)][0])
+    return Chat(text, spans, _count_dropped(row, text, spans), ignored_of(tokenizer, row), head)
+
+
+def _prompt_end(tokenizer: Tokenizer, row: Row, text: str, turn: int, block: Span) -> int:
+    """Behind the generation prompt, which a marked block may hold (SmolLM3)."""
+    prompt = try_render(tokenizer, row, row.messages[:turn], add_generation_prompt=True) or ""
+    begin, end = block
+    head = len(shared_head(text, prompt, tokenizer))
+    return head if begin < head < end else begin

@@ -23,7 +23,7 @@ from upcycle.disk import digest
 from upcycle.errors import UpcycleError
 from upcycle.settings import Source
 
-FORMAT = 4
+FORMAT = 5
 """Of the table; another one is another table."""
 TABLE, REPORT = "rows.arrow", "report.json"
 ROWS_AT_ONCE = 4096

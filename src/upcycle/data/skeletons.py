@@ -7,11 +7,11 @@ the shape's skeleton.
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
-from upcycle.data.formats import Message, Row
+from upcycle.data.formats import Message, Row, called
 from upcycle.data.renderings import Span, try_render
 from upcycle.types import Tokenizer
 
@@ -36,6 +36,8 @@ class Skeleton:
     spans: dict[int, tuple[Span, Span]]
     """Begin and end of the assistant turns that could be told, each as a piece and a distance from where it begins."""
     dropped: int
+    ignored: tuple[str, ...]
+    """What the template leaves out besides text of answers: roles of messages, or tools."""
 
     @property
     def is_open(self) -> bool:
@@ -95,7 +97,8 @@ class _Sketch:
         inside = {slot for slot, (begin, end) in self.places if span[0] < end and begin < span[1]}
         own = {slot for slot, _ in self.places if self.owners[slot] == turn}
         num_free = len(self.divisions[turn].get("content", ())) // 2  # the last of them is the answer
-        return inside == own and (not num_free or self.owners.index(turn) + num_free - 1 in own)
+        silent = not own and bool(called(self.messages[turn]))
+        return inside == own and (silent or not num_free or self.owners.index(turn) + num_free - 1 in own)
 
     def as_places(self, span: Span) -> tuple[Span, Span]:
         """A span's begin and end, each as a piece and a distance: a begin ahead of markers, an end behind them."""
@@ -120,7 +123,22 @@ def skeleton_of(tokenizer: Tokenizer, row: Row, divisions: Sequence[Division]) -
     slots = [slot for slot, _ in places]
     dropped = {turn for slot, turn in enumerate(owners) if slot not in slots} & set(turns_of(row))
     pieces = [piece for fixed in re.split(rf"{marker}\d+x", text) for piece in (fixed, "")]
-    return Skeleton(pieces[:-1], slots, {turn: sketch.as_places(span) for turn, span in spans.items()}, len(dropped))
+    found = {turn: sketch.as_places(span) for turn, span in spans.items()}
+    return Skeleton(pieces[:-1], slots, found, len(dropped), ignored_of(tokenizer, row))
+
+
+def ignored_of(tokenizer: Tokenizer, row: Row) -> tuple[str, ...]:
+    """Whose messages the template leaves out, by role, answers aside; and `tools` where it shows none of them."""
+    marker = _unused(row)
+    said = {turn: message for turn, message in enumerate(row.messages) if message["role"] != "assistant"}
+    marked = {turn: {**message, "content": f"{message['content']} {marker}{turn}x"} for turn, message in said.items()}
+    messages = [marked.get(turn, message) for turn, message in enumerate(row.messages)]
+    text = try_render(tokenizer, row, messages)
+    if text is None:
+        return ()
+    roles = dict.fromkeys(message["role"] for turn, message in said.items() if f"{marker}{turn}x" not in text)
+    bare = bool(row.tools) and try_render(tokenizer, replace(row, tools=()), messages) == text
+    return (*roles, *(["tools"] if bare else []))
 
 
 def _unused(row: Row) -> str:
@@ -156,12 +174,35 @@ def _span(sketch: _Sketch, turn: int) -> Span | None:
     follows = before is not None and text.startswith(before)
     if before is not None and until is not None and until.startswith(before) and text.startswith(until):
         return len(before), len(until.rstrip())
-    content = sketch.messages[turn].get("content")
-    if not own and (not follows or (isinstance(content, str) and content.strip())):
-        return None
+    content, calls = sketch.messages[turn].get("content"), called(sketch.messages[turn])
+    if not own:  # nothing is said, or what is said beside a call is left out
+        before = before if follows else _opening(sketch, turn, before)
+        if before is None or (isinstance(content, str) and content.strip() and not calls):
+            return None
+        follows = True
     begin = len(before) if before is not None and follows else _begin(text[: own[0][0]], sketch.divisions[turn])
     end = _end(sketch, turn, text[slice(*own[-1])] if own else before or "", own[-1][1] if own else begin)
     return None if end is None else (begin, end)
+
+
+def _opening(sketch: _Sketch, turn: int, prompt: str | None) -> str | None:
+    """What stands before a turn of the generation prompt, where a turn of the past opens no thoughts (Qwen3.5)."""
+    shared, ahead = shared_head(sketch.text, prompt or "", sketch.tokenizer), sketch.render(turn)
+    return shared if ahead is not None and len(shared) >= len(ahead) else None
+
+
+def shared_head(text: str, other: str, tokenizer: Tokenizer) -> str:
+    """What two renderings begin with, to the last token that is whole."""
+    if text.startswith(other):
+        return other
+    differ = (place for place, (one, its) in enumerate(zip(text, other, strict=False)) if one != its)
+    shared = text[: next(differ, len(text))]
+    ends = [found.end() for found in re.finditer(_whole_marks(tokenizer), shared)]
+    return shared[: ends[-1]] if ends else ""
+
+
+def _whole_marks(tokenizer: Tokenizer) -> str:
+    return "|".join([*map(re.escape, tokenizer.all_special_tokens), r"[\s>\])}]"])
 
 
 def _begin(ahead: str, division: Division) -> int:
@@ -181,7 +222,8 @@ def _end(sketch: _Sketch, turn: int, last: str, place: int) -> int | None:
     for ending in _endings(sketch, turn, last, behind):
         if behind.startswith(ending):
             return place + len(ending)
-    ending = _plain_ending(sketch, turn)
+    # a chat that begins with an answer may have no beginning that can be rendered
+    ending = next(filter(None, (_plain_ending(sketch, other) for other in (turn, *turns_of(sketch.row)))), "")
     found = sketch.text.find(ending, place) if ending else -1
     later = [message.get("content") for message in sketch.messages[turn + 1 :]]
     passed = any(isinstance(said, str) and said.strip() and said.strip() in sketch.text[place:found] for said in later)
@@ -204,11 +246,9 @@ def _endings(sketch: _Sketch, turn: int, last: str, behind: str) -> Iterator[str
         prompt = asked[len(ahead) :]
         if prompt and answered.endswith(prompt) and (shorter := answered.removesuffix(prompt).rstrip()):
             yield shorter
-    shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(until, behind, strict=False)))
-    whole_marks = "|".join([*map(re.escape, sketch.tokenizer.all_special_tokens), r"[\s>\])}]"])
-    whole = [found.end() for found in re.finditer(whole_marks, shared)]
-    if whole and shared[: whole[-1]].strip():
-        yield shared[: whole[-1]].rstrip()
+    shared = shared_head(until, behind, sketch.tokenizer).rstrip()
+    if shared:
+        yield shared
 
 
 def _behind(text: str | None, last: str) -> str | None:

@@ -3,6 +3,7 @@
 import csv
 import glob
 import hashlib
+import io
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from upcycle.data.formats import FORMATS, Row, UnusableError, format_of, renamed, to_row, without_nulls
+from upcycle.data.packed import PACKERS, open_bytes
 from upcycle.disk import digest, expanded, inside
 from upcycle.errors import UpcycleError, counted, nearest
 from upcycle.hashes import hash_file
@@ -23,7 +25,6 @@ from upcycle.reading import hub_problem, parse_json
 from upcycle.settings import Source
 
 BUILTIN = "builtin:"
-PACKED = (".gz", ".zst", ".xz", ".bz2")
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[^\[\]]+)\])?")
 """owner/name:config[split]"""
 SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -46,8 +47,10 @@ class Tally:
     """By reason."""
     first: dict[str, str] = field(default_factory=dict)
     """Reason to what was said of the first such row."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Of the source, after what they are here."""
     absent: dict[str, str] = field(default_factory=dict)
-    """Columns that no row has, after what they would be here."""
+    """Those that no row has."""
 
     @property
     def num_unusable(self) -> int:
@@ -65,6 +68,11 @@ class Tally:
             f"warning: {self.name}: no row has the column '{column}', which data.columns takes for '{ours}'"
             f"{nearest(column, self.unread)}"
             for ours, column in self.absent.items()
+        ]
+        found += [
+            f"warning: {self.name}: data.columns takes '{column}' for '{ours}', which the {self.title} format has not"
+            for ours, column in self.columns.items()
+            if column in self.unread
         ]
         return [*found, f"warning: {self.name}: {self._left_out()}"] if self.num_unusable else found
 
@@ -103,7 +111,7 @@ def too_many(count: int, total: int, noun: str, done: str, max_bad: float) -> st
 def usable_rows(source: Source, tally: Tally) -> Iterator[Row]:
     """The chats of a source; those that cannot be used are counted. All have the format of the first."""
     by_file = _is_by_file(source)
-    tally.absent = dict(source.columns)
+    tally.columns, tally.absent = dict(source.columns), dict(source.columns)
     for value, where in decoded_rows(source.path):
         if tally.absent and isinstance(value, dict):
             tally.absent = {ours: column for ours, column in tally.absent.items() if column not in value}
@@ -150,7 +158,7 @@ def _is_by_file(source: Source) -> bool:
 
 
 def _stem(path: Path) -> str:
-    suffixes = [*PACKED, *READERS]
+    suffixes = [*PACKERS, *READERS]
     while path.suffix.lower() in suffixes:
         path = path.with_suffix("")
     return path.name
@@ -223,7 +231,7 @@ def _is_aside(path: Path) -> bool:
 def _kind(path: Path) -> str:
     """The suffix that says how a file is read, packed or not."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in PACKED:
+    if suffixes and suffixes[-1] in PACKERS:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
@@ -275,9 +283,17 @@ def _read_json(path: Path) -> Decoded:
         yield from _read_lines(path)
         return
     with _opened(path, "JSON") as file:
-        values = parse_json(file.read(), str(path))
+        values = _one_value(file.read(), path)
     rows = values if isinstance(values, list) else [values]
     yield from ((value, f"{path}:{number}") for number, value in enumerate(rows, start=1))
+
+
+def _one_value(text: str, path: Path) -> Any:
+    try:
+        return parse_json(text, str(path))
+    except UpcycleError as error:
+        several = "; write one row a line, as `jq -c` does" if "Extra data" in str(error) else ""
+        raise UpcycleError(f"{error}{several}") from None
 
 
 def _spans_lines(first: str, goes_on: bool) -> bool:
@@ -353,12 +369,10 @@ READERS: dict[str, Callable[[Path], Decoded]] = {
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[IO[str]]:
     """A text file, packed or not."""
-    import fsspec
-
     if not path.is_file():  # a pipe or a device would never end
         raise UpcycleError(f"{path} is not a readable file")
     try:
-        with fsspec.open(str(path), "rt", encoding="utf-8-sig", newline="", compression=_compression(path)) as file:
+        with io.TextIOWrapper(cast(IO[bytes], open_bytes(path)), encoding="utf-8-sig", newline="") as file:
             yield file
     except UpcycleError:
         raise
@@ -378,20 +392,11 @@ MAGIC = {
 
 
 def _remedy(path: Path) -> str:
-    if _compression(path):
+    if path.suffix.lower() in PACKERS:
         return "; is it a whole file, packed as its name says?"
     with path.open("rb") as file:
         begin = file.read(4)
     return "; " + next((said for magic, said in MAGIC.items() if begin.startswith(magic)), "save it as UTF-8")
-
-
-def _compression(path: Path) -> str | None:
-    from fsspec.compression import compr
-
-    name = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}.get(path.suffix.lower())
-    if name is not None and name not in compr:
-        raise UpcycleError(f"{path} is compressed with {name}, which this Python cannot read")
-    return name
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -198,6 +199,8 @@ def _encoder(
 ) -> Callable[[Part, str], Samples]:
     """What encodes a part: both parts of one table are encoded together."""
     known: dict[str, Encoded] = {}
+    if "strftime_now" in repr(tokenizer.chat_template):
+        say("data: the chat template prints today's date, so rows encoded on another day differ by it")
 
     def tables(rows: Rows) -> Encoded:
         if rows.key not in known:
@@ -222,7 +225,7 @@ def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: s
     places = places[fits]
     learns = table.numbers("num_answer_tokens")[places] > 0
     if not learns.all():
-        warn(f"left out {counted(int((~learns).sum()), f'{name} row')} whose answer is empty")
+        warn(f"left out {counted(int((~learns).sum()), f'{name} row')} that learn nothing (an empty answer, weight 0)")
     places = places[learns]
     if not len(places):
         raise UpcycleError(
@@ -231,6 +234,9 @@ def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: s
     if dropped := int((table.numbers("dropped")[places] > 0).sum()):
         where = counted(dropped, f"{name} row")
         say(f"data: the chat template leaves text of answers out of {where} (earlier thoughts, mostly)")
+    for what, count in Counter(table.table["ignored"].take(places).to_pylist()).items():
+        if what:
+            warn(f"the chat template does not show what {counted(count, f'{name} row')} have of: {what}")
     return Samples(table, places)
 
 
