@@ -132,10 +132,11 @@ def _sample(row: Row, chat: Chat, encoding: Any, turns: Turns, tokenizer: Tokeni
 
 def _check_calls(row: Row, turn: int, learned: str) -> None:
     """Raises UpcycleError for an answer of whose calls of tools the template leaves one out."""
-    message = row.messages[turn]
-    said = message.get("content")
+    names = [str(function["name"]) for function in called(row.messages[turn]) if function.get("name")]
+    if not names:
+        return
+    said = row.messages[turn]["content"]
     beside = learned.replace(said.strip(), "", 1) if isinstance(said, str) else learned
-    names = [str(function["name"]) for function in called(message) if function.get("name")]
     if any(len(re.findall(rf"(?<!\w){re.escape(name)}(?!\w)", beside)) < names.count(name) for name in names):
         raise UpcycleError(
             f"{row.where}: the chat template leaves out the tool calls of message {turn} ({', '.join(names)}); give a "
