@@ -236,6 +236,7 @@ STARTS = {
         f"router start {start}": UPIT.but(f"route.start={start}")
         for start in ("random", "mean_hidden", "kmeans", "ridge", "upit")
     },
+    "router start upit, rate 1e-2": UPIT.but("route.start=upit route.learning_rate=1e-2"),
     **{
         f"copies, router start {start}": COPIES.but(f"route.start={start}")
         for start in ("mean_hidden", "kmeans", "ridge", "upit", "contrastive")
@@ -290,7 +291,7 @@ TABLES = {
     "rates": ("sft", "vanilla", "vanilla-sft", "upit", *RATES),
     "parts": ("upit", *PARTS, "router start random"),
     "starts": (*(name for name in STARTS if name.startswith("router")), "upit"),
-    "three-starts": ("router start random", "router start upit", "upit"),
+    "three-starts": ("router start random", "router start upit", "router start upit, rate 1e-2", "upit"),
     "copies-starts": ("vanilla-sft", *(name for name in STARTS if name.startswith("copies"))),
     **{f"rows-{share}": tuple(name for name in ROWS if f" {share}%" in name) for share in (10, 30)},
     "carry": ("upit", "upit, Adam's state carried"),

@@ -1,10 +1,12 @@
 """What is said of counts, progress and tables."""
 
+from pathlib import Path
+
 import pytest
 
 from upcycle import console
 from upcycle.console import table, tell, track, warn
-from upcycle.errors import counted
+from upcycle.errors import command_line, counted
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,26 @@ def test_progress_says_what_it_counts(monkeypatch: pytest.MonkeyPatch, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("hashing base: 1 of 2,000 files, ")
     assert lines[-1] == "hashing base: 2,000 of 2,000 files, 0:00:00 left"
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 140])
+def test_every_figure_of_a_table_is_shown_whatever_the_width(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.console, "width", width)
+    figures = [[f"0.{i:02}{j:02}" for j in range(16)] for i in range(16)]
+    rows = [[f"E{i} expert", *row] for i, row in enumerate(figures)]
+    table("experts", ["", *(f"E{j}" for j in range(16))], rows)
+    printed = capsys.readouterr().out
+    assert all(printed.count(figure) == 1 for row in figures for figure in row)
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= max(width, 24)  # the first column and one more are the least
+    lines = [line.split() for line in printed.splitlines() if line.strip().startswith("E0 expert")]
+    assert [cell for line in lines for cell in line[2:]] == figures[0]
+
+
+def test_commands_are_typed_with_their_spaces_quoted() -> None:
+    assert command_line("run", Path("a b/recipe.yaml"), "--run", "a b") == "upcycle run 'a b/recipe.yaml' --run 'a b'"
 
 
 def test_a_note_stands_below_its_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ def export(source: Run | Name, to: Name, *, fold: bool = False, dtype: str = "so
         source: a finished run, or a model folder of one.
         to: the new folder.
         fold: write a mixture of LoRA experts as a plain MoE.
-        dtype: of a folded MoE: source, float32, bfloat16 or float16.
+        dtype: of a plain MoE, or of a folded one: source, float32, bfloat16 or float16.
         base: the dense model of a mixture, if it has moved.
 
     Raises:
@@ -168,6 +168,7 @@ def export(source: Run | Name, to: Name, *, fold: bool = False, dtype: str = "so
             changed, or it has no plain MoE.
     """
     from upcycle.experts.kinds import kind_in
+    from upcycle.pipeline.origin import origin_of
     from upcycle.reporting.card import write_card
     from upcycle.stages.model_upcycling import export as stage
 
@@ -182,7 +183,7 @@ def export(source: Run | Name, to: Name, *, fold: bool = False, dtype: str = "so
         def card(made: Path) -> None:
             if finished:
                 description = kind_in(made).describe(made)
-                write_card(made, target.absolute().name, folder, finished.recipe, dense, description)
+                write_card(made, target.absolute().name, folder, finished.recipe, origin_of(finished), description)
 
         stage.export(finished.result if finished else folder, target, fold, dtype, base, card)
     return target

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from upcycle.command import LOUDNESS, is_verbose, quiet_bars, quiet_libraries, r
 from upcycle.console import hide_progress, tell
 from upcycle.disk import check_folder, check_new, check_writable
 from upcycle.distributed import world
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, command_line
 from upcycle.hashes import verify_in_full
 from upcycle.pipeline.benchmarks import own_folder
 from upcycle.pipeline.resume import run_stages, status
@@ -429,9 +430,7 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or one of its model folders.")],
     to: Annotated[Path, typer.Option("--to", help="The new folder.")],
     fold: Annotated[bool, typer.Option("--fold", help="Write a mixture of LoRA experts as a plain MoE.")] = False,
-    dtype: Annotated[
-        str, typer.Option(help="Storage dtype of a folded MoE: source, float32, bfloat16 or float16.")
-    ] = "source",
+    dtype: Annotated[str, typer.Option(help="Storage dtype: source, float32, bfloat16 or float16.")] = "source",
     base: Annotated[str | None, typer.Option(help="The dense base of a mixture, if its folder has moved.")] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the hub, after asking.")] = None,
 ) -> None:
@@ -493,7 +492,8 @@ def _execute(
         world.on_main(lambda: show_summary(run))
     else:
         made = folder / stages[-1]
-        world.on_main(lambda: tell(f"{made} is complete; all stages: upcycle run {RECIPE.of(folder)} --run {folder}"))
+        again = command_line("run", RECIPE.of(folder), "--run", folder)
+        world.on_main(lambda: tell(f"{made} is complete; all stages: {again}"))
 
 
 def _show_plan(run: Run, stages: tuple[str, ...]) -> None:
@@ -527,8 +527,8 @@ def _push(folder: Path, name: str) -> None:
         HfApi().upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # of the hub, of the transport, of the name: all mean the same here
         raise UpcycleError(
-            f"{name} could not be uploaded: {error}; {folder} is complete: log in with `hf auth login`, then type `hf "
-            f"upload {name} {folder}`"
+            f"{name} could not be uploaded: {error}; {folder} is complete: log in with `hf auth login`, then type "
+            f"`{shlex.join(['hf', 'upload', name, str(folder)])}`"
         ) from None
     print(f"uploaded: https://huggingface.co/{name}")
 

@@ -4,9 +4,10 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -137,6 +138,8 @@ def track(items: Sequence[T], description: str, unit: str) -> Iterator[T]:
 
 WORDY = 40
 """Characters from which on a first column is wrapped before figures are."""
+GAP = 3
+"""Characters between columns."""
 
 
 def table(
@@ -144,18 +147,37 @@ def table(
 ) -> None:
     """Print a table under its title: first column left, the others right, unless they are `words`; a note below.
 
-    Where it is too wide, figures are wrapped, or first the words of a first column of long ones.
+    Where it is too wide, cells are wrapped between words, or first those of a first column of long ones. Columns that
+    do not fit even so follow below, the first one again beside them.
     """
-    rows = list(rows)
-    wordy = any(len(row[0]) > WORDY for row in rows)
-    grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        grid.add_column(
-            Text(visible(column)), justify="left" if words or i == 0 else "right", no_wrap=(i == 0) != wordy
-        )
-    for row in rows:
-        grid.add_row(*(Text(visible(cell)) for cell in row))  # not as markup: a setting may have brackets
+    cells = [[visible(cell) for cell in row] for row in (columns, *rows)]
+    wordy = any(len(row[0]) > WORDY for row in cells[1:])
+    widths = [_least_width([row[i] for row in cells], whole=i == 0 and not wordy) for i in range(len(columns))]
     console.print(visible(f"\n{title}"), style="bold", markup=False, soft_wrap=True)
-    console.print(grid)
+    for block in _blocks(widths):
+        grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        for i in block:
+            side: Literal["left", "right"] = "left" if words or i == 0 else "right"
+            grid.add_column(Text(cells[0][i]), justify=side, no_wrap=(i == 0) != wordy, min_width=widths[i])
+        for row in cells[1:]:
+            grid.add_row(*(Text(row[i]) for i in block))  # not as markup: a setting may have brackets
+        console.print(grid)
     if note:
         tell(note)
+
+
+def _least_width(cells: Sequence[str], whole: bool) -> int:
+    """Of a column: its longest cell, or the longest word in it."""
+    return max((cell_len(part) for cell in cells for part in ([cell] if whole else cell.split())), default=0)
+
+
+def _blocks(widths: Sequence[int]) -> list[list[int]]:
+    """Columns by number that fit beside each other, with the first in every block."""
+    blocks, used = [[0]], widths[0] + GAP
+    for number, width in enumerate(widths[1:], start=1):
+        if used + width > console.width and len(blocks[-1]) > 1:
+            blocks.append([0])
+            used = widths[0] + GAP
+        blocks[-1].append(number)
+        used += width + GAP
+    return blocks

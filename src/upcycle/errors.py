@@ -1,5 +1,6 @@
 """User-facing errors, as opposed to bugs, and how they word a count or a near name."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -25,6 +26,11 @@ class NoTwinError(UpcycleError):
 
 class RelayedError(UpcycleError):
     """An error that another process has said already."""
+
+
+def command_line(*words: object) -> str:
+    """A command of ours as it is to be typed, whatever spaces its paths have."""
+    return shlex.join(["upcycle", *map(str, words)])
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:

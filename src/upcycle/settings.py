@@ -395,7 +395,8 @@ class AssembleSettings(Settings):
     adapters). With `last`, the tokenizer, chat template, special tokens and generation settings also come from the last
     checkpoint, if it has them."""
     dtype: Dtype = "source"
-    """Storage dtype of the assembled MoE; `source` keeps that of the checkpoints."""
+    """Storage dtype of the assembled MoE; `source` keeps that of the checkpoints, which is float32 where the run trains
+    them."""
     keep_vision: bool = False
     """For a multimodal base (Mistral3, Qwen3-VL, Qwen3.5, Gemma 4): write the finished model with the base's vision
     part, unchanged. Otherwise the MoE reads text only. Whole FFNs only."""
@@ -468,6 +469,8 @@ class RouteSettings(Settings):
     """Weight of the language-modelling loss in the pre-optimisation; the auxiliary loss has 1 - alpha (paper: 0.5)."""
     learning_rate: float = Field(1.0e-3, gt=0)
     """AdamW's learning rate for the routing vectors in the pre-optimisation. The paper does not give one."""
+    batch_size: int = Field(8, ge=1)
+    """Samples per optimizer step of the pre-optimisation, of all experts together. The paper does not say."""
     tokens: Literal["answer", "all"] = "all"
     """Which tokens of a sample train its expert's routing vector: all tokens, or the answer's."""
     init_std: float = Field(0.02, gt=0)
@@ -475,7 +478,7 @@ class RouteSettings(Settings):
     slice_noise: float = Field(0.0, ge=0)
     """Noise that separates the routing vectors of one expert's slices, in units of the layer's standard deviation."""
     tokens_per_batch: int = Field(4096, ge=1)
-    """Maximum tokens per batch in scoring and pre-optimisation, padding included."""
+    """Maximum tokens that go through the model at once in scoring and pre-optimisation, padding included."""
 
     @model_validator(mode="after")
     def _experts_move_in_upit_alone(self) -> "RouteSettings":

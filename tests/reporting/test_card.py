@@ -15,13 +15,15 @@ from upcycle.cli import app
 from upcycle.command import _at_home
 from upcycle.disk import write_json
 from upcycle.errors import UpcycleError
+from upcycle.experts.ffn import describe
 from upcycle.pipeline.benchmarks import read_scores
+from upcycle.pipeline.origin import licence_of, origin_of
 from upcycle.pipeline.resume import run_stages
 from upcycle.pipeline.run import Run
 from upcycle.recipe import load_recipe, parse_recipe
 from upcycle.records.description import Description
 from upcycle.records.files import BENCHMARK_SCORES
-from upcycle.reporting.card import _cell, _spelt, _use, licence_of
+from upcycle.reporting.card import _cell, _spelt, _use, card_text
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,33 @@ def test_a_card_warns_of_programs_that_compute_something_else() -> None:
     made = Description("A MoE", plain=True, warnings=("llama.cpp ignores the sliding window",))
     assert _use(made).endswith("```\n\n- llama.cpp ignores the sliding window")
     assert _use(replace(made, warnings=())).endswith("```")
+
+
+def test_a_card_says_the_same_wherever_it_is_written(
+    base: Path, rows: Path, checkpoints: list[Path], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is named from the folder of the run's origin, looks like a hub name, and is gone in the end."""
+    dense = Path(shutil.copytree(base, tmp_path / "models" / "tiny"))
+    (dense / "README.md").write_text("---\nlicense: llama3\n---\n# tiny")
+    monkeypatch.chdir(tmp_path)
+    recipe = Run(load_recipe(str(finished / "recipe.yaml")), finished).recipe.model_copy(update={"base": "models/tiny"})
+    run_stages(Run(recipe, tmp_path / "run"))
+    texts = []
+    for number, where in enumerate((tmp_path, tmp_path / "elsewhere", tmp_path)):
+        where.mkdir(exist_ok=True)
+        monkeypatch.chdir(where)
+        to = upcycle.export(tmp_path / "run", tmp_path / f"out{number}" / "moe")
+        texts.append((to / "README.md").read_text())
+        assert not (to / "base.json").exists()
+        if number == 1:
+            shutil.rmtree(dense)
+    assert "license: llama3" in texts[0]
+    assert "base_model" not in texts[0]
+    assert texts[1:] == texts[:1] * 2
+    (tmp_path / "run" / "assemble" / "base.json").unlink()
+    older = card_text(to, "moe", tmp_path / "run", recipe, origin_of(Run(recipe, tmp_path / "run")), describe(to))
+    assert "The base was not found when this was written: look it up before you publish." in older
+    assert "base_model" not in older
 
 
 def test_an_export_needs_no_base(finished: Path, tmp_path: Path, base: Path) -> None:

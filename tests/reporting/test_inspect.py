@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from upcycle.architectures.check import check
 from upcycle.architectures.mapping import map_model
@@ -87,13 +88,32 @@ def test_what_has_no_experts_says_what_was_expected(base: Path, tmp_path: Path) 
 def test_check_counts_what_assembly_makes(base: Path, moe: Path, capsys: Any) -> None:
     mapping = check(str(base), 6, 2, "bfloat16")
     said = capsys.readouterr().out
-    assert "llama -> mixtral, 6 experts, top-2, torch.bfloat16" in said
+    assert "llama -> mixtral, 6 experts, top-2\n" in said
+    assert "disk, and memory to serve it, in bfloat16 " in said
+    assert "the same in float32" not in said  # it was asked for bfloat16
     assert "exact: logits with equal experts are the dense model's" in said
     model = load_model(moe, torch.float32)
     assert mapping.num_parameters() == sum(ModelReader(moe).elements(n).numel() for n in ModelReader(moe).names())
     assert mapping.num_parameters() == model.num_parameters()
     ffn = 3 * 32 * 48 * 2
     assert mapping.num_parameters(2) == mapping.num_parameters() - 4 * ffn
+
+
+def test_check_says_that_checkpoints_of_a_run_are_in_float32(base: Path, tmp_path: Path, capsys: Any) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    check(str(half), 6, 2, "source")
+    said = capsys.readouterr().out
+    assert "the same in float32, as checkpoints are that Upcycle trains (assemble.dtype=bfloat16 avoids it)" in said
+    check(str(base), 6, 2, "source")
+    assert "the same in float32" not in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_not_taken_for_something_else(tmp_path: Path) -> None:
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / "recipe.yaml").write_text("base: x\ndata: {train: y.jsonl}\n")
+    with pytest.raises(UpcycleError, match=r"has not come to the stage expand yet; continue with `upcycle run '.*'`"):
+        inspect(tmp_path / "a run")
 
 
 def test_check_shows_what_other_choices_cost(base: Path, capsys: Any) -> None:

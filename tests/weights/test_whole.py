@@ -218,7 +218,7 @@ def test_a_run_ends_in_the_whole(
     torch.testing.assert_close(image_logits(tmp_path / "exported"), image_logits(made), rtol=0, atol=0)
 
     assert f"mixture of 4 experts, top-2, the text part of a {whole} model (0." in describe(made).what
-    card = card_text(made, "moe", run.folder, run.recipe, {}, describe(made))
+    card = card_text(made, "moe", run.folder, run.recipe, None, describe(made))
     assert "pipeline_tag: image-text-to-text" in card
     with pytest.raises(UpcycleError, match=f"{MIXED[shape]} is a mixture of 4 experts already"):
         check(str(made), 4, 2, "source")

@@ -28,6 +28,8 @@ CHOICE_NOTE = (
     "k: experts that each token uses; G: slices that every expert is cut into; active: M parameters that a token uses; "
     "FLOPs / dense: a token's, over the dense model's; GB to post-train: fp32 with AdamW, without activations"
 )
+TRAINED = torch.float32
+"""Of checkpoints that a run trains, and so of a MoE with assemble.dtype=source."""
 TRAINING_BYTES = 16
 """Per parameter in fp32 with AdamW: weight, gradient, two moments; activations come on top."""
 
@@ -53,8 +55,8 @@ def check(
         print(json.dumps(_facts(mapping, num_experts_per_tok, stored, difference), indent=2))
         return mapping
     sliced = f" of {granularity} slices" if granularity > 1 else ""
-    title = f"{folder.name}: {mapping.family}, {num_experts} experts{sliced}, top-{num_experts_per_tok}, {stored}"
-    table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored.itemsize))
+    title = f"{folder.name}: {mapping.family}, {num_experts} experts{sliced}, top-{num_experts_per_tok}"
+    table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored, dtype == "source"))
     title = "choices (expand.num_experts, assemble.layers, assemble.num_experts_per_tok, assemble.granularity)"
     table(title, CHOICE, _choices(mapping, reader), note=CHOICE_NOTE)
     config = mapping.moe_config(num_experts_per_tok, str(stored))
@@ -80,6 +82,7 @@ def _facts(mapping: Mapping, active: int, stored: torch.dtype, difference: float
         "active_parameters": mapping.num_parameters(active),
         "flops_over_dense": mapping.flops_over_dense(active),
         "stored_bytes": total * stored.itemsize,
+        "float32_bytes": total * TRAINED.itemsize,
         "training_bytes": total * TRAINING_BYTES,
         "logit_difference": difference,
         "programs": {"transformers": "yes", **dict(zip(CLIENTS, (said for _, said in served), strict=True))},
@@ -127,13 +130,19 @@ def say_text_part(reader: ModelReader, keeps: bool = False) -> None:
     say(f"{what}: {taken} parameters are taken, {others} of vision and the like are {fate}")
 
 
-def _rows(mapping: Mapping, active: int, itemsize: int) -> Iterator[tuple[str, str]]:
-    total = mapping.num_parameters()
+def _rows(mapping: Mapping, active: int, stored: torch.dtype, follows: bool) -> Iterator[tuple[str, str]]:
+    """
+    Args:
+        follows: the MoE has the dtype of the experts' checkpoints.
+    """
+    total, name = mapping.num_parameters(), str(stored).removeprefix("torch.")
     yield "parameters, dense", f"{mapping.num_dense / 1e6:,.1f} M"
     yield "parameters, total", f"{total / 1e6:,.1f} M"
     yield "parameters, active per token", f"{mapping.num_parameters(active) / 1e6:,.1f} M"
     yield "FLOPs per token, over the dense model's", f"{mapping.flops_over_dense(active):.2f}"
-    yield "disk for the assembled MoE", f"{total * itemsize / 1e9:,.2f} GB"
-    yield "memory for its weights, to serve it", f"{total * itemsize / 1e9:,.2f} GB"
+    yield f"disk, and memory to serve it, in {name}", f"{total * stored.itemsize / 1e9:,.2f} GB"
+    if follows and stored.itemsize < TRAINED.itemsize:
+        made = "as checkpoints are that Upcycle trains"
+        yield f"the same in float32, {made} (assemble.dtype={name} avoids it)", f"{total * 4 / 1e9:,.2f} GB"
     yield "memory to route it on a CPU (fp32)", f"{total * 4 / 1e9:,.2f} GB"
     yield "memory to post-train all of it (fp32, AdamW)", f"{total * TRAINING_BYTES / 1e9:,.2f} GB and activations"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle.console import warn
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, command_line
 from upcycle.pipeline.manifest import read_manifest
 from upcycle.pipeline.run import is_run
 from upcycle.records.benchmark import BenchmarkScores, ScoredModel
@@ -37,7 +37,8 @@ def read_scores(run: Path) -> BenchmarkScores:
         return {}
     if of.posttrain != _posttrained(run):
         path = BENCHMARK_SCORES.of(run)
-        warn(f"{path} is of a different model than the run has now and is ignored; `upcycle benchmark {run}` scores it")
+        again = command_line("benchmark", run)
+        warn(f"{path} is of a different model than the run has now and is ignored; `{again}` scores it")
         return {}
     return scores
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from upcycle.console import say, table, tell, warn
-from upcycle.errors import UpcycleError, counted
+from upcycle.errors import UpcycleError, command_line, counted
 from upcycle.pipeline.run import Run, shards_evenly
 from upcycle.recipe import Recipe, as_override, load_recipe
 from upcycle.records.files import POSTTRAIN, PREPARE
@@ -147,17 +147,17 @@ def say_fit(run: Run, base: "upcycle.architectures.mapping.Mapping | upcycle.exp
     from upcycle.data.samples import lengths
 
     accelerator = pick_device().type != "cpu"
-    there = memory()
+    there, would_fit = memory(), f"{command_line('check', run.recipe.base)} --devices ..."
     for stage, found in forecasts(run.recipe, base, lengths(run.splits.train), world_size(), accelerator):
         say(f"{stage}: needs {found}; {there / 1e9:.1f} GB are available")
         certain = found.weights + found.gradients + found.optimizer
         if accelerator and certain > there:
             raise UpcycleError(
                 f"{stage} does not fit: weights, gradients and optimizer take {certain / 1e9:.1f} GB on each device, "
-                f"which has {there / 1e9:.1f} GB; `upcycle check {run.recipe.base} --devices ...` says what would fit"
+                f"which has {there / 1e9:.1f} GB; `{would_fit}` says what would fit"
             )
         if found.device > there:
-            warn(f"{stage} may not fit; `upcycle check {run.recipe.base} --devices ...` says what would")
+            warn(f"{stage} may not fit; `{would_fit}` says what would")
 
 
 def devices_here() -> Devices:

@@ -28,6 +28,7 @@ def look(run: Run) -> Iterator[str]:
         check_training(recipe)
     if is_here(recipe.base):
         yield f"base: {run.base.folder}, {run.base.config['model_type']}"
+        _ = run.base.tokenizer  # refused where it has no chat template
     else:
         yield f"base: {recipe.base}, on the hub: {LATER}"
     if recipe.prepares and recipe.prepare.checkpoints:

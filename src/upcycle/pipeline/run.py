@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.disk import digest, expanded, inside
 from upcycle.distributed.world import on_main
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, command_line
 from upcycle.pipeline.manifest import read_manifest, verified
 from upcycle.pipeline.stage import Stage
 from upcycle.recipe import Recipe, load_recipe
@@ -61,12 +61,16 @@ def open_run(folder: str | Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
     for stage in needs:
         if verified(folder / stage) is None:
             raise UpcycleError(
-                f"{folder} is not finished: stage {stage} is not complete; continue with `upcycle run "
-                f"{RECIPE.of(folder)} --run {folder}`; `upcycle report {folder} --watch 30` shows how far it is"
+                f"{folder} is not finished: stage {stage} is not complete; continue with "
+                f"`{_again(folder)}`; `{command_line('report', folder, '--watch', 30)}` shows how far it is"
             )
     run = Run(load_recipe(str(RECIPE.of(folder))), folder)
     _check_together(run)
     return run
+
+
+def _again(folder: Path, *more: str) -> str:
+    return command_line("run", RECIPE.of(folder), "--run", folder, *more)
 
 
 def _check_together(run: "Run") -> None:
@@ -83,8 +87,8 @@ def _check_together(run: "Run") -> None:
         said += [f"with {c}" for c in _changes({**manifest.settings, "seed": manifest.seed}, now)]
         if said:
             raise UpcycleError(
-                f"{run.folder}: stage {stage.name} was made {', '.join(said)}; make it again with `upcycle run "
-                f"{RECIPE.of(run.folder)} --run {run.folder} --update`"
+                f"{run.folder}: stage {stage.name} was made {', '.join(said)}; make it again with "
+                f"`{_again(run.folder, '--update')}`"
             )
 
 
@@ -315,8 +319,7 @@ class Run:
                 if manifest and name in manifest.inputs and manifest.inputs[name] != now[name]():
                     raise UpcycleError(
                         f"{self.folder}: stage {stage} was made from another {name} than is there now; put back what "
-                        f"it was made from, or make the stages again with `upcycle run {RECIPE.of(self.folder)} --run "
-                        f"{self.folder} --update`"
+                        f"it was made from, or make the stages again with `{_again(self.folder, '--update')}`"
                     )
 
     def inputs(self, stage: Stage) -> dict[str, str] | None:

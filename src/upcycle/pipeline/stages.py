@@ -85,9 +85,11 @@ def _expand(run: Run, out: Path) -> None:
 
 def _assemble(run: Run, out: Path) -> None:
     from upcycle.data.chat import end_of_turn
+    from upcycle.pipeline.origin import write_origin
     from upcycle.stages.model_upcycling.assemble import assemble
 
     assemble(run.kind, run.base, run.checkpoint_folders, run.plan, run.recipe, out)
+    write_origin(run, out)
     try:
         tokenizer = run.base.tokenizer
     except UpcycleError:

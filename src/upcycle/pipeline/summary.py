@@ -1,6 +1,7 @@
 """What a run made, on the terminal."""
 
 from upcycle.console import table, tell
+from upcycle.errors import command_line
 from upcycle.experts.kinds import kind_in
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.run import Run
@@ -21,7 +22,7 @@ def show_summary(run: Run) -> None:
     tell(f"mixture of experts: {result}  ({how})")
     tell(f"                    {made.what}")
     if made.folds:
-        tell(f"as a plain MoE:     upcycle export {run.folder} --fold --to FOLDER")
+        tell(f"as a plain MoE:     {command_line('export', run.folder, '--fold', '--to', 'FOLDER')}")
     tell(f"scores:             {SCORES.of(run.folder)}")
     tell(f"experts' lineage:   {PLAN.of(run.folder)}")
     tell(f"seed data, router:  {ROUTE_REPORT.of(run.folder)}")

@@ -15,6 +15,7 @@ from upcycle.records.benchmark import BenchmarkScores, ScoredModel
 from upcycle.records.comparison import Cell, Comparison, Sweep
 from upcycle.records.cost import Cost
 from upcycle.records.manifest import Manifest
+from upcycle.records.origin import Origin
 from upcycle.records.plan import Checkpoint, ExpansionPlan
 from upcycle.records.record import read_record, write_record
 from upcycle.records.route import RouteReport
@@ -110,6 +111,7 @@ MOMENTS = Place(PREPARE, "moments")
 PLAN: RecordFile[ExpansionPlan] = RecordFile(EXPAND, "plan.json", kind=ExpansionPlan)
 ASSEMBLED = Place(ASSEMBLE)
 """The MoE before any training of its own."""
+ORIGIN: RecordFile[Origin] = RecordFile(ASSEMBLE, "base.json", kind=Origin)
 ROUTER = Place(ROUTE, "router.safetensors")
 MOVED = Place(ROUTE, "moe")
 """The MoE whose experts moved with the router's start, if they did."""

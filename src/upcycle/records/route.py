@@ -78,6 +78,9 @@ class RouteReport(Record):
     samples: list[SeedSample]
     log: list[dict[str, float]] | None = optional()
     """Mean losses of each epoch of a start that trains."""
+    cosine: list[float] | None = optional()
+    """Of each layer, between its trained router and the random one that it began from, without their means over
+    experts, which no softmax sees: 1 is a router that has not moved."""
     cost: RouteCost | None = optional()
     condition: list[Annotated[float, Field(ge=0)]] | None = optional()
     """Condition number of each layer's router, its mean over experts taken away."""

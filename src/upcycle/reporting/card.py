@@ -3,23 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from upcycle.architectures.clients import commands
-from upcycle.console import warn
 from upcycle.disk import write_text
 from upcycle.pipeline.benchmarks import read_scores
-from upcycle.reading import brief
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.records.benchmark import score_table
 from upcycle.records.description import Description
 from upcycle.records.files import CARD, LINEAGE, MANIFEST, RESULT, SCORES
+from upcycle.records.origin import Licence, Origin
 from upcycle.records.record import ALL
 from upcycle.records.scores import ModelScores, standard_error
 from upcycle.settings import DataSettings
 
-Licence = dict[str, Any]
-"""Fields of a card to what they say, a text or several."""
 PAPER = """@inproceedings{hui2025upcycling,
   title = {Upcycling Instruction Tuning from Dense to Mixture-of-Experts via Parameter Merging},
   author = {Hui and Zhang and Wang and Sun and Wu and Su},
@@ -30,30 +27,16 @@ PAPER = """@inproceedings{hui2025upcycling,
 
 
 # six parameters: nothing is looked up here
-def write_card(folder: Path, name: str, run: Path, recipe: Recipe, base: Path | None, made: Description) -> None:
+def write_card(folder: Path, name: str, run: Path, recipe: Recipe, origin: Origin | None, made: Description) -> None:
     """Write the card into an exported model folder.
 
     Args:
         name: what the folder will be called.
         run: the finished run that it comes from.
-        base: the dense model's folder, whose licence is inherited; None if it is gone.
+        origin: what is known of the base, whose licence is inherited; None if it is gone.
         made: what the folder holds.
     """
-    write_text(CARD.of(folder), card_text(folder, name, run, recipe, licence_of(base) if base else {}, made))
-
-
-def licence_of(base: Path) -> Licence:
-    """What the base's own model card says: `license`, `license_name` and `license_link`, as far as it has them."""
-    path = CARD.of(base)
-    try:
-        said = ModelCard.load(path).data if path.is_file() else None
-    except Exception as error:  # its metadata are YAML that anyone may have written
-        warn(f"{path} is not a readable model card ({brief(str(error))}): the licence of the base is not known")
-        return {}
-    found = {name: getattr(said, name, None) for name in ("license", "license_name", "license_link")}
-    return {
-        name: list(map(str, value)) if isinstance(value, list) else str(value) for name, value in found.items() if value
-    }
+    write_text(CARD.of(folder), card_text(folder, name, run, recipe, origin, made))
 
 
 def _spelt(licence: Licence) -> str:
@@ -62,10 +45,11 @@ def _spelt(licence: Licence) -> str:
     return f"{parts[0]} ({', '.join(parts[1:])})" if parts[1:] else parts[0]
 
 
-def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: Licence, made: Description) -> str:
+def card_text(folder: Path, name: str, run: Path, recipe: Recipe, origin: Origin | None, made: Description) -> str:
     """Metadata, lineage, scores with errors, recipe, versions, citation."""
+    licence: dict[str, Any] = dict(origin.licence) if origin else {}
     data = ModelCardData(
-        base_model=recipe.base if recipe.base.count("/") == 1 and not Path(recipe.base).exists() else None,
+        base_model=recipe.base if origin and origin.on_hub else None,
         **licence,
         library_name="transformers" if made.plain else None,
         pipeline_tag="image-text-to-text" if recipe.assemble.keep_vision else "text-generation",
@@ -74,11 +58,8 @@ def card_text(folder: Path, name: str, run: Path, recipe: Recipe, licence: Licen
     plan = LINEAGE.read(folder)
     lineage = "\n".join(f"- {_cell(line)}" for line in plan.lines)
     versions = ", ".join(f"{name} {version}" for name, version in MANIFEST.read(RESULT.of(run)).versions.items())
-    inherited = (
-        f"The base's: {_spelt(licence)}."
-        if licence
-        else "Not stated by the base's folder: look it up before you publish."
-    )
+    unknown = "Not stated by the base's folder" if origin else "The base was not found when this was written"
+    inherited = f"The base's: {_spelt(licence)}." if licence else f"{unknown}: look it up before you publish."
     return f"""---
 {data.to_yaml()}
 ---

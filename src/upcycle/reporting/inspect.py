@@ -9,12 +9,13 @@ from rich.text import Text
 from rich.tree import Tree
 
 from upcycle.console import console, table, tell
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, command_line
 from upcycle.pipeline.manifest import read_manifest, verified
+from upcycle.pipeline.run import is_run
 from upcycle.pipeline.stages import stage_names
 from upcycle.reading import MAX_BYTES
 from upcycle.records.description import Description
-from upcycle.records.files import DELETED, EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
+from upcycle.records.files import DELETED, EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, RECIPE, SCORES, RecordFile
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import read_record
 from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
@@ -85,6 +86,12 @@ def find_plan(path: Path) -> ExpansionPlan:
     for file, folder in places:
         if (plan := file.known(folder)) is not None:
             return plan
+    if is_run(path):
+        raise UpcycleError(
+            f"{path} has not come to the stage {EXPAND} yet; continue with "
+            f"`{command_line('run', RECIPE.of(path), '--run', path)}`; `{command_line('inspect', path, '--json')}` "
+            "says how far it is"
+        )
     what = "has no expansion plan" if path.exists() else "does not exist"
     raise UpcycleError(
         f"{path} {what}; expected a run folder, its stage folders expand, assemble or posttrain, a mixture of "

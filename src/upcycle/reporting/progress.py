@@ -8,7 +8,7 @@ from typing import Any
 
 from upcycle.console import say
 from upcycle.disk import write_text
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, command_line
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.manifest import partial_of, read_manifest
 from upcycle.pipeline.resume import is_worked_on
@@ -38,8 +38,8 @@ def watch(run: Path, seconds: int, out: Path) -> None:
         if idle == IDLE:
             write_text(out, _page(run, states))
             raise UpcycleError(
-                f"no process works on {run} and it is not complete ({out} shows how far it is); continue with `upcycle "
-                f"run {RECIPE.of(run)} --run {run}`"
+                f"no process works on {run} and it is not complete ({out} shows how far it is); continue with "
+                f"`{command_line('run', RECIPE.of(run), '--run', run)}`"
             )
         write_text(out, _page(run, states, seconds))
         time.sleep(seconds)

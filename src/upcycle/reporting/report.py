@@ -2,7 +2,6 @@
 
 import html
 import json
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from upcycle.architectures.clients import commands
 from upcycle.console import tell
 from upcycle.disk import write_text
-from upcycle.errors import counted
+from upcycle.errors import command_line, counted
 from upcycle.pipeline.benchmarks import read_scores
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.manifest import read_manifest
@@ -203,7 +202,7 @@ def _load_chart(record: TrainingRecord) -> Chart:
 
 def _use(run: Path, made: Description) -> str:
     """The commands that export the result, serve it and talk to it."""
-    export = f"upcycle export {shlex.quote(str(run))} {'--fold ' * made.folds}--to FOLDER"
+    export = command_line("export", run, *(["--fold"] if made.folds else []), "--to", "FOLDER")
     return f"{export}\n{commands('FOLDER')}" if made.plain or made.folds else export
 
 

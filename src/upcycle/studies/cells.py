@@ -9,7 +9,7 @@ from pathlib import Path
 from upcycle.console import say
 from upcycle.disk import digest
 from upcycle.distributed.world import is_main, on_main, wait
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, command_line
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.looking import look
 from upcycle.pipeline.manifest import changed_inputs
@@ -191,7 +191,7 @@ def _cell(study: Study, run: Run, text: str, donors: list[Path]) -> Measures:
     except UpcycleError as error:
         if "--update" not in str(error):
             raise
-        again = f"upcycle run {RECIPE.of(run.folder)} --run {run.folder} --update"
+        again = command_line("run", RECIPE.of(run.folder), "--run", run.folder, "--update")
         raise UpcycleError(f"{error} (here: `{again}`, then this command again)") from None
     donors.append(run.folder)
 

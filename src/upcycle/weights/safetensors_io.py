@@ -224,6 +224,10 @@ class ModelWriter:
             if len(self._shards) > 1:
                 self._write_index()
 
+    def size(self, name: str) -> int:
+        """Entries of a tensor."""
+        return prod(self._specs[name].shape)
+
     def write(self, name: str, piece: Tensor, element: int = 0) -> None:
         """Put a flat piece of a tensor at `element`, converted to the tensor's dtype; it must not change afterwards.
 
@@ -236,7 +240,7 @@ class ModelWriter:
         assert 0 <= element <= prod(spec.shape) - piece.numel()
         values = piece.detach().to("cpu", spec.dtype).contiguous().view(-1)
         if spec.dtype is torch.float16 and not values.isfinite().all():
-            raise UpcycleError(f"{name} has values beyond float16; set assemble.dtype=bfloat16 or float32")
+            raise UpcycleError(f"{name} has values beyond float16; take bfloat16 or float32 (assemble.dtype, --dtype)")
         data = values.view(torch.uint8).numpy().data
         self._waiting.append(self._thread.submit(_pwrite, file, data, offset + element * spec.dtype.itemsize, name))
         while len(self._waiting) > MAX_WAITING:

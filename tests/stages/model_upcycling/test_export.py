@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from upcycle.disk import scratch_folder
 from upcycle.errors import UpcycleError
@@ -37,11 +38,36 @@ def test_a_plain_moe_is_copied_without_what_is_ours_alone(base: Path, checkpoint
         export(made, tmp_path / "out", False, "source")
     with pytest.raises(UpcycleError, match="is already a plain model; leave out --fold"):
         export(made, tmp_path / "other", True, "source")
-    for ignored in ({"dtype": "bfloat16"}, {"dtype": "source", "base": str(base)}):
-        with pytest.raises(UpcycleError, match="--dtype and --base are for a mixture that is folded; add --fold, or"):
-            export(made, tmp_path / "other", False, **ignored)
+    with pytest.raises(UpcycleError, match="--base is for a mixture that is folded; add --fold, or leave it out"):
+        export(made, tmp_path / "other", False, "source", str(base))
     with pytest.raises(UpcycleError, match="holds no model; expected a finished run"):
         export(tmp_path, tmp_path / "other", False, "source")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_plain_moe_is_written_in_another_dtype(
+    dtype: str, base: Path, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    """What transformers loads from it is what it makes of the original in that dtype."""
+    made = assembled(base, checkpoints, tmp_path / "made")
+    export(made, tmp_path / "out", False, dtype)
+    kind = getattr(torch, dtype)
+    one, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=kind) for folder in (made, tmp_path / "out"))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {kind}
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == kind
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in made.iterdir()}
+
+
+def test_values_beyond_float16_are_refused(base: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+    made = assembled(base, checkpoints, tmp_path / "made")
+    tensors = load_file(made / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e6
+    save_file(tensors, made / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UpcycleError, match=r"model\.norm\.weight has values beyond float16"):
+        export(made, tmp_path / "out", False, "float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mixture_is_folded_or_stays_compact(base: Path, tmp_path: Path) -> None:
@@ -53,6 +79,8 @@ def test_a_mixture_is_folded_or_stays_compact(base: Path, tmp_path: Path) -> Non
     (tmp_path / "plain.partial").mkdir()  # the user's
     export(made, tmp_path / "plain", True, "source")
     export(made, tmp_path / "compact", False, "source")
+    with pytest.raises(UpcycleError, match="--dtype is for a plain MoE; add --fold, or leave it out"):
+        export(made, tmp_path / "half", False, "bfloat16")
     assert {path.name for path in (tmp_path / "plain").iterdir()} >= NAMES
     for out in ("plain", "compact"):
         torch.testing.assert_close(logits(tmp_path / out), logits(made), rtol=0, atol=1e-5)

@@ -76,6 +76,39 @@ def test_only_routing_vectors_learn_and_only_those_of_experts_with_samples(moe: 
     assert log[-1]["auxiliary_loss"] < log[0]["auxiliary_loss"]
 
 
+def test_memory_does_not_decide_what_is_learned(moe: Path, samples: list[Sample]) -> None:
+    """A step takes as many samples whatever goes through the model at once."""
+    model, start = load_model(moe, torch.float32), random_routers(2, 3, 32, 0.02, 0)
+    pairs = [(i, i % 3) for i in range(len(samples))]
+    made = []
+    for limit in (1, 100, 100_000):
+        settings = SETTINGS.model_copy(update={"tokens_per_batch": limit, "batch_size": 4})
+        made.append(preoptimise(model, samples, pairs, start, settings, 0, 0))
+    for vectors, log in made[1:]:
+        torch.testing.assert_close(vectors, made[0][0], rtol=1e-4, atol=1e-6)
+        assert log[-1] == pytest.approx(made[0][1][-1], rel=1e-4)
+    fewer = SETTINGS.model_copy(update={"batch_size": len(samples)})
+    moved = [(v - s).norm() for v, s in zip(made[0][0], start, strict=True)]
+    less = [
+        (v - s).norm() for v, s in zip(preoptimise(model, samples, pairs, start, fewer, 0, 0)[0], start, strict=True)
+    ]
+    assert all(far > near for far, near in zip(moved, less, strict=True))
+
+
+def test_a_router_that_has_hardly_moved_is_said(
+    base: Path, moe: Path, samples: list[Sample], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cosine(rate: float) -> float:
+        settings = SETTINGS.model_copy(update={"start": "upit", "learning_rate": rate})
+        report = route(as_base(base), moe, SeedData(samples[:9], []), NAMES, settings, 0, tmp_path)
+        return max(report.cosine)
+
+    assert cosine(1e-6) == pytest.approx(1.0, abs=1e-3)
+    assert "the router is nearly the random one that it began from (cosine 1.00 to 1.00)" in capsys.readouterr().out
+    assert cosine(0.1) < 0.9
+    assert "nearly the random one" not in capsys.readouterr().out
+
+
 def test_language_model_loss_reaches_the_routing_vectors_through_the_gate(moe: Path, samples: list[Sample]) -> None:
     model = load_model(moe, torch.float32)
     rows = RowExperts()

@@ -45,8 +45,9 @@ def preoptimise(
     """Train the routing vectors of all experts in one run over the model, which is frozen unless experts may move.
 
     UpIT, section 3: each sample runs through its expert alone, the FFN gated by sigmoid(h . r_i), and minimises
-    `alpha L_lm + (1 - alpha) L_aux` with L_aux = mean softplus(-h . r_i) over tokens and layers. The loss of a
-    batch is the mean over its samples, so long samples do not outweigh short ones.
+    `alpha L_lm + (1 - alpha) L_aux` with L_aux = mean softplus(-h . r_i) over tokens and layers. A step takes
+    `batch_size` samples, of all experts, in batches of at most `tokens_per_batch` tokens; its loss is the mean over
+    its samples, so long samples do not outweigh short ones.
 
     Returns:
         The routing vectors (E, H) of each layer, and the mean losses of each epoch.
@@ -59,12 +60,11 @@ def preoptimise(
     rows = RowExperts(granularity(model))
     order = torch.Generator().manual_seed(seed)
     experts = _moving_experts(model, settings)
-    groups = token_batches([len(samples[s].input_ids) for s, _ in pairs], settings.tokens_per_batch)
     places = [routing_vectors(router).device for router in router_modules(model)]
     log = []
     with (
         swapped_routers(model, lambda layer: GatedRouter(rows, start[layer].to(places[layer]))) as routers,
-        Progress("route: pre-optimising routing vectors", len(groups) * settings.epochs, "steps") as bar,
+        Progress("route: pre-optimising routing vectors", len(pairs) * settings.epochs, "samples") as bar,
     ):
         vectors: list[Tensor] = [router.vectors for router in routers]
         trained: list[dict[str, Any]] = [{"params": vectors, "lr": settings.learning_rate}]
@@ -73,17 +73,21 @@ def preoptimise(
         optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
         for _ in range(settings.epochs):
             epoch = []
-            for index in torch.randperm(len(groups), generator=order).tolist():
-                group = [pairs[i] for i in groups[index]]
-                batch = collate(samples, [s for s, _ in group], pad_token_id, model.device)
-                rows.experts = torch.tensor([e for _, e in group], device=model.device)
-                language, auxiliary = gated_losses(model, batch, routers, settings.tokens)
-                loss = settings.alpha * language + (1 - settings.alpha) * auxiliary
-                torch.autograd.backward(loss)
+            shuffled = [pairs[i] for i in torch.randperm(len(pairs), generator=order).tolist()]
+            for begin in range(0, len(pairs), settings.batch_size):
+                chosen = shuffled[begin : begin + settings.batch_size]
+                lengths = [len(samples[s].input_ids) for s, _ in chosen]
+                for part in token_batches(lengths, settings.tokens_per_batch):
+                    group = [chosen[i] for i in part]
+                    batch = collate(samples, [s for s, _ in group], pad_token_id, model.device)
+                    rows.experts = torch.tensor([e for _, e in group], device=model.device)
+                    language, auxiliary = gated_losses(model, batch, routers, settings.tokens)
+                    loss = settings.alpha * language + (1 - settings.alpha) * auxiliary
+                    torch.autograd.backward(loss * (len(group) / len(chosen)))
+                    epoch.append((language.item(), auxiliary.item(), len(group)))
+                    bar.advance(len(group))
                 optimizer.step()
                 optimizer.zero_grad()
-                epoch.append((language.item(), auxiliary.item(), len(group)))
-                bar.advance()
             log.append(_epoch_means(epoch))
     return [vector.detach().cpu() for vector in vectors], log
 

@@ -39,6 +39,8 @@ from upcycle.weights.base import Base
 
 DEGENERATE = 1e4
 """Condition number of a router from which on it is called degenerate."""
+UNMOVED = 0.9
+"""Cosine from which on a trained router is called that which it began from."""
 
 
 def route(
@@ -139,6 +141,7 @@ def _start(seed: Seed, test: Sequence[Sample], losses: Losses, names: Sequence[s
             for s, e, row in zip(fit, experts, losses, strict=True)
         ],
         log=start.log,
+        cosine=cosines(start.vectors, seed.random) if start.log else None,
         cost=cost,
         condition=condition,
         held_out=held_out,
@@ -169,6 +172,21 @@ def condition_numbers(vectors: Sequence[Float[Tensor, "E H"]]) -> list[float]:
             f"route: the routers of {counted(len(bad), 'layer')} (first: {bad[:4]}) hardly tell some experts apart "
             f"(condition number up to {max(found):.0e}); use a different route.start, or more seed data "
             "(route.min_samples_per_expert)"
+        )
+    return found
+
+
+def cosines(vectors: Sequence[Float[Tensor, "E H"]], begun: Sequence[Float[Tensor, "E H"]]) -> list[float]:
+    """Of each layer, between a trained router and what it began from, their means over experts taken away.
+
+    Warns of a router that has hardly moved.
+    """
+    pairs = [[layer - layer.mean(dim=0) for layer in both] for both in zip(vectors, begun, strict=True)]
+    found = [torch.cosine_similarity(new.flatten(), old.flatten(), dim=0).item() for new, old in pairs]
+    if max(found) > UNMOVED:
+        warn(
+            f"route: after its training the router is nearly the random one that it began from (cosine "
+            f"{min(found):.2f} to {max(found):.2f}); raise route.epochs or route.learning_rate, or give more seed data"
         )
     return found
 
