@@ -46,7 +46,10 @@ def test_what_an_adapter_adds_is_what_peft_merges(options: dict[str, Any], base:
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changed the base too"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changed the base too"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
-        ({"target_modules": ["q_proj", "up_proj"]}, "q_proj.lora_A.weight is not a LoRA factor of gate_proj"),
+        (
+            {"target_modules": ["q_proj", "up_proj"]},
+            "q_proj.lora_A.weight is not a LoRA factor of gate_proj.* or merge the adapter",
+        ),
         ({"modules_to_save": ["norm"]}, r"modules_to_save is \['norm'\]"),
     ],
 )
@@ -83,6 +86,31 @@ def test_damage_is_named(base: Path, tmp_path: Path) -> None:
     (folder / CONFIG).write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(UpcycleError, match="peft_type is 'IA3', expected 'LORA'"):
         read_adapter(folder, config)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        torch.zeros(0),
+        torch.zeros(3),
+        torch.tensor(1.0),
+        torch.zeros(0, 32),
+        torch.zeros(4, 32, dtype=torch.int32),
+        torch.zeros(4, 32, dtype=torch.float8_e4m3fn),
+    ],
+    ids=lambda factor: f"{factor.dtype}{tuple(factor.shape)}",
+)
+def test_factors_that_are_no_matrices_of_floats_are_refused(factor: torch.Tensor, base: Path, tmp_path: Path) -> None:
+    """As DeepSpeed ZeRO-3 leaves them, for one."""
+    folder = make_adapter(base, tmp_path, 1)
+    tensors = load_file(folder / WEIGHTS)
+    name = next(iter(tensors))
+    save_file(tensors | {name: factor}, folder / WEIGHTS)
+    with pytest.raises(UpcycleError, match=rf"{name} is \w+ of shape .*, expected a matrix of floats; under DeepSpeed"):
+        read_adapter(folder, read_config(base))
+    save_file({}, folder / WEIGHTS)
+    with pytest.raises(UpcycleError, match="holds no tensor"):
+        read_adapter(folder, read_config(base))
 
 
 @pytest.mark.parametrize(

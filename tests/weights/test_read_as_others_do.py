@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import make_dense, perturbed
 from upcycle.architectures.check import check_source
 from upcycle.architectures.mapping import map_model
 from upcycle.errors import UpcycleError
 from upcycle.experts.kinds import KINDS
-from upcycle.weights.folders import find_model
+from upcycle.weights.folders import find_model, read_config
 from upcycle.weights.safetensors_io import ModelReader
 from worlds import as_base, assembled, logits
 
@@ -30,8 +31,6 @@ def edited(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]
 
 
 def sharded(source: Path, target: Path) -> Path:
-    from transformers import AutoModelForCausalLM
-
     shutil.copytree(source, target)
     (target / WEIGHTS).unlink()
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(target, max_shard_size="40KB")
@@ -116,6 +115,98 @@ def test_a_configuration_that_is_not_the_file_s_is_refused_at_the_start(
     (odd / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(UpcycleError, match=message):
         map_model(odd, ModelReader(odd), 4)
+
+
+def test_a_mistral_with_kinds_of_layers_is_the_ministral_that_transformers_makes_of_it(tmp_path: Path) -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8}
+    made = make_dense(tmp_path / "m", model_type="ministral", **kinds)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    assert AutoConfig.from_pretrained(made).model_type == read_config(made)["model_type"] == "ministral"
+    mapping = map_model(made, ModelReader(made), 2)
+    assert mapping.family.dense == "ministral"
+    check_source(mapping, ModelReader(made))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"),
+    [
+        ("llama", "attention_dropout"),
+        ("cohere", "attention_dropout"),
+        ("phi3", "attention_bias"),
+        ("llama", "mlp_bias"),
+    ],
+)
+def test_a_switch_that_is_null_is_off(model_type: str, field: str, tmp_path: Path) -> None:
+    made = make_dense(tmp_path / "m", model_type=model_type, tie_word_embeddings=False)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, field: None}))
+    assert not AutoConfig.from_pretrained(made).to_dict()[field]
+    check_source(map_model(made, ModelReader(made), 2), ModelReader(made))
+
+
+def test_what_transformers_cannot_compute_is_refused(tmp_path: Path) -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 8}
+    made = make_dense(tmp_path / "m", model_type="ministral", **kinds)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    with pytest.raises(TypeError):
+        AutoModelForCausalLM.from_pretrained(made)(torch.arange(3, 40)[None])
+    with pytest.raises(UpcycleError, match=r"transformers cannot compute with this config\.json: TypeError"):
+        check_source(map_model(made, ModelReader(made), 2), ModelReader(made))
+
+
+def pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def of_a_variant(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+
+
+def with_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def of_a_classifier(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForSequenceClassification"]}))
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[Path], None]:
+    def rename(folder: Path) -> None:
+        tensors = {change(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return rename
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (pointer, "it is a pointer of Git LFS, not the file: run `git lfs pull`"),
+        (pickled, r"there is pytorch_model\.bin: pickled weights are not read; load the folder once with transformers"),
+        (of_a_variant, r"there is model\.fp16\.safetensors: transformers reads model\.safetensors alone; rename it"),
+        (with_an_adapter, "holds both a model and an adapter .* remove the adapter's files, else the model's"),
+        (of_a_classifier, r"architectures is \['LlamaForSequenceClassification'\], a classifier"),
+        (renamed(lambda name: f"module.{name}"), r"called module\.model\.layers\..* with 'module\.' ahead of what"),
+        (
+            renamed(lambda name: name.replace("gate_proj.weight", "gate_proj.base_layer.weight")),
+            "its adapter was not merged before it was saved: use merge_and_unload",
+        ),
+    ],
+)
+def test_folders_as_people_have_them_are_told_what_to_do(
+    change: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    made = make_dense(tmp_path / "m")
+    change(made)
+    with pytest.raises(UpcycleError, match=said):
+        check_source(map_model(made, ModelReader(made), 2), ModelReader(made))
 
 
 def test_nan_in_a_base_is_named(tmp_path: Path) -> None:

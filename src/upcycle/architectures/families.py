@@ -172,7 +172,7 @@ def moe_config(
     """
     copied = {name: dense_config[name] for name in COPIED if name in dense_config}
     copied["head_dim"] = head_dim(dense_config)  # not all can do without
-    if "rope_parameters" in copied:  # a row that has use for these says so
+    if copied.get("rope_parameters"):  # a row that has use for these says so
         copied["rope_parameters"] = _without(copied["rope_parameters"], "llama_4_scaling_beta", "partial_rotary_factor")
     fields = {**copied, **family.config(dense_config)}
     fields[family.moe.size_field] = channels(family.layout, dense_config) // granularity

@@ -46,6 +46,8 @@ def attention_alone(config: Config) -> str | None:
 
 
 def no_time_step_limit(config: Config) -> str | None:
+    if config["time_step_limit"] is None:
+        return "time_step_limit=null is not known (exact with [0, Infinity])"
     limit = tuple(config["time_step_limit"])
     if limit == (0.0, float("inf")):
         return None  # the default, which JSON cannot say

@@ -183,5 +183,12 @@ def _put(state: dict[str, Tensor], region: Region, values: Tensor) -> None:
 
 @torch.no_grad()
 def _logits(config: Config, state: dict[str, Tensor], ids: Tensor, what: str) -> Tensor:
-    logits: Tensor = load_state(config, state, what)(ids).logits
+    try:
+        logits: Tensor = load_state(config, state, what)(ids, return_dict=True).logits
+    except UpcycleError:
+        raise
+    except Exception as error:  # a configuration that is not one surfaces as any kind
+        raise UpcycleError(
+            f"{what}: transformers cannot compute with this config.json: {type(error).__name__}: {error}"
+        ) from error
     return logits

@@ -196,6 +196,13 @@ def check_shapes(reader: ModelReader, family: Family, config: Config) -> None:
             f"{reader.folder}: its tensors have no prefix 'model.', as AutoModel saves them; load the folder with "
             "AutoModelForCausalLM and save it again"
         )
+    deep = next((name for name in names if ".layers." in name), None)
+    if not layers and deep:
+        prefix = deep.partition("model.layers.")[0] if "model.layers." in deep else deep.partition("layers.")[0]
+        raise UpcycleError(
+            f"{reader.folder}: its tensors are called {deep} and the like, with {prefix!r} ahead of what transformers "
+            "calls them; rename them, or save the unwrapped model with save_pretrained"
+        )
     if layers != config["num_hidden_layers"]:
         raise UpcycleError(
             f"{reader.folder}: config.json says num_hidden_layers={config['num_hidden_layers']}, the file has {layers}"

@@ -21,10 +21,9 @@ from upcycle.reading import brief, read_json
 from upcycle.records.record import first_problem
 from upcycle.types import Config
 from upcycle.weights.folders import find_model
-from upcycle.weights.safetensors_io import plain_name
+from upcycle.weights.safetensors_io import ADAPTER, DTYPE_CODES, plain_name
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 NAME = re.compile(rf"base_model\.model\.(model\.layers\.\d+\.mlp\.(?:{'|'.join(LINEARS)}))\.lora_(A|B)\.weight")
 UNORDERED = ("target_modules", "exclude_modules")
@@ -89,6 +88,9 @@ def base_of(folder: Path, base: Path | None = None) -> Path:
     return base or find_model(str(read_adapter_config(folder).get("base_model_name_or_path")))
 
 
+MERGE = "merge the adapter into a separate model and use that as a checkpoint (prepare.train=full)"
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter rather than a model."""
     return (folder / CONFIG).is_file()
@@ -126,11 +128,19 @@ def read_adapter(folder: Path, base: Config) -> dict[str, LowRank]:
             raise UpcycleError(
                 f"{folder / WEIGHTS}: {name} is not a LoRA factor of {' or '.join(structure.linears)}; an expert is an "
                 "FFN block, so an adapter that changes anything else cannot be one: train it with "
-                f"target_modules={list(structure.linears)}"
+                f"target_modules={list(structure.linears)}, or {MERGE}"
+            )
+        if tensor.dtype not in DTYPE_CODES or tensor.dim() != 2 or not tensor.numel():
+            raise UpcycleError(
+                f"{folder / WEIGHTS}: {name} is {str(tensor.dtype).removeprefix('torch.')} of shape "
+                f"{tuple(tensor.shape)}, expected a matrix of floats; under DeepSpeed ZeRO-3 adapters are empty unless "
+                "stage3_gather_16bit_weights_on_model_save is set"
             )
         if not tensor.isfinite().all():
             raise UpcycleError(f"{folder / WEIGHTS}: {name} holds NaN or Inf; leave this adapter out")
         pairs.setdefault(match[1], {})[match[2]] = tensor
+    if not pairs:
+        raise UpcycleError(f"{folder / WEIGHTS} holds no tensor: nothing was trained, or it was saved without weights")
     shapes = _in_every_layer(base, structure.shapes(base["hidden_size"], base["intermediate_size"]))
     updates: dict[str, LowRank] = {}
     for name, pair in sorted(pairs.items()):
@@ -182,7 +192,7 @@ def _check_kind(folder: Path, config: Config) -> None:
         if field not in HONOURED | INERT and found not in OFF:
             raise UpcycleError(
                 f"{folder / CONFIG}: {field} is {brief(found)}, which Upcycle does not support: what it adds would "
-                "be lost; merge the adapter into a separate model and use that as a checkpoint (prepare.train=ffn)"
+                f"be lost; {MERGE}"
             )
     if (start := config.get("init_lora_weights", True)) not in SAME_BASE:
         raise UpcycleError(

@@ -51,7 +51,7 @@ from upcycle.types import Config, Model
 from upcycle.weights.base import Base
 from upcycle.weights.folders import copy_companions, load_dense, read_config, write_config
 from upcycle.weights.names import HEAD
-from upcycle.weights.safetensors_io import ModelReader, pieces
+from upcycle.weights.safetensors_io import ModelReader, check_one, pieces
 from upcycle.weights.streaming import BLOCK, PIECE
 from upcycle.weights.wrappers import wrapper_in
 
@@ -69,6 +69,7 @@ def check_checkpoint(base: Base, first: Path, checkpoint: Path) -> None:
             otherwise.
     """
     if is_adapter(checkpoint):
+        check_one(checkpoint)
         raise UpcycleError(f"{checkpoint} is an adapter; set prepare.train=lora to make experts of adapters")
     check_same_architecture(base, checkpoint)
     check_precision(base, first, checkpoint)
@@ -109,18 +110,19 @@ def check_precision(base: Base, first: Path, checkpoint: Path) -> None:
         UpcycleError: they are less precise than the base's, or not those of the first checkpoint: the rounding would be
             taken for what training changed.
     """
-    name = ffn_names(base)[0]
-    dtypes = {folder: ModelReader(folder).spec(name).dtype for folder in (base.folder, first, checkpoint)}
-    for other, wrong in (
-        (base.folder, torch.finfo(dtypes[checkpoint]).eps > torch.finfo(dtypes[base.folder]).eps),
-        (first, dtypes[checkpoint] != dtypes[first]),
-    ):
-        if wrong:
-            raise UpcycleError(
-                f"{checkpoint}: its weights are {dtypes[checkpoint]}, those of {other} {dtypes[other]}; the rounding "
-                f"would look like a change by training; convert {other} to {dtypes[checkpoint]}, or save "
-                "checkpoints in its dtype"
-            )
+    readers = {folder: ModelReader(folder) for folder in (base.folder, first, checkpoint)}
+    for name in ffn_names(base):
+        dtypes = {folder: reader.spec(name).dtype for folder, reader in readers.items()}
+        for other, wrong in (
+            (base.folder, torch.finfo(dtypes[checkpoint]).eps > torch.finfo(dtypes[base.folder]).eps),
+            (first, dtypes[checkpoint] != dtypes[first]),
+        ):
+            if wrong:
+                raise UpcycleError(
+                    f"{checkpoint}: {name} is {dtypes[checkpoint]}, that of {other} {dtypes[other]}; the rounding "
+                    f"would look like a change by training; convert {other} to {dtypes[checkpoint]}, or save "
+                    "checkpoints in its dtype"
+                )
 
 
 def ffn_names(base: Base) -> list[str]:

@@ -93,10 +93,10 @@ def write_moe(out_dir: Path, mapping: Mapping, parts: Parts, stored: torch.dtype
 
 
 def storage_dtype(dtype: str, reader: ModelReader, mapping: Mapping) -> torch.dtype:
-    """The dtype of a name; `source` is that of a model's FFN weights, and says what is rounded to it."""
+    """The dtype of a name; `source` is the widest of a model's FFN weights, and says what is rounded to it."""
     if dtype != "source":
         return DTYPE_NAMES[dtype]
-    stored = reader.spec(mapping.ffn[0].dense.tensor).dtype
+    stored = max((reader.spec(move.dense.tensor).dtype for move in mapping.ffn), key=lambda kind: kind.itemsize)
     names = dict.fromkeys(move.dense.tensor for move in mapping.shared)
     wider = [name for name in names if reader.spec(name).dtype.itemsize > stored.itemsize]
     if wider:

@@ -94,9 +94,22 @@ def read_config(folder: Path) -> Config:
         adapter = ", but an adapter: name the base that it was trained on" * (folder / "adapter_config.json").is_file()
         raise UpcycleError(f"{folder} is not a model folder: it has no config.json{adapter}")
     try:
-        return _resolved(_with_floats(read_json(path)), path)
+        config = _with_floats(read_json(path))
+        _check_language_model(config, path)
+        if config.get("model_type") == "mistral" and "layer_types" in config:
+            config = {**config, "model_type": "ministral"}  # as AutoConfig takes it
+        return _resolved(config, path)
     except RecursionError:
         raise UpcycleError(f"{path}: not JSON that can be read (nested too deeply)") from None
+
+
+def _check_language_model(config: Config, path: Path) -> None:
+    names = config.get("architectures")
+    if isinstance(names, list) and any("Classification" in str(name) for name in names):
+        raise UpcycleError(
+            f"{path}: architectures is {brief(names)}, a classifier (reward models are) without a head for tokens; "
+            "take the language model that it was made from"
+        )
 
 
 def _with_floats(value: Any) -> Any:
@@ -132,8 +145,21 @@ def _resolved(config: Config, path: Path) -> Config:
         raise UpcycleError(f"{path} is not a valid {model_type} configuration: {error}") from None
     if wrapper is not None:
         return _of_text_alone(_resolved(wrapper.text_config(resolved), path))
+    resolved = without_null_switches(resolved)
     # some do not write what they imply
     return {"num_hidden_layers": getattr(known, "num_hidden_layers", None), **resolved}
+
+
+def without_null_switches(config: Config) -> Config:
+    """With false for a switch that is null, and 0 for a dropout: what they are taken for, but not by every class."""
+    from transformers import CONFIG_MAPPING
+
+    off: dict[str, bool | float] = {
+        name: 0.0 if name.endswith("dropout") else False
+        for name, default in CONFIG_MAPPING[config["model_type"]]().to_dict().items()
+        if isinstance(default, bool) or name.endswith("dropout")
+    }
+    return {name: off.get(name) if value is None else value for name, value in config.items()}
 
 
 def _of_text_alone(config: Config) -> Config:
@@ -193,7 +219,7 @@ def load_as_others_do(folder: Path, dtype: torch.dtype) -> tuple[Config, dict[st
     wrapper = wrapper_in(folder)
     if wrapper is None:
         model = load_dense(folder, dtype)
-        return model.config.to_dict(), revert_weight_conversion(model, model.state_dict())
+        return without_null_switches(model.config.to_dict()), revert_weight_conversion(model, model.state_dict())
     whole, _ = _loaded(partial(_from_folder, AutoModelForImageTextToText), folder, dtype=dtype)
     written = revert_weight_conversion(whole, whole.state_dict())
     named = ((wrapper.text_name(name), tensor) for name, tensor in written.items())

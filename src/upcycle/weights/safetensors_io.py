@@ -29,6 +29,8 @@ from upcycle.weights.names import EMBEDDING_NAMES, EMBEDDINGS, HEAD
 from upcycle.weights.wrappers import wrapper_in
 
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 << 30
 MAX_WAITING = 16
@@ -124,7 +126,9 @@ class ModelReader:
 
     def _mapped(self, name: str) -> "_Mapped":
         if name not in self._where:
-            raise UpcycleError(f"{self.folder} has no tensor {name}")
+            unmerged = f"{name.removesuffix('.weight')}.base_layer.weight" in self._where
+            why = "; its adapter was not merged before it was saved: use merge_and_unload" if unmerged else ""
+            raise UpcycleError(f"{self.folder} has no tensor {name}{why}")
         return self._where[name]
 
 
@@ -146,30 +150,69 @@ def _map_file(path: Path) -> dict[str, _Mapped]:
             header = json.loads(file.read(length))
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory that it may write to
     except (SafetensorError, OSError, ValueError) as error:
-        raise UpcycleError(f"{path} is not a readable safetensors file: {error}") from None
+        pointer = "; it is a pointer of Git LFS, not the file: run `git lfs pull`" if _is_pointer(path) else ""
+        raise UpcycleError(f"{path} is not a readable safetensors file: {error}{pointer}") from None
     header.pop("__metadata__", None)
     return {name: _entry(path, name, entry, mapped, 8 + length) for name, entry in header.items()}
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any], mapped: mmap.mmap, data: int) -> _Mapped:
     code = entry["dtype"]
     if code not in DTYPES:
-        raise UpcycleError(
-            f"{path}: tensor {name} is {code}, expected one of {', '.join(DTYPES)}; a quantized model has to be "
-            "dequantized first"
-        )
+        what = "a quantized model has to be dequantized first"
+        if code in ("BOOL", "I64"):
+            what = "it is no weight: load the folder with transformers and save it again, which leaves it out"
+        raise UpcycleError(f"{path}: tensor {name} is {code}, expected one of {', '.join(DTYPES)}; {what}")
     return _Mapped(TensorSpec(tuple(entry["shape"]), DTYPES[code]), mapped, data + entry["data_offsets"][0])
+
+
+def check_one(folder: Path) -> None:
+    """Raises UpcycleError for a folder with both a model and an adapter, which transformers would put on its base."""
+    if (folder / ADAPTER).is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        raise UpcycleError(
+            f"{folder} holds both a model and an adapter ({ADAPTER}), and transformers would load the adapter on its "
+            "own base; if the model has it merged already, remove the adapter's files, else the model's"
+        )
+
+
+INSTEAD = {
+    "pytorch_model*.bin": "pickled weights are not read; load the folder once with transformers and save it again",
+    "pytorch_model_fsdp*": "shards of FSDP; `accelerate merge-weights` makes one model of them",
+    "*.distcp": "shards of a distributed checkpoint; `accelerate merge-weights` makes one model of them",
+    "global_step*": "DeepSpeed's own checkpoint; its zero_to_fp32.py makes one model of it",
+    "consolidated*.safetensors": "Mistral's own names; take the folder with model.safetensors",
+    "*.gguf": "GGUF is not read; take the original model",
+    "*.safetensors": f"transformers reads {SINGLE} alone; rename it, if it is the whole model",
+}
+"""What people have in place of safetensors, to what to do."""
+
+
+def _instead(folder: Path) -> str:
+    there = ((path.name, what) for pattern, what in INSTEAD.items() for path in sorted(folder.glob(pattern)))
+    name, what = next(there, ("", ""))
+    return f"; there is {name}: {what}" if name else ""
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
     """The files of a model, each with the tensors that the index, if there is one, promises of it."""
     index, single = folder / INDEX, folder / SINGLE
+    check_one(folder)
     if single.is_file():  # before an index, as transformers does
         return {single: set()}
     if not index.exists():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER).is_file():
             raise UpcycleError(f"{folder} holds an adapter and no model: name the base that it was trained on")
-        raise UpcycleError(f"{folder} has no {SINGLE} (nor an index of shards): weights must be safetensors")
+        raise UpcycleError(
+            f"{folder} has no {SINGLE} (nor an index of shards): weights must be safetensors{_instead(folder)}"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UpcycleError(f"{index} is not a safetensors index: expected `weight_map`, tensor to file")

@@ -34,6 +34,13 @@ def in_float64(folder: Path) -> None:
     cast(folder, torch.float64)
 
 
+def with_one_rounded(folder: Path) -> None:
+    """Of the last layer's FFN: the others say nothing of it."""
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name].bfloat16()}, folder / "model.safetensors", {"format": "pt"})
+
+
 def with_another_token(folder: Path) -> None:
     make_tokenizer(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -49,8 +56,15 @@ def with_other_eps(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (in_bfloat16, r"odd: its weights are torch.bfloat16, those of .* torch.float32; the rounding would look like"),
-        (in_float64, r"odd: its weights are torch.float64, those of .*checkpoint-1 torch.float32"),
+        (
+            in_bfloat16,
+            r"odd: model\.layers\.0\.\S+ is torch.bfloat16, that of .* torch.float32; the rounding would look like",
+        ),
+        (
+            with_one_rounded,
+            r"odd: model\.layers\.1\.mlp\.down_proj\.weight is torch.bfloat16, that of .* torch.float32",
+        ),
+        (in_float64, r"odd: model\.layers\.0\.\S+ is torch.float64, that of .*checkpoint-1 torch.float32"),
         (
             with_another_token,
             r"odd: its tokenizer is not that of the base .*: token 10 of \"The quick brown .* is 65, not 70;",
@@ -77,7 +91,9 @@ def test_a_base_cast_to_fewer_bits_of_mantissa_is_no_checkpoint(
     in_float16(half)
     rounded = Path(shutil.copytree(half, tmp_path / "rounded"))
     in_bfloat16(rounded)
-    with pytest.raises(UpcycleError, match=r"rounded: its weights are torch.bfloat16, those of .*half torch.float16"):
+    with pytest.raises(
+        UpcycleError, match=r"rounded: model\.layers\.0\.\S+ is torch.bfloat16, that of .*half torch.float16"
+    ):
         adopt(KINDS["ffn"], as_base(half), [(rounded, "0" * 64)], tmp_path)
 
 
