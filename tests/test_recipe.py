@@ -103,6 +103,25 @@ def test_what_shipped_recipes_set_may_be_idle() -> None:
     assert load_recipe("upit-fine", ["posttrain.freeze=router"]).posttrain.router_rate == 0.1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["expand.spread=1"],
+            r"assemble\.shared is last, which needs a last checkpoint.*set assemble\.shared=mean or base",
+        ),
+        (["assemble.shared=mean", "expand.spread=1", "expand.copies_of=last"], r"expand\.copies_of is last"),
+        (["assemble.shared=mean", "expand.spread=-0.25"], r"expand\.spread is -0\.25"),
+    ],
+)
+def test_no_domain_is_taken_for_the_last_checkpoint(words: list[str], message: str) -> None:
+    by_domain = ["prepare.train=full", "prepare.by_domain=true", *words]
+    with pytest.raises(UpcycleError, match=message):
+        load_recipe("upit", by_domain)
+    assert load_recipe("btx").assemble.shared == "mean"
+    assert load_recipe("self-moe").prepare.by_domain
+
+
 def test_what_changes_in_a_setting_of_several_values_is_seen() -> None:
     def changes(before: str, after: str) -> list[str]:
         return differences(load_recipe("upit", [before]), load_recipe("upit", [after]))

@@ -135,6 +135,28 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _no_domain_is_the_last(self) -> "Recipe":
+        """A training for each domain has no last checkpoint: that would be the domain at the end of the alphabet."""
+        whole = self.prepare.train == "full" and self.assemble.shared == "last"
+        last = {
+            "expand.copies_of": self.expand.copies_of == "last",
+            "expand.spread": self.expand.spread != 1,
+            "assemble.shared": whole,
+        }
+        if (
+            self.tunes
+            and self.prepare.by_domain
+            and (named := next((name for name, is_set in last.items() if is_set), ""))
+        ):
+            section, field = named.split(".")
+            raise ValueError(
+                f"{named} is {getattr(getattr(self, section), field)}, which needs a last checkpoint, but with "
+                "prepare.by_domain there is one for each domain; "
+                + ("set assemble.shared=mean or base" if whole and named == "assemble.shared" else "leave it out")
+            )
+        return self
+
+    @model_validator(mode="after")
     def _copies_alone_are_perturbed(self) -> "Recipe":
         expand = self.expand
         if expand.perturb != "none" and (expand.copies_of == "none" or self.prepare.shares_base):

@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 from conftest import make_dense, write_rows
 from upcycle.cli import app
 from upcycle.errors import UpcycleError
+from upcycle.evaluation.evaluate import against_dense
 from upcycle.experts.kinds import load_model
 from upcycle.pipeline.manifest import read_manifest
 from upcycle.pipeline.resume import run_stages, status
 from upcycle.pipeline.run import Run, open_run
 from upcycle.pipeline.stages import STAGES, stage_names
 from upcycle.recipe import dump_recipe, is_dump, load_recipe, parse_recipe
+from upcycle.records.files import SCORES
 from upcycle.reporting.progress import facts
 from upcycle.weights.safetensors_io import ModelReader
 
@@ -308,6 +310,7 @@ def test_the_whole_path_for_other_layouts(
     assert not any(made.elements(name).any() for name in shared)
     routing = json.loads((run.folder / "evaluate" / "routing.json").read_text())
     assert set(routing) == {"MoE before post-training", "MoE", "step_0", "against_best_expert"}
+    assert set(against_dense(SCORES.read_of(run.folder), one_run=False)) == {"against_best_expert"}
     assert set(routing["against_best_expert"]) == {"all", "copy", "reverse"}
     assert routing["MoE"]["agreement"]["chance"] == 0.25
     assert len(routing["MoE"]["by_domain"]["copy"]["entropy"]) == 2

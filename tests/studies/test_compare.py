@@ -1,6 +1,7 @@
 """Comparisons: what is shared, what is refused, what the table says."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from upcycle.records.files import COMPARISON, LOG, ROUTE_REPORT
 from upcycle.records.record import read_record, write_record
 from upcycle.reporting.figures import comparison_figure, sweep_figure
 from upcycle.studies.cells import Study, Variant, cell_file, labels, run_cells
-from upcycle.studies.compare import TOLERANCE, _say_fewer, compare, differences, show
+from upcycle.studies.compare import TOLERANCE, _planned, _say_fewer, compare, differences, show
 from upcycle.studies.statistics import holm, paired, spread, summary
 from upcycle.studies.sweep import axis_values, sweep
 
@@ -181,6 +182,21 @@ def test_other_tokens_or_data_are_refused_unless_forced(recipe_file: Path, tmp_p
     assert differences({"a": [cell(0, 1.0, 1000)], "b": [cell(0, 2.0, 1009)]}) == []  # whole steps
     started = cell(0, 1.0, 1000).model_copy(update={"tokens": {"posttrain": 1000, "route": 9}})
     assert differences({"a": [cell(0, 1.0, 1000)], "b": [started]})[0].startswith("seed 0: different numbers of")
+
+
+def test_other_numbers_of_held_out_seed_rows_are_said_before_anything_trains(recipe_file: Path, tmp_path: Path) -> None:
+    texts = [
+        f"dense: {recipe_file} expand.num_experts=1 expand.copies_of=base assemble.num_experts_per_tok=1",
+        f"MoE: {recipe_file}",
+    ]
+    with pytest.raises(UpcycleError) as caught:
+        compare(Study(texts, range(1), tmp_path / "out"), force=False)
+    held = load_recipe(str(recipe_file)).route.min_samples_per_expert * load_recipe(str(recipe_file)).expand.num_experts
+    assert re.search(r"train on different numbers of rows \(dense: \d+, MoE: \d+\)", str(caught.value))
+    assert f"set route.min_samples_per_expert to {held} divided by" in str(caught.value)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    alike = [f"{texts[0]} route.min_samples_per_expert={held}", texts[1]]
+    assert _planned(Study(alike, range(1), tmp_path / "out"), "tokens") == []
 
 
 def test_other_rows_or_checkpoints_make_no_comparison(recipe_file: Path) -> None:

@@ -192,6 +192,25 @@ def test_two_trainings_share_one_schedule(
     assert rates("second", 64, (1 / 3, 1.0)) == pytest.approx(expected[4:])
 
 
+def test_one_schedule_has_whole_steps_in_both_parts(base: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """2 and 1.5 epochs of three steps: six, and five."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=SETTINGS.learning_rate)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=11)
+    expected = []
+    for _ in range(11):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    found = []
+    for name, epochs, span in (("first", 2.0, (0.0, 4 / 7)), ("second", 1.5, (4 / 7, 1.0))):
+        changed = {"epochs": epochs, "checkpoint_every": epochs, "lr_scheduler": "linear", "warmup_fraction": 0.0}
+        training = Training(SETTINGS.model_copy(update=changed), 0, name, tmp_path / name, span=span)
+        model = load_model(base, torch.float32).train()
+        log = fine_tune(model, load_tokenizer(base, None), samples[:20], training).log
+        found += [entry.learning_rate for entry in log]
+    assert found == pytest.approx(expected)
+
+
 def test_no_checkpoint_is_lost_where_one_is_finished_and_the_training_not_known_to_be(
     base: Path, recipe: Recipe, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

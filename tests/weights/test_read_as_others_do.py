@@ -134,7 +134,6 @@ def test_a_mistral_with_kinds_of_layers_is_the_ministral_that_transformers_makes
         ("llama", "attention_dropout"),
         ("cohere", "attention_dropout"),
         ("phi3", "attention_bias"),
-        ("llama", "mlp_bias"),
     ],
 )
 def test_a_switch_that_is_null_is_off(model_type: str, field: str, tmp_path: Path) -> None:

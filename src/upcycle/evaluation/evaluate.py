@@ -62,11 +62,15 @@ def evaluate(
     settings: EvaluateSettings,
     out_dir: Path,
     assigned: Assigned | None = None,
+    one_run: bool = True,
 ) -> Scores:
     """Score every candidate; a model scored before an interruption is not scored again. Several processes share them.
 
     Writes `scores.json` (losses, exact match, share of tokens per expert) and `routing.json` (what the routers do with
     it, what the MoE lost against the best expert of each domain, and against the dense model that it came from).
+
+    Args:
+        one_run: whether the checkpoints are those of one training, so that the last is what the MoE came from.
     """
     places = [scored_model(out_dir, number) for number in range(len(candidates))]
     together = must_spread([candidate.folder for candidate in candidates], base.folder)
@@ -81,7 +85,7 @@ def evaluate(
         for name, entry in found.items()
     }
     routing: Routing = {name: entry.routing for name, entry in found.items() if entry.routing is not None}
-    routing |= against_dense(scores)
+    routing |= against_dense(scores, one_run)
     if is_main():
         SCORES.write(out_dir, scores)
         ROUTING.write(out_dir, routing)
@@ -114,7 +118,7 @@ def _score(
     return Scored(**dict(scores), routing=routing)
 
 
-def against_dense(scores: Scores) -> Routing:
+def against_dense(scores: Scores, one_run: bool) -> Routing:
     """What the MoE lost against the last checkpoint at step 0, and in the end against the best expert per domain."""
     moes = [name for name, entry in scores.items() if entry.expert_share is not None]
     dense = {name: scores[name].loss for name in checkpoint_names(scores)}
@@ -123,7 +127,7 @@ def against_dense(scores: Scores) -> Routing:
     last = list(dense)[-1]
     start, came_from = scores[moes[0]].loss[ALL], dense[last][ALL]
     step_0 = AgainstDense(loss=start, dense=last, dense_loss=came_from, difference=start - came_from)
-    return {STEP_0: step_0, AGAINST_BEST: regressions(scores[moes[-1]].loss, dense)}
+    return {**({STEP_0: step_0} if one_run else {}), AGAINST_BEST: regressions(scores[moes[-1]].loss, dense)}
 
 
 def show_scores(scores: Scores) -> None:
@@ -176,12 +180,12 @@ def show_routing(routing: Routing) -> None:
     if rows:
         table("routing, mean over layers", columns, rows, note=ROUTING_NOTE)
     step_0, worse = routing.get(STEP_0), routing.get(AGAINST_BEST)
-    if isinstance(step_0, AgainstDense) and isinstance(worse, dict):
-        say(
-            f"before post-training the MoE's loss is {step_0.difference:+.3f} against {step_0.dense}, which it "
-            "came from; after it, by domain against the best single expert: "
-            + ", ".join(f"{domain} {entry.loss_above_it:+.3f}" for domain, entry in sorted(worse.items()))
-        )
+    if isinstance(step_0, AgainstDense):
+        difference = f"{step_0.difference:+.3f} against {step_0.dense}"
+        say(f"before post-training the MoE's loss is {difference}, which it came from")
+    if isinstance(worse, dict):
+        listed = ", ".join(f"{domain} {entry.loss_above_it:+.3f}" for domain, entry in sorted(worse.items()))
+        say(f"after post-training, by domain against the best single expert: {listed}")
 
 
 def _domains(values: Mapping[str, object]) -> list[str]:

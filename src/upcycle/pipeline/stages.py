@@ -133,18 +133,18 @@ def _posttrain(run: Run, out: Path) -> None:
 def _evaluate(run: Run, out: Path) -> None:
     from upcycle.evaluation.evaluate import Assigned, Candidate, evaluate
 
-    settings, splits = run.recipe.evaluate, run.splits
+    settings, splits, by_domain = run.recipe.evaluate, run.splits, run.recipe.prepare.by_domain
     folders = zip(run.checkpoints, run.checkpoint_folders, strict=True)
     dense = [Candidate(checkpoint.name, folder) for checkpoint, folder in folders]
     candidates = [
         Candidate(BASE, run.base.folder),
-        *(dense[-1:] if settings.models == "ends" else dense),
+        *(dense[-1:] if settings.models == "ends" and not by_domain else dense),
         Candidate(MOE_INIT, run.routed_moe, ROUTER.of(run.folder)),
         Candidate(MOE, RESULT.of(run.folder)),
     ]
     held_out = ROUTE_REPORT.read_of(run.folder).held_out
     assigned = Assigned(splits.seed.test, held_out.assigned, run.recipe.route.tokens) if held_out else None
-    evaluate(run.base, candidates, splits.validation, settings, out, assigned)
+    evaluate(run.base, candidates, splits.validation, settings, out, assigned, one_run=not by_domain)
 
 
 def _section(name: str) -> Callable[[Recipe], Sections]:

@@ -13,6 +13,7 @@ from upcycle.records.comparison import METRICS, Cell, Comparison, Measures
 from upcycle.records.files import COMPARISON, ROUTE
 from upcycle.studies.cells import Study, Variant, labels, run_cells
 from upcycle.studies.statistics import Cells, filled, p_text, std_text, summary
+from upcycle.weights.folders import is_here
 
 MATCHES = ("tokens", "flops")
 """What all variants of a comparison may have alike."""
@@ -56,7 +57,7 @@ def compare(study: Study, force: bool, against: str | None = None, match: str = 
             raise UpcycleError(f"{'; '.join(problems)}; such a comparison says little; --force runs it anyway")
 
     if not force:
-        on_main(lambda: refuse(_planned(study)))
+        on_main(lambda: refuse(_planned(study, match)))
     cells = run_cells(study, (lambda _: None) if force else lambda cells: refuse(differences(cells, match)))
     rows = summary(cells, names, against=names.index(against) if against else 0)
     found = Comparison(
@@ -143,12 +144,32 @@ def differences(cells: Cells, match: str = "tokens") -> list[str]:
     return problems
 
 
-def _planned(study: Study) -> list[str]:
+def _planned(study: Study, match: str) -> list[str]:
     """What makes the variants not comparable, as far as it is known before any of them runs."""
     runs = [study.run(number, study.seeds[0]) for number in range(len(study.texts))]
     recipes = [run.recipe for run in runs]
     unlike = _unlike(recipes, [run.data_hash for run in runs], [_named(recipe) for recipe in recipes])
-    return [f"the variants {said}" for said in unlike]
+    return [f"the variants {said}" for said in unlike] or _unequal_rows(study.texts, runs, match)
+
+
+def _unequal_rows(texts: Sequence[str], runs: Sequence[Run], match: str) -> list[str]:
+    """Variants that hold out different numbers of seed rows, and so train on different ones."""
+    routes = [run.recipe.route for run in runs]
+    held = [
+        (r.seed_from == "held_out") * r.min_samples_per_expert * run.recipe.expand.num_experts
+        for r, run in zip(routes, runs, strict=True)
+    ]
+    if len(set(held)) == 1 or not all(is_here(run.recipe.base) for run in runs):
+        return []
+    rows = [len(run.splits.train) for run in runs]
+    if _near(rows, match):
+        return []
+    said = ", ".join(f"{label}: {count:,}" for label, count in zip(labels(texts), rows, strict=True))
+    most = max(held)
+    return [
+        f"the variants train on different numbers of rows ({said}), as rows for the router's start are held out, so "
+        f"many for each expert; set route.min_samples_per_expert to {most} divided by a variant's expand.num_experts"
+    ]
 
 
 def _named(recipe: Recipe) -> str:

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer for dense models and MoEs, for one process or several."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,6 +39,8 @@ from upcycle.types import Model
 
 Inputs = dict[str, torch.Tensor]
 """A batch, as the model takes it."""
+ROUNDING = 1e-6
+"""Of steps that are computed from shares of epochs."""
 
 
 class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
@@ -62,11 +65,13 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         self.bias = LossFreeBias(model, rate) if rate else None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """The part of the schedule that this training takes."""
+        """The part of the schedule that this training takes; each part has whole steps."""
         begin, end = self.training.span
-        steps = round(num_training_steps / (end - begin))
-        scheduler: LambdaLR = super().create_scheduler(steps, optimizer)
-        if skipped := round(begin * steps):
+        epochs = self.args.num_train_epochs / (end - begin)
+        per_epoch = int(num_training_steps / self.args.num_train_epochs + ROUNDING)
+        skipped, left = (math.ceil(share * epochs * per_epoch - ROUNDING) for share in (begin, 1 - end))
+        scheduler: LambdaLR = super().create_scheduler(skipped + num_training_steps + left, optimizer)
+        if skipped:
             rate = scheduler.lr_lambdas[0]
             scheduler = LambdaLR(scheduler.optimizer, lambda step: rate(step + skipped))
         self.lr_scheduler = scheduler
