@@ -566,15 +566,6 @@ def test_values_over_several_lines_are_told_what_to_do(tmp_path: Path) -> None:
         rows_of(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("other", ["a  \r\n b\r\n", " a\n b", "a\n b "])
-def test_questions_are_alike_whatever_the_ends_of_their_lines(other: str) -> None:
-    def question(text: str) -> str:
-        return to_row({"prompt": text, "completion": "!"}, "x").question
-
-    assert question(other) == question("a\n b") != question("a b")
-    assert question("cafe\u0301") == question("caf\u00e9")
-
-
 def test_arguments_of_calls_are_objects_and_hold_what_was_written(tmp_path: Path) -> None:
     """A table fills objects up with the keys of others; OpenAI's format has JSON in a text."""
 

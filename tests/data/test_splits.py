@@ -1,13 +1,18 @@
 """Who sees which sample."""
 
 import json
+import random
 import re
 import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
+from upcycle.data.overlap import as_seen
 from upcycle.data.splits import Splits, load_splits
 from upcycle.errors import UpcycleError
 from upcycle.recipe import parse_recipe
@@ -46,6 +51,30 @@ def test_repeated_questions_stay_on_one_side(tiny_recipe: dict[str, Any], tmp_pa
     splits = split(tiny_recipe, data__train=str(path))
     parts = [questions(p) for p in (splits.train, splits.seed.fit, splits.seed.test, splits.validation)]
     assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_questions_that_look_equal_stay_on_one_side(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """With other white space at the ends of lines, other line ends, or accents in two characters."""
+    variants = [str, "{} ".format, "\n{}".format, lambda text: text.replace("\n", " \r\n"), partial(normalize, "NFD")]
+
+    def written(name: str, some: Sequence[Callable[[str], str]]) -> str:
+        asked = [variant(f"is it é {i}\nor not") for i in range(60) for variant in some]
+        random.Random(0).shuffle(asked)
+        rows = (json.dumps({"prompt": text, "completion": "no"}) for text in asked)
+        (tmp_path / name).write_text("\n".join(rows))
+        return str(tmp_path / name)
+
+    splits = split(tiny_recipe, data__train=written("all.jsonl", variants))
+    parts = (splits.train, splits.seed.fit, splits.seed.test, splits.validation)
+    seen = [{as_seen(sample.question) for sample in part} for part in parts]
+    assert sum(map(len, parts)) == 300
+    assert sum(map(len, seen)) == len(set.union(*seen)) == 60
+    with pytest.raises(UpcycleError, match="no training row is left"):
+        split(
+            tiny_recipe,
+            data__train=written("train.jsonl", variants[1:]),
+            data__validation=written("held_out.jsonl", variants[:1]),
+        )
 
 
 def test_training_rows_asked_in_the_validation_file_are_left_out(

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from unicodedata import normalize
 
 from upcycle.errors import UpcycleError, nearest
 from upcycle.reading import brief, parse_json
@@ -68,8 +67,7 @@ class Row:
     def question(self) -> str:
         """Everything before the first answer to a user: what training and held-out rows must not share.
 
-        System messages do not count where a user asks: others ask the same thing without them. Nor does what templates
-        strip or a reader does not see: white space at the ends of lines, how lines end, how accents are encoded.
+        System messages do not count where a user asks: others ask the same thing without them.
         """
         before, asked = [], False
         for message in self.messages:
@@ -78,15 +76,11 @@ class Row:
             asked = asked or message["role"] == "user"
             before.append(message)
         said = [message for message in before if message["role"] not in INSTRUCTS] if asked else before
-        return "\n".join(_seen(message["content"] or "") for message in said)
+        return "\n".join(message["content"] or "" for message in said)
 
     @property
     def has_answer(self) -> bool:
         return any(message["role"] == "assistant" for message in self.messages)
-
-
-def _seen(text: str) -> str:
-    return "\n".join(line.rstrip() for line in normalize("NFC", text).splitlines()).strip()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from upcycle.data.formats import UnusableError, to_row
 from upcycle.data.sources import decoded_rows
@@ -46,6 +47,12 @@ class Alike:
         if not self._wholes.isdisjoint(_grams(words, len(words))):
             return True
         return any(gram in known for size, known in self._parts.items() for gram in _grams(words, size))
+
+
+def as_seen(question: str) -> str:
+    """Without what templates strip or no reader sees: white space at the ends of lines, how they end, how accents are
+    encoded."""
+    return "\n".join(line.rstrip() for line in normalize("NFC", question).splitlines()).strip()
 
 
 def _words(question: str) -> list[str]:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from upcycle.console import say
 from upcycle.data.cache import cached
 from upcycle.data.formats import INSTRUCTS, SPELL, Row
+from upcycle.data.overlap import as_seen
 from upcycle.data.sources import Tally, hash_sources, usable_rows, weigh
 from upcycle.disk import digest
 from upcycle.errors import UpcycleError
@@ -56,6 +57,11 @@ class Rows:
     def questions(self) -> list[str]:
         """What must not be shared between training and held-out rows (N)."""
         return list(self.table["question"].to_pylist())
+
+    @cached_property
+    def seen(self) -> list[str]:
+        """The same, equal where they look equal (N)."""
+        return list(map(as_seen, self.questions))
 
     @property
     def has_system_messages(self) -> bool:

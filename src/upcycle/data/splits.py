@@ -12,7 +12,7 @@ from jaxtyping import Int
 from upcycle.console import say, warn
 from upcycle.data.chat import Sample
 from upcycle.data.encoding import encoded
-from upcycle.data.overlap import Alike, questions_of
+from upcycle.data.overlap import Alike, as_seen, questions_of
 from upcycle.data.rows import Rows, open_rows
 from upcycle.data.samples import Encoded, Samples, check_known
 from upcycle.data.sources import share_of, too_many
@@ -69,6 +69,10 @@ class Part:
     @property
     def questions(self) -> list[str]:
         return [self.rows.questions[number] for number in self.numbers]
+
+    @property
+    def seen(self) -> list[str]:
+        return [self.rows.seen[number] for number in self.numbers]
 
 
 def load_splits(recipe: Recipe, tokenizer: Tokenizer, context_length: int, vocabulary: int | None = None) -> Splits:
@@ -151,14 +155,17 @@ def most_samples_per_expert(num_rows: int, recipe: Recipe) -> int:
 
 
 def in_hash_order(part: Part, seed: int) -> Part:
-    """Shuffled by a keyed hash of the question: independent of file order, equal questions side by side."""
-    keys = [hashlib.blake2b(f"{seed}\n{question}".encode()).digest() for question in part.questions]
+    """Shuffled by a keyed hash of the question: independent of file order, questions that look equal side by side."""
+    spelt: dict[str, str] = {}
+    for seen, question in zip(part.seen, part.questions, strict=True):
+        spelt[seen] = min(spelt.get(seen, question), question)
+    keys = [hashlib.blake2b(f"{seed}\n{spelt[seen]}".encode()).digest() for seen in part.seen]
     return Part(part.rows, [part.numbers[place] for place in sorted(range(len(keys)), key=keys.__getitem__)])
 
 
 def split_questions(part: Part, size: int) -> tuple[Part, Part]:
     """The first `size` rows and the rest, the cut moved on so that no question is on both sides."""
-    size = _cut(part.questions, size)
+    size = _cut(part.seen, size)
     return part[:size], part[size:]
 
 
@@ -169,7 +176,7 @@ def cut_questions(samples: Samples, size: int) -> tuple[Samples, Samples]:
 
 
 def _questions(samples: Samples) -> list[str]:
-    known, rows = samples.encoded.rows.questions, samples.encoded.numbers("row")[samples.chosen]
+    known, rows = samples.encoded.rows.seen, samples.encoded.numbers("row")[samples.chosen]
     return [known[row] for row in rows]
 
 
@@ -181,12 +188,12 @@ def _cut(questions: list[str], size: int) -> int:
 
 def _without_questions(part: Part, held_out: Part, data: DataSettings) -> Part:
     """Without the rows that ask what is held out, and perhaps without those that nearly do."""
-    asked = {"the validation data": held_out.questions}
+    asked = {"the validation data": held_out.seen}
     if data.decontaminate_with:
-        asked[", ".join(data.decontaminate_with)] = questions_of(data.decontaminate_with)
+        asked[", ".join(data.decontaminate_with)] = list(map(as_seen, questions_of(data.decontaminate_with)))
     for where, questions in asked.items():
         known = Alike(questions) if data.decontaminate == "ngram" else set(questions)
-        kept = [number for number in part.numbers if part.rows.questions[number] not in known]
+        kept = [number for number in part.numbers if part.rows.seen[number] not in known]
         if len(kept) < len(part):
             like = "is like one" if data.decontaminate == "ngram" else "is"
             warn(f"left out {counted(len(part) - len(kept), 'training row')} whose question {like} in {where}")
