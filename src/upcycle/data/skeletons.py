@@ -128,9 +128,14 @@ def skeleton_of(tokenizer: Tokenizer, row: Row, divisions: Sequence[Division]) -
 
 
 def ignored_of(tokenizer: Tokenizer, row: Row) -> tuple[str, ...]:
-    """Whose messages the template leaves out, by role, answers aside; and `tools` where it shows none of them."""
+    """Whose messages the template leaves out, by role; and `tools` where it shows none of them.
+
+    Answers aside, and questions, which every template shows.
+    """
+    said = {turn: message for turn, message in enumerate(row.messages) if message["role"] not in ("user", "assistant")}
+    if not said and not row.tools:
+        return ()
     marker = _unused(row)
-    said = {turn: message for turn, message in enumerate(row.messages) if message["role"] != "assistant"}
     marked = {turn: {**message, "content": f"{message['content']} {marker}{turn}x"} for turn, message in said.items()}
     messages = [marked.get(turn, message) for turn, message in enumerate(row.messages)]
     text = try_render(tokenizer, row, messages)
