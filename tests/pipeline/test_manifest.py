@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import xxhash
+from safetensors.torch import save_file
 
 from upcycle.disk import digest
 from upcycle.errors import UpcycleError
@@ -25,6 +27,16 @@ def sealed(folder: Path, **options: int) -> Path:
     (partial / "weights").write_bytes(CONTENT)
     seal(partial, folder, {}, {}, 0, **options)
     return folder
+
+
+def test_whoever_may_read_a_stage_may_read_its_weights(tmp_path: Path) -> None:
+    partial = open_partial(tmp_path / "prepare", {}, update=False)
+    save_file({"a": torch.zeros(3)}, partial / "model.safetensors")
+    (partial / "model.safetensors").chmod(0o600)
+    seal(partial, tmp_path / "prepare", {}, {}, 0)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "prepare").iterdir()}
+    assert len(modes) > 1
+    assert len(set(modes.values())) == 1
 
 
 @pytest.mark.parametrize(

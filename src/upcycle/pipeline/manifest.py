@@ -129,6 +129,8 @@ def seal(
     for path in [p for p in partial.rglob("*") if is_scratch(p)]:  # of a process that was killed while it wrote
         path.unlink()
     paths, algorithm = _files(partial), HASHED_WITH[format]
+    for path in paths:  # safetensors are written for their owner alone
+        path.chmod((partial / INPUTS.name).stat().st_mode)
     with ThreadPoolExecutor(1) as apart:  # the disk writes while the processor hashes
         synced = apart.submit(sync_files, partial)
         hashes = hash_files(paths, algorithm)
