@@ -24,7 +24,7 @@ from upcycle.disk import digest
 from upcycle.errors import UpcycleError
 from upcycle.settings import Source
 
-FORMAT = 5
+FORMAT = 6
 """Of the table; another one is another table."""
 TABLE, REPORT = "rows.arrow", "report.json"
 ROWS_AT_ONCE = 4096
