@@ -1,5 +1,6 @@
 """What is said of counts, progress and tables."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,27 @@ def test_every_figure_of_a_table_is_shown_whatever_the_width(
     assert max(map(len, printed.splitlines())) <= max(width, 24)  # the first column and one more are the least
     lines = [line.split() for line in printed.splitlines() if line.strip().startswith("E0 expert")]
     assert [cell for line in lines for cell in line[2:]] == figures[0]
+
+
+@pytest.mark.parametrize("width", [12, 30, 60, 80, 100])
+def test_every_word_of_a_table_is_shown(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console.console, "width", width)
+    draw = random.Random(width)
+    for _ in range(40):
+        columns = draw.randint(2, 9)
+        heads = [f"head{i}" + draw.choice(["", " of a token", " p (paired)"]) for i in range(columns)]
+        cells = ("0.1234", "12,345,678", "100.0% (25.0%)", "-0.09 (-0.1 to -0.08)")
+        rows = [["v" * draw.randint(3, 50), *(draw.choice(cells) for _ in range(columns - 1))] for _ in range(3)]
+        table("t", heads, rows, words=draw.random() < 0.5)
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= width
+        whole = " ".join(cell for row in rows for cell in row[1:])
+        for word in set(whole.split()) if width > 30 else ():
+            assert printed.split().count(word) == whole.split().count(word)
+        assert printed.count("v") >= sum(len(row[0]) for row in rows)
+        assert sum(map(printed.count, "0123456789")) >= sum(map(whole.count, "0123456789"))
 
 
 def test_commands_are_typed_with_their_spaces_quoted() -> None:

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import product
 from typing import Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
@@ -138,8 +139,8 @@ def track(items: Sequence[T], description: str, unit: str) -> Iterator[T]:
 
 WORDY = 40
 """Characters from which on a first column is wrapped before figures are."""
-GAP = 3
-"""Characters between columns."""
+GAP, EDGES = 3, 2
+"""Characters between columns, and around them."""
 
 
 def table(
@@ -147,18 +148,24 @@ def table(
 ) -> None:
     """Print a table under its title: first column left, the others right, unless they are `words`; a note below.
 
-    Where it is too wide, cells are wrapped between words, or first those of a first column of long ones. Columns that
-    do not fit even so follow below, the first one again beside them.
+    Where it is too wide, cells are wrapped between words, last those of the first column unless they are long. Columns
+    that do not fit even so follow below, the first one again beside them.
     """
     cells = [[visible(cell) for cell in row] for row in (columns, *rows)]
+    by_column = list(zip(*cells, strict=True))
     wordy = any(len(row[0]) > WORDY for row in cells[1:])
-    widths = [_least_width([row[i] for row in cells], whole=i == 0 and not wordy) for i in range(len(columns))]
+    least = _that_fit([_least_width(column, whole=i == 0 and not wordy) for i, column in enumerate(by_column)])
+    order = sorted(range(len(columns)), key=lambda i: (i == 0) != wordy, reverse=True)
+    wishes = [
+        [_least_width(column[first:], whole=True) for column in by_column] for first in (1, 0)
+    ]  # rows, then heads
     console.print(visible(f"\n{title}"), style="bold", markup=False, soft_wrap=True)
-    for block in _blocks(widths):
+    for block in _blocks(least):
         grid = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        widths = _widened({i: least[i] for i in order if i in block}, wishes)
         for i in block:
             side: Literal["left", "right"] = "left" if words or i == 0 else "right"
-            grid.add_column(Text(cells[0][i]), justify=side, no_wrap=(i == 0) != wordy, min_width=widths[i])
+            grid.add_column(Text(cells[0][i]), justify=side, width=widths[i], overflow="fold")
         for row in cells[1:]:
             grid.add_row(*(Text(row[i]) for i in block))  # not as markup: a setting may have brackets
         console.print(grid)
@@ -171,13 +178,28 @@ def _least_width(cells: Sequence[str], whole: bool) -> int:
     return max((cell_len(part) for cell in cells for part in ([cell] if whole else cell.split())), default=0)
 
 
+def _that_fit(least: Sequence[int]) -> list[int]:
+    """With the first column so narrow that every other one fits beside it; of a narrow line both are."""
+    room = max(2, console.width - EDGES - GAP)
+    first = min(least[0], max(room // 2, room - max(least[1:], default=0)))
+    return [first, *(min(width, room - first) for width in least[1:])]
+
+
+def _widened(widths: dict[int, int], wishes: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Columns' widths with what is left of the line given to those that wish more, in order."""
+    for wish, i in product(wishes, widths):
+        spare = console.width - EDGES + GAP - sum(width + GAP for width in widths.values())
+        widths[i] += max(0, min(spare, wish[i] - widths[i]))
+    return widths
+
+
 def _blocks(widths: Sequence[int]) -> list[list[int]]:
     """Columns by number that fit beside each other, with the first in every block."""
-    blocks, used = [[0]], widths[0] + GAP
+    blocks, used = [[0]], widths[0] + GAP + EDGES
     for number, width in enumerate(widths[1:], start=1):
         if used + width > console.width and len(blocks[-1]) > 1:
             blocks.append([0])
-            used = widths[0] + GAP
+            used = widths[0] + GAP + EDGES
         blocks[-1].append(number)
         used += width + GAP
     return blocks

@@ -556,8 +556,8 @@ class EvaluateSettings(Settings):
     """The evaluation that ends a run: held-out loss, and exact match where answers are short."""
 
     models: Literal["all", "ends"] = "all"
-    """What to score. `all`: the base, every checkpoint and the MoE. `ends`: the base, the last checkpoint and the
-    MoE."""
+    """What to score. `all`: the base, every checkpoint and the MoE. `ends`: the base, the last checkpoint (every
+    one with `prepare.by_domain`) and the MoE."""
     exact_match: bool = True
     """Also generate greedily and compare with the reference answer, for rows with short answers."""
     max_answer_tokens: int = Field(16, ge=1)

@@ -326,6 +326,14 @@ def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
         rows_of(path)
 
 
+def test_zstd_with_a_wide_window_is_read(tmp_path: Path) -> None:
+    """As `zstd --long` writes large files."""
+    wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    packed = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    (tmp_path / "rows.jsonl.zst").write_bytes(packed.compress(jsonl([plain(CHATS[0])]).encode()) + packed.flush())
+    assert len(rows_of(tmp_path / "rows.jsonl.zst")) == 1
+
+
 def test_zstd_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
     parts = [jsonl([plain(spec)] * 20_000).encode() for spec in CHATS[:2]]
     path = tmp_path / "rows.jsonl.zst"
@@ -539,7 +547,51 @@ def test_sharegpts_call_is_a_call_and_not_a_text() -> None:
     assert plain.messages[1] == {"role": "assistant", "content": "f(1)"}
 
 
-@pytest.mark.parametrize("given", ["f", {"arguments": {}}, [{"function": {}}], [{"name": ""}], [1]])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"tool_calls": "[]"},
+        {"tool_calls": "null"},
+        {"tool_calls": "{}"},
+        {"tool_calls": ""},
+        {"tool_calls": [{}]},
+        {"tool_calls": [{"function": {"name": None, "arguments": None}}]},
+        {"function_call": {"name": None, "arguments": None}},
+    ],
+)
+def test_a_message_that_calls_nothing_is_read(nothing: dict[str, Any]) -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", **nothing}]
+    assert to_row({"messages": turns}, "here:1").messages[1] == {"role": "assistant", "content": "!"}
+
+
+def test_openais_former_fields_make_a_whole_chat() -> None:
+    turns = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "parameters": {"x": 1}}},
+        {"role": "function", "name": "f", "content": "1"},
+        {"role": "assistant", "content": "one", "tool_calls": [{"type": "function", "function": {"name": "g"}}]},
+    ]
+    row = to_row({"messages": turns}, "here:1")
+    assert [called(message) for message in row.messages] == [[], [F], [], [{"name": "g", "arguments": {}}]]
+    assert row.messages[2]["role"] == "tool"
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        {"messages": [{"role": "system", "content": "A"}, {"role": "user", "content": "?"}]},
+        {"conversations": [{"from": "system", "value": "A"}, {"from": "human", "value": "?"}]},
+        {"prompt": [{"role": "system", "content": "A"}, {"role": "user", "content": "?"}], "completion": "!"},
+    ],
+)
+def test_a_system_message_that_is_there_twice_counts_once(chat: dict[str, Any]) -> None:
+    said = [(m["role"], m["content"]) for m in to_row({**chat, "system": "A"}, "here:1").messages]
+    assert said[:2] == [("system", "A"), ("user", "?")]
+    with pytest.raises(UpcycleError, match="here:1: the chat has a system message, and the column 'system' another"):
+        to_row({**chat, "system": "B"}, "here:1")
+
+
+@pytest.mark.parametrize("given", ["f", {"arguments": {}}, [{"name": "", "arguments": {"x": 1}}], [1]])
 def test_a_call_without_a_name_is_refused(given: Any) -> None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": given}]
     with pytest.raises(UpcycleError, match=r"here:1: messages\[1\] calls .*, expected an object with a 'name'"):
@@ -551,7 +603,9 @@ def test_a_system_column_stands_ahead_of_messages() -> None:
     system = {"role": "system", "content": "Be brief."}
     for row in ({"messages": turns, "system": "Be brief."}, {"messages": [system, *turns], "system": "Be brief."}):
         assert to_row(row, "x").messages == (system, *turns)
-    with pytest.raises(UpcycleError, match="here:1: 'messages' has a system message, and 'system' another; keep one"):
+    with pytest.raises(
+        UpcycleError, match="here:1: the chat has a system message, and the column 'system' another; keep one"
+    ):
         to_row({"messages": [system, *turns], "system": "Be long."}, "here:1")
 
 

@@ -104,6 +104,10 @@ def test_a_card_says_the_same_wherever_it_is_written(
         if number == 1:
             shutil.rmtree(dense)
     assert "license: llama3" in texts[0]
+    assert "Training data: `" in texts[0] and str(tmp_path) not in texts[0].split("## Reproduce")[0]  # noqa: PT018
+    halved = upcycle.export(tmp_path / "run", tmp_path / "half", dtype="bfloat16")
+    said = "The weights are stored in bfloat16; the scores are of the model in float32."
+    assert [said in text for text in (texts[0], (halved / "README.md").read_text())] == [False, True]
     assert "base_model" not in texts[0]
     assert texts[1:] == texts[:1] * 2
     (tmp_path / "run" / "assemble" / "base.json").unlink()

@@ -13,6 +13,7 @@ from upcycle.records.files import COMPARISON, PLAN, SCORES, SWEEP, run_of
 from upcycle.records.plan import ExpansionPlan, Expert
 from upcycle.records.scores import MOE, ModelScores
 from upcycle.reporting.comparison import find_comparison, summarise, verdict_of_run
+from upcycle.reporting.verdict import on_the_way
 from upcycle.studies.cells import labels
 from upcycle.studies.statistics import summary
 
@@ -30,6 +31,12 @@ def cells(*losses: float, tokens: int = 1000) -> list[Measures]:
     ]
 
 
+def kept(*losses: float, by_domain: bool = False) -> list[Measures]:
+    """As `--results` keeps them."""
+    more = {"by_domain": by_domain or None, "seconds": {"route": 51.0}}
+    return [measures.model_copy(update=more) for measures in cells(*losses)]
+
+
 def written(folder: Path) -> str:
     result = CliRunner().invoke(app, ["report", str(folder)])
     assert result.exit_code == 0, result.output
@@ -40,6 +47,20 @@ def comparison(variants: dict[str, list[Measures]], problems: list[str], folder:
     rows = summary(variants, labels(list(variants)))
     COMPARISON.write(folder, Comparison(variants=variants, summary=rows, not_comparable=problems))
     return written(folder)
+
+
+def test_cells_that_were_kept_have_their_seconds_and_no_memory(tmp_path: Path) -> None:
+    text = comparison({"sft": kept(1.0, 1.2), "upit": kept(0.9, 1.1)}, [], tmp_path)
+    assert text.count("<td>51</td><td></td>") == 2
+    assert "<td>0.00</td>" not in text
+
+
+def test_no_domain_is_called_the_last_checkpoint() -> None:
+    assert [card.heading for card in on_the_way(kept(1.0))] == [
+        "Against the base",
+        "Against the last checkpoint (checkpoint-9)",
+    ]
+    assert [card.heading for card in on_the_way(kept(1.0, by_domain=True))] == ["Against the base"]
 
 
 def test_it_says_which_is_better_and_whether_that_is_noise(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_other_numbers_of_held_out_seed_rows_are_said_before_anything_trains(rec
 def test_other_rows_or_checkpoints_make_no_comparison(recipe_file: Path) -> None:
     def kept(*overrides: str) -> Cell:
         recipe = load_recipe(str(recipe_file), overrides).model_dump(mode="json")
-        return Cell(**vars(cell(0, 1.0)), recipe=recipe, version="1", machine="one", seconds={})
+        return Cell(**vars(cell(0, 1.0)), recipe=recipe, version="1", machine="one")
 
     assert differences({"a": [kept()], "b": [kept("data.fraction=0.5", "evaluate.exact_match=true")]}) == []
     assert differences({"a": [kept()], "b": [kept("data.max_validation=10")]}) == [

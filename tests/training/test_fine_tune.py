@@ -192,17 +192,21 @@ def test_two_trainings_share_one_schedule(
     assert rates("second", 64, (1 / 3, 1.0)) == pytest.approx(expected[4:])
 
 
-def test_one_schedule_has_whole_steps_in_both_parts(base: Path, samples: list[Sample], tmp_path: Path) -> None:
-    """2 and 1.5 epochs of three steps: six, and five."""
+@pytest.mark.parametrize(("before", "behind", "steps"), [(2.0, 1.5, 11), (2.0, 0.1, 7), (0.1, 2.0, 7)])
+def test_one_schedule_has_whole_steps_in_both_parts(
+    before: float, behind: float, steps: int, base: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Of epochs of three steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=SETTINGS.learning_rate)
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=11)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
     expected = []
-    for _ in range(11):
+    for _ in range(steps):
         expected.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
     found = []
-    for name, epochs, span in (("first", 2.0, (0.0, 4 / 7)), ("second", 1.5, (4 / 7, 1.0))):
+    cut = before / (before + behind)
+    for name, epochs, span in (("first", before, (0.0, cut)), ("second", behind, (cut, 1.0))):
         changed = {"epochs": epochs, "checkpoint_every": epochs, "lr_scheduler": "linear", "warmup_fraction": 0.0}
         training = Training(SETTINGS.model_copy(update=changed), 0, name, tmp_path / name, span=span)
         model = load_model(base, torch.float32).train()

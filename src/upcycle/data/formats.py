@@ -102,16 +102,18 @@ class Format:
 
 def _chat(values: Values) -> list[Any]:
     turns = _listed(values["messages"], "messages")
-    said = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "system"]
-    if said and values.get("system") not in (None, "", *said):
-        raise UpcycleError("'messages' has a system message, and 'system' another; keep one")
-    return turns if said else [*_system(values), *turns]
+    return _with_system(values, [_of_former_role(turn) for turn in turns])
+
+
+def _of_former_role(turn: Any) -> Any:
+    """OpenAI's results of `function_call` have a role of their own."""
+    return {**turn, "role": "tool"} if isinstance(turn, dict) and turn.get("role") == "function" else turn
 
 
 def _sharegpt(values: Values) -> list[Any]:
     """`from` and `value`, or `role` and `content`, or as some have it, one of each."""
     turns = _listed(values["conversations"], "conversations")
-    return [*_system(values), *(_turn(turn) if isinstance(turn, dict) else turn for turn in turns)]
+    return _with_system(values, [_turn(turn) if isinstance(turn, dict) else turn for turn in turns])
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -124,11 +126,8 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 def _prompt_completion(values: Values) -> list[Any]:
     """Texts, or lists of messages, as TRL documents them."""
-    return [
-        *_system(values),
-        *_side(values["prompt"], "user", "prompt"),
-        *_side(values["completion"], "assistant", "completion"),
-    ]
+    asked, said = values["prompt"], values["completion"]
+    return _with_system(values, [*_side(asked, "user", "prompt"), *_side(said, "assistant", "completion")])
 
 
 def _side(value: Any, role: str, column: str) -> list[Any]:
@@ -164,11 +163,21 @@ def _alpaca(values: Values) -> list[Any]:
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
     last = [{"role": "user", "content": asked}, {"role": "assistant", "content": values["output"]}]
-    return [*_system(values), *earlier, *last]
+    return _with_system(values, [*earlier, *last])
 
 
-def _system(values: Values) -> list[Message]:
-    return [{"role": "system", "content": values["system"]}] if values.get("system") else []
+def _with_system(values: Values, turns: list[Any]) -> list[Any]:
+    """The turns behind the `system` column's message, if they have none.
+
+    Raises:
+        UpcycleError: they have another.
+    """
+    if not (system := values.get("system")):
+        return turns
+    said = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "system"]
+    if said and system not in said:
+        raise UpcycleError("the chat has a system message, and the column 'system' another; keep one")
+    return turns if said else [{"role": "system", "content": system}, *turns]
 
 
 def _listed(value: Any, column: str) -> list[Any]:
@@ -282,22 +291,39 @@ def _calls(message: Message, name: str, where: str) -> list[Any]:
     Raises:
         UnusableError: a call without the name of what it calls.
     """
-    given, former = _parsed(message.pop("tool_calls", None)), _parsed(message.pop(CALL, None))
-    if not given and former:
-        some = former if isinstance(former, list) else [former]
-        given = [{"type": "function", "function": _parsed(call)} for call in some]
-    calls = [_parsed(call) for call in (given if isinstance(given, list) else [given] if given else [])]
+    given, former = (_all_of(message.pop(field, None)) for field in ("tool_calls", CALL))
+    calls = given or [{"type": "function", "function": call} for call in former]
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             detail = f"{name} calls {brief(call)}, expected an object with a 'name' and 'arguments'"
             raise UnusableError(where, "a call of a tool has no name", detail)
-    return [with_arguments(call, _as_object) for call in calls]
+    return [with_arguments(_with_all_fields(call), _as_object) for call in calls]
+
+
+def _all_of(value: Any) -> list[Any]:
+    """One or several, as they are or as JSON; of those that hold nothing, as tables fill columns up, none."""
+    found = _parsed(value)
+    some = map(_parsed, found if isinstance(found, list) else [found])
+    return [one for one in some if without_nulls(one) not in (None, "", {}, {"function": {}}, [])]
 
 
 def _parsed(value: Any) -> Any:
-    """What a JSON text spells."""
-    return (_json(value) or value) if isinstance(value, str) else value
+    """What a text spells, if that is JSON."""
+    try:
+        return parse_json(value, "") if isinstance(value, str) else value
+    except UpcycleError:
+        return value
+
+
+def _with_all_fields(call: dict[str, Any]) -> dict[str, Any]:
+    """With `arguments`, which templates print: some call them `parameters`, or leave them out where there are none."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_all_fields(call["function"])}
+    if call.get("arguments") is not None:
+        return call
+    rest = {name: value for name, value in call.items() if name not in ("arguments", "parameters")}
+    return {**rest, "arguments": call.get("parameters") or {}}
 
 
 def called(message: Message) -> list[dict[str, Any]]:

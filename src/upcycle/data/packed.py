@@ -8,6 +8,8 @@ from typing import Any
 from upcycle.errors import UpcycleError
 
 AT_ONCE = 1 << 17
+WIDEST = 1 << 31
+"""Bytes that `zstd --long` may look back for."""
 PACKERS = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2", ".zst": "zstandard"}
 """By suffix, the modules that unpack them."""
 
@@ -61,7 +63,7 @@ class ZstdFrames(io.RawIOBase):
                     raise EOFError("the file ends before its zstd frame does")
                 return 0
             if self.frame is None or self.frame.eof:
-                self.frame = ZstdDecompressor().decompressobj()
+                self.frame = ZstdDecompressor(max_window_size=WIDEST).decompressobj()
             self.unpacked = memoryview(self.frame.decompress(packed))
             self.packed = self.frame.unused_data
         into = memoryview(buffer)

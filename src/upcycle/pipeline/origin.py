@@ -1,4 +1,4 @@
-"""Where a run's base comes from, and its licence."""
+"""Where a run's base comes from, and its licence; what its data are called."""
 
 from pathlib import Path
 
@@ -13,21 +13,29 @@ from upcycle.records.origin import Licence, Origin
 
 
 def write_origin(run: Run, out: Path) -> None:
-    """What is known of the base while it is here, into the folder of a stage."""
-    ORIGIN.write(out, _of_base(run.recipe.base, run.base.folder))
+    """What is known of base and data while they are here, into the folder of a stage."""
+    ORIGIN.write(out, _of(run, run.base.folder))
 
 
 def origin_of(run: Run) -> Origin | None:
-    """Of a run's base: as it is now, or else as it was at assembly; None if neither is known."""
+    """Of a run: as it is now, or else as it was at assembly; None if neither is known."""
     known, folder = ORIGIN.known_of(run.folder), run.find_base()
-    now = _of_base(run.recipe.base, folder) if folder else None
-    return now if now and (now.licence or not known) else known
+    now = _of(run, folder) if folder else None
+    if now and known:
+        return now.model_copy(update={"data": known.data, "licence": now.licence or known.licence})
+    return now or known
 
 
-def _of_base(name: str, folder: Path) -> Origin:
+def _of(run: Run, base: Path) -> Origin:
     from upcycle.weights.folders import BUILTIN_BASE
 
-    return Origin(on_hub=name != BUILTIN_BASE and not expanded(name).is_dir(), licence=licence_of(folder))
+    name, data = run.recipe.base, run.recipe.data
+    sources = [source.path for source in data.sources(data.train)]
+    return Origin(
+        on_hub=name != BUILTIN_BASE and not expanded(name).is_dir(),
+        licence=licence_of(base),
+        data=[Path(path).name if expanded(path).exists() else path for path in sources],
+    )
 
 
 def licence_of(base: Path) -> Licence:

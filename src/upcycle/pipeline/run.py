@@ -26,7 +26,7 @@ from upcycle.records.files import (
     ROUTE_REPORT,
     SCORES,
 )
-from upcycle.records.manifest import FORMAT, READING
+from upcycle.records.manifest import FORMAT, READING, ROWS
 from upcycle.records.plan import Checkpoint, ExpansionPlan
 from upcycle.records.route import RouteReport
 from upcycle.records.scores import Scores
@@ -332,7 +332,7 @@ class Run:
         if stage.reads_data(self.recipe):
             found["data"] = self.data_hash
             if self.format >= READING:
-                found["reading"] = str(READING)
+                found["reading"] = str(ROWS)
         if stage.reads_data(self.recipe) or stage.reads_template:
             found["chat_template"] = digest(self.base.chat_template)
         found |= stage.more_inputs(self)

@@ -43,6 +43,10 @@ class Measures(Record):
     """Of the base and the checkpoints on the way."""
     initial_loss: ByDomain | None = optional()
     """Of the MoE before post-training."""
+    by_domain: bool | None = optional()
+    """Whether no checkpoint is the last one, as each is of a training of its own."""
+    seconds: dict[str, float] | None = optional()
+    """By stage, of those that the run made itself."""
 
     @property
     def total_tokens(self) -> int:
@@ -68,8 +72,6 @@ class Cell(Measures):
     version: str
     """Of the code."""
     machine: str
-    seconds: dict[str, float]
-    """By stage, of those that the run made itself."""
     inputs: dict[str, str] | None = optional()
     """Name to hash of what the recipe names and the rows' hash leaves out: the base, a chat template, checkpoints."""
 

@@ -12,6 +12,8 @@ HASHED_WITH = {1: SHA256, 2: XXH3, 3: XXH3}
 FORMAT = 3
 READING = 3
 """The format from which on questions leave system messages out, and models weights for other programs."""
+ROWS = 4
+"""Raised where the same rows are read or split in another way."""
 LIBRARIES = ("upcycle", "torch", "transformers", "trl", "peft", "accelerate", "safetensors", "numpy", "scipy")
 
 

@@ -1,4 +1,4 @@
-"""What a run's base was when its MoE was assembled: its folder may be gone, or named from another place, later."""
+"""What base and data of a run were when its MoE was assembled: later they may be gone, or named from another place."""
 
 from upcycle.records.record import Record
 
@@ -13,3 +13,5 @@ class Origin(Record):
     """Whether the recipe names it as the hub does."""
     licence: Licence
     """What its own model card says; empty: nothing."""
+    data: list[str]
+    """What the training data are called: files and folders without where they lie."""

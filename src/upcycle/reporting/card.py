@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 from upcycle.architectures.clients import commands
 from upcycle.disk import write_text
 from upcycle.pipeline.benchmarks import read_scores
+from upcycle.reading import read_json
 from upcycle.recipe import Recipe, dump_recipe
 from upcycle.records.benchmark import score_table
 from upcycle.records.description import Description
@@ -76,7 +77,7 @@ Children: {plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed}. Similarity
 
 ## Scores on held-out rows
 
-{_scores(run)}
+{_scores(run)}{_stored(folder, run)}
 
 ## Use
 
@@ -84,7 +85,7 @@ Children: {plan.merge}, drop rate {plan.drop_rate}, seed {plan.seed}. Similarity
 
 ## Licence and data
 
-{inherited} Training data: {_listed(recipe.data)}.
+{inherited} Training data: {_listed(recipe.data, origin)}.
 
 ## Reproduce
 
@@ -153,6 +154,17 @@ def _exact(entry: ModelScores) -> str:
     return f"{share:.1%} +- {standard_error(share, entry.exact_match_rows):.1%}"
 
 
-def _listed(data: DataSettings) -> str:
-    names = [source.path for source in data.sources(data.train)]
-    return ", ".join(f"`{Path(name).name if Path(name).exists() else name}`" for name in names)
+def _listed(data: DataSettings, origin: Origin | None) -> str:
+    names = origin.data if origin else [Path(source.path).name for source in data.sources(data.train)]
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _stored(folder: Path, run: Path) -> str:
+    """That an export in another dtype was not scored itself."""
+    own, scored = (_dtype(path) for path in (folder, RESULT.of(run)))
+    return f"\n\nThe weights are stored in {own}; the scores are of the model in {scored}." if own != scored else ""
+
+
+def _dtype(folder: Path) -> str | None:
+    path = folder / "config.json"
+    return str(read_json(path).get("dtype")) if path.is_file() else None

@@ -321,10 +321,11 @@ def _costs(folder: Path, found: Found) -> Table:
     for number, (row, runs) in enumerate(zip(found.summary, found.variants.values(), strict=True)):
         tokens = [fmean(run.tokens.get(stage, 0) for run in runs) for stage in stages]
         costs = [read_costs(run_of(folder, number, run.seed)).values() for run in runs]
-        seconds = fmean(sum(cost.seconds for cost in cell) for cell in costs)
+        kept = [sum((run.seconds or {}).values()) for run in runs]
+        seconds = fmean(sum(cost.seconds for cost in cell) or known for cell, known in zip(costs, kept, strict=True))
         memory = max((cost.memory_gb for cell in costs for cost in cell), default=0.0)
         flops = fmean(run.total_flops for run in runs)
-        spent = [f"{flops:.3g}" if flops else "", f"{seconds:,.0f}", f"{memory:.2f}"]
+        spent = [f"{flops:.3g}" if flops else "", f"{seconds:,.0f}", f"{memory:.2f}" if memory else ""]
         lines.append([row.label, *(f"{n:,.0f}" for n in tokens), *spent])
     heads = [f"training tokens, {stage}" for stage in stages]
     return Table("cost", ["variant", *heads, "training FLOPs", "seconds", "most GB resident"], lines)

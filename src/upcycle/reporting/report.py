@@ -98,6 +98,7 @@ def _verdict(run: Path, recipe: Recipe, plan: ExpansionPlan, scores: Scores) -> 
         loss=moe.loss,
         exact_match=moe.exact_match or None,
         dense=dense,
+        by_domain=recipe.prepare.by_domain or None,
     )
     return of_run(measures, is_dense(plan), comparing_command(run, recipe))
 

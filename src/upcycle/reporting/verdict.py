@@ -57,7 +57,7 @@ def on_the_way(runs: Sequence[Measures]) -> list[Card]:
     """Against the base and the last checkpoint, which have seen fewer training tokens; a run for each seed."""
     models = [run.dense or {} for run in runs]
     names = list(models[0])
-    last = [names[-1]] if names and names[-1] != BASE else []
+    last = [names[-1]] if names and names[-1] != BASE and not any(run.by_domain for run in runs) else []
     cards = []
     for name in [BASE, *last]:
         known = {run.seed: found[name] for run, found in zip(runs, models, strict=True) if name in found}

@@ -250,7 +250,7 @@ def _of_this_run(found: Cell, run: Run, where: Path) -> Cell:
             f"{where} was made from different inputs ({changed_inputs(found.inputs, inputs)} changed); move it away, "
             "or use a different --out and --results"
         )
-    return found
+    return found.model_copy(update={"by_domain": run.recipe.prepare.by_domain or None})
 
 
 def _inputs_if_here(run: Run) -> dict[str, str] | None:
@@ -295,6 +295,7 @@ def measure(run: Run, benchmark: ByDomain | None) -> Cell:
             if entry.expert_share is None
         },
         initial_loss=scores[MOE_INIT].loss,
+        by_domain=run.recipe.prepare.by_domain or None,
         recipe=run.recipe.model_dump(mode="json"),
         version=code_version(),
         machine=machine(),

@@ -68,7 +68,7 @@ class UpcyclingTrainer(SFTTrainer):  # type: ignore[misc]
         """The part of the schedule that this training takes; each part has whole steps."""
         begin, end = self.training.span
         epochs = self.args.num_train_epochs / (end - begin)
-        per_epoch = int(num_training_steps / self.args.num_train_epochs + ROUNDING)
+        per_epoch = math.ceil(self.rows / self.training.settings.batch_size)
         skipped, left = (math.ceil(share * epochs * per_epoch - ROUNDING) for share in (begin, 1 - end))
         scheduler: LambdaLR = super().create_scheduler(skipped + num_training_steps + left, optimizer)
         if skipped:

@@ -183,7 +183,7 @@ def cosines(vectors: Sequence[Float[Tensor, "E H"]], begun: Sequence[Float[Tenso
     """
     pairs = [[layer - layer.mean(dim=0) for layer in both] for both in zip(vectors, begun, strict=True)]
     found = [torch.cosine_similarity(new.flatten(), old.flatten(), dim=0).item() for new, old in pairs]
-    if max(found) > UNMOVED:
+    if min(found) > UNMOVED:
         warn(
             f"route: after its training the router is nearly the random one that it began from (cosine "
             f"{min(found):.2f} to {max(found):.2f}); raise route.epochs or route.learning_rate, or give more seed data"
