@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,10 +336,15 @@ def test_zstd_with_a_wide_window_is_read(tmp_path: Path) -> None:
 
 
 def test_zstd_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
-    parts = [jsonl([plain(spec)] * 20_000).encode() for spec in CHATS[:2]]
+    said = random.Random(0).randbytes(400_000).hex()  # does not shrink: several blocks
+    parts = [jsonl([{"prompt": str(i), "completion": said[4000 * i : 4000 * (i + 1)]}]) for i in range(200)]
     path = tmp_path / "rows.jsonl.zst"
-    path.write_bytes(b"".join(map(zstandard.compress, parts)))
-    assert len(rows_of(path)) == 40_000
+    path.write_bytes(
+        b"".join(zstandard.compress(half.encode()) for half in ("".join(parts[:150]), "".join(parts[150:])))
+    )
+    assert [row.messages[1]["content"] for row in rows_of(path)] == [
+        said[4000 * i : 4000 * (i + 1)] for i in range(200)
+    ]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UpcycleError, match="the file ends before its zstd frame does"):
         rows_of(path)

@@ -104,7 +104,8 @@ def test_check_says_that_checkpoints_of_a_run_are_in_float32(base: Path, tmp_pat
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
     check(str(half), 6, 2, "source")
     said = capsys.readouterr().out
-    assert "the same in float32, as checkpoints are that Upcycle trains (assemble.dtype=bfloat16 avoids it)" in said
+    assert "the same in float32 " in said
+    assert "the MoE has the dtype of its checkpoints: float32 where the run trains them" in said
     check(str(base), 6, 2, "source")
     assert "the same in float32" not in capsys.readouterr().out
 

@@ -30,6 +30,9 @@ CHOICE_NOTE = (
 )
 TRAINED = torch.float32
 """Of checkpoints that a run trains, and so of a MoE with assemble.dtype=source."""
+TRAINED_NOTE = (
+    "the MoE has the dtype of its checkpoints: float32 where the run trains them, unless assemble.dtype says otherwise"
+)
 TRAINING_BYTES = 16
 """Per parameter in fp32 with AdamW: weight, gradient, two moments; activations come on top."""
 
@@ -56,7 +59,8 @@ def check(
         return mapping
     sliced = f" of {granularity} slices" if granularity > 1 else ""
     title = f"{folder.name}: {mapping.family}, {num_experts} experts{sliced}, top-{num_experts_per_tok}"
-    table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored, dtype == "source"))
+    wider = dtype == "source" and stored.itemsize < TRAINED.itemsize
+    table(title, ("", ""), _rows(mapping, num_experts_per_tok, stored, wider), note=TRAINED_NOTE * wider)
     title = "choices (expand.num_experts, assemble.layers, assemble.num_experts_per_tok, assemble.granularity)"
     table(title, CHOICE, _choices(mapping, reader), note=CHOICE_NOTE)
     config = mapping.moe_config(num_experts_per_tok, str(stored))
@@ -130,10 +134,10 @@ def say_text_part(reader: ModelReader, keeps: bool = False) -> None:
     say(f"{what}: {taken} parameters are taken, {others} of vision and the like are {fate}")
 
 
-def _rows(mapping: Mapping, active: int, stored: torch.dtype, follows: bool) -> Iterator[tuple[str, str]]:
+def _rows(mapping: Mapping, active: int, stored: torch.dtype, wider: bool) -> Iterator[tuple[str, str]]:
     """
     Args:
-        follows: the MoE has the dtype of the experts' checkpoints.
+        wider: the MoE has more bits where its checkpoints do.
     """
     total, name = mapping.num_parameters(), str(stored).removeprefix("torch.")
     yield "parameters, dense", f"{mapping.num_dense / 1e6:,.1f} M"
@@ -141,8 +145,7 @@ def _rows(mapping: Mapping, active: int, stored: torch.dtype, follows: bool) -> 
     yield "parameters, active per token", f"{mapping.num_parameters(active) / 1e6:,.1f} M"
     yield "FLOPs per token, over the dense model's", f"{mapping.flops_over_dense(active):.2f}"
     yield f"disk, and memory to serve it, in {name}", f"{total * stored.itemsize / 1e9:,.2f} GB"
-    if follows and stored.itemsize < TRAINED.itemsize:
-        made = "as checkpoints are that Upcycle trains"
-        yield f"the same in float32, {made} (assemble.dtype={name} avoids it)", f"{total * 4 / 1e9:,.2f} GB"
+    if wider:
+        yield "the same in float32", f"{total * TRAINED.itemsize / 1e9:,.2f} GB"
     yield "memory to route it on a CPU (fp32)", f"{total * 4 / 1e9:,.2f} GB"
     yield "memory to post-train all of it (fp32, AdamW)", f"{total * TRAINING_BYTES / 1e9:,.2f} GB and activations"
