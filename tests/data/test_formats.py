@@ -319,7 +319,7 @@ def test_a_truncated_file_is_named(kind: str, tmp_path: Path) -> None:
         said = (
             jsonl(list(rows))
             if "jsonl" in kind
-            else "prompt,completion\n" + "".join(f"{i},{i * i}\n" for i in range(20_000))
+            else "prompt,completion\n" + "".join(f"{i},{i * i}\n" for i in range(3_000))
         )
         path.write_bytes(PACK[kind.rpartition(".")[2]](said.encode()))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
