@@ -183,7 +183,9 @@ def export(source: Run | Name, to: Name, *, fold: bool = False, dtype: str = "so
         def card(made: Path) -> None:
             if finished:
                 description = kind_in(made).describe(made)
-                write_card(made, target.absolute().name, folder, finished.recipe, origin_of(finished), description)
+                write_card(
+                    made, target.absolute().name, folder, finished.recipe, origin_of(finished, dense), description
+                )
 
         stage.export(finished.result if finished else folder, target, fold, dtype, base, card)
     return target

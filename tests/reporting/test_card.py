@@ -111,7 +111,7 @@ def test_a_card_says_the_same_wherever_it_is_written(
     assert "base_model" not in texts[0]
     assert texts[1:] == texts[:1] * 2
     (tmp_path / "run" / "assemble" / "base.json").unlink()
-    older = card_text(to, "moe", tmp_path / "run", recipe, origin_of(Run(recipe, tmp_path / "run")), describe(to))
+    older = card_text(to, "moe", tmp_path / "run", recipe, origin_of(Run(recipe, tmp_path / "run"), None), describe(to))
     assert "The base was not found when this was written: look it up before you publish." in older
     assert "base_model" not in older
 

@@ -197,6 +197,9 @@ def test_other_numbers_of_held_out_seed_rows_are_said_before_anything_trains(rec
     assert not list(tmp_path.rglob("*.safetensors"))
     alike = [f"{texts[0]} route.min_samples_per_expert={held}", texts[1]]
     assert _planned(Study(alike, range(1), tmp_path / "out"), "tokens") == []
+    more = [f"{texts[0]} route.min_samples_per_expert={held + 1}", f"{texts[1]} posttrain.epochs=3"]
+    assert _planned(Study(more, range(1), tmp_path / "out"), "tokens") != []
+    assert _planned(Study(more, range(1), tmp_path / "out"), "flops") == []
 
 
 def test_other_rows_or_checkpoints_make_no_comparison(recipe_file: Path) -> None:

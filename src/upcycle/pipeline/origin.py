@@ -17,22 +17,25 @@ def write_origin(run: Run, out: Path) -> None:
     ORIGIN.write(out, _of(run, run.base.folder))
 
 
-def origin_of(run: Run) -> Origin | None:
-    """Of a run: as it is now, or else as it was at assembly; None if neither is known."""
-    known, folder = ORIGIN.known_of(run.folder), run.find_base()
-    now = _of(run, folder) if folder else None
-    if now and known:
-        return now.model_copy(update={"data": known.data, "licence": now.licence or known.licence})
-    return now or known
+def origin_of(run: Run, base: Path | None) -> Origin | None:
+    """Of a run: as it was at assembly, with the licence as it is now, or as it is now; None if neither is known.
+
+    Args:
+        base: its folder, None if that is gone.
+    """
+    if (known := ORIGIN.known_of(run.folder)) is None:
+        return _of(run, base) if base else None
+    licence = licence_of(base) if base else {}
+    return known.model_copy(update={"licence": licence}) if licence else known
 
 
 def _of(run: Run, base: Path) -> Origin:
-    from upcycle.weights.folders import BUILTIN_BASE
+    from upcycle.weights.folders import BUILTIN_BASE, is_here
 
     name, data = run.recipe.base, run.recipe.data
     sources = [source.path for source in data.sources(data.train)]
     return Origin(
-        on_hub=name != BUILTIN_BASE and not expanded(name).is_dir(),
+        on_hub=name != BUILTIN_BASE and not expanded(name).is_dir() and is_here(name),
         licence=licence_of(base),
         data=[Path(path).name if expanded(path).exists() else path for path in sources],
     )
