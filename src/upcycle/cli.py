@@ -13,11 +13,11 @@ from upcycle.command import LOUDNESS, is_verbose, quiet_bars, quiet_libraries, r
 from upcycle.console import hide_progress, tell
 from upcycle.disk import check_folder, check_new, check_writable
 from upcycle.distributed import world
-from upcycle.errors import UpcycleError, command_line
+from upcycle.errors import UpcycleError
 from upcycle.hashes import verify_in_full
 from upcycle.pipeline.benchmarks import own_folder
 from upcycle.pipeline.resume import run_stages, status
-from upcycle.pipeline.run import Run, is_run
+from upcycle.pipeline.run import Run, again, is_run
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import STAGES, stage_names, stages_until
 from upcycle.reading import brief
@@ -27,7 +27,6 @@ from upcycle.records.files import (
     COMPARISON,
     COMPARISON_PICTURE,
     EVALUATE,
-    RECIPE,
     REPORT,
     SWEEP,
     SWEEP_PICTURE,
@@ -492,8 +491,7 @@ def _execute(
         world.on_main(lambda: show_summary(run))
     else:
         made = folder / stages[-1]
-        again = command_line("run", RECIPE.of(folder), "--run", folder)
-        world.on_main(lambda: tell(f"{made} is complete; all stages: {again}"))
+        world.on_main(lambda: tell(f"{made} is complete; all stages: {again(folder)}"))
 
 
 def _show_plan(run: Run, stages: tuple[str, ...]) -> None:

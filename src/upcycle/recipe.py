@@ -137,23 +137,22 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _no_domain_is_the_last(self) -> "Recipe":
         """A training for each domain has no last checkpoint: that would be the domain at the end of the alphabet."""
-        whole = self.prepare.train == "full" and self.assemble.shared == "last"
-        last = {
-            "expand.copies_of": self.expand.copies_of == "last",
-            "expand.spread": self.expand.spread != 1,
-            "assemble.shared": whole,
-        }
-        if (
-            self.tunes
-            and self.prepare.by_domain
-            and (named := next((name for name, is_set in last.items() if is_set), ""))
-        ):
-            section, field = named.split(".")
-            raise ValueError(
-                f"{named} is {getattr(getattr(self, section), field)}, which needs a last checkpoint, but with "
-                "prepare.by_domain there is one for each domain; "
-                + ("set assemble.shared=mean or base" if whole and named == "assemble.shared" else "leave it out")
-            )
+        expand, shared = self.expand, self.assemble.shared
+        uses = (
+            (expand.copies_of == "last", "expand.copies_of is last", "leave it out"),
+            (expand.spread != 1, f"expand.spread is {expand.spread}", "leave it out"),
+            (
+                self.prepare.train == "full" and shared == "last",
+                "assemble.shared is last",
+                "set assemble.shared=mean or base",
+            ),
+        )
+        for is_set, named, remedy in uses if self.tunes and self.prepare.by_domain else ():
+            if is_set:
+                raise ValueError(
+                    f"{named}, which needs a last checkpoint, but with prepare.by_domain there is one for each domain; "
+                    f"{remedy}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -52,8 +52,7 @@ def check(
         say_text_part(reader)
     mapping = map_model(folder, reader, num_experts, Slicing(granularity))
     difference = check_source(mapping, reader)
-    source = max((reader.spec(move.dense.tensor).dtype for move in mapping.ffn), key=lambda kind: kind.itemsize)
-    stored = source if dtype == "source" else DTYPE_NAMES[dtype]
+    stored = mapping.widest(reader) if dtype == "source" else DTYPE_NAMES[dtype]
     if as_json:
         print(json.dumps(_facts(mapping, num_experts_per_tok, stored, difference), indent=2))
         return mapping

@@ -115,6 +115,10 @@ class Mapping:
         """FLOPs of a token over the dense model's, scores of attention left out in both."""
         return (self.num_parameters(num_experts_per_tok) - self.moe_lookup) / (self.num_dense - self.lookup)
 
+    def widest(self, reader: ModelReader) -> torch.dtype:
+        """Of the dtypes of a dense model's FFN weights."""
+        return max((reader.spec(move.dense.tensor).dtype for move in self.ffn), key=lambda kind: kind.itemsize)
+
     def num_parameters(self, active_experts: int | None = None) -> int:
         """Of the MoE: in all, or used for a token that goes to `active_experts`; embeddings included."""
         idle = 0 if active_experts is None else self.num_experts - active_experts

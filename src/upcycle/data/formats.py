@@ -119,7 +119,7 @@ def _sharegpt(values: Values) -> list[Any]:
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     said_by, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-    if said_by == CALL and isinstance(said, str) and isinstance(_json(said), dict | list):
+    if said_by == CALL and isinstance(said, str) and isinstance(_parsed(said), dict | list):
         return {"role": "assistant", CALL: said, **rest}
     return {"role": SAID_BY.get(str(said_by).lower(), said_by), "content": said, **rest}
 
@@ -134,18 +134,18 @@ def _side(value: Any, role: str, column: str) -> list[Any]:
     if isinstance(value, str) and value.startswith('[{"'):  # messages in a CSV cell, or a text that is JSON
         if value.startswith(('[{"role"', '[{"from"')):
             return _listed(value, column)
-        found = _json(value)
+        found = _parsed(value)
         if isinstance(found, list) and all(isinstance(turn, dict) and "role" in turn for turn in found):
             return found
     return _listed(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def _json(text: str) -> Any:
-    """What a text spells; None if it is not JSON."""
+def _parsed(value: Any) -> Any:
+    """What a text spells, if that is JSON."""
     try:
-        return parse_json(text, "")
+        return parse_json(value, "") if isinstance(value, str) else value
     except UpcycleError:
-        return None
+        return value
 
 
 def _alpaca(values: Values) -> list[Any]:
@@ -308,14 +308,6 @@ def _all_of(value: Any) -> list[Any]:
     return [one for one in some if without_nulls(one) not in (None, "", {}, {"function": {}}, [])]
 
 
-def _parsed(value: Any) -> Any:
-    """What a text spells, if that is JSON."""
-    try:
-        return parse_json(value, "") if isinstance(value, str) else value
-    except UpcycleError:
-        return value
-
-
 def _with_all_fields(call: dict[str, Any]) -> dict[str, Any]:
     """With `arguments`, which templates print: some call them `parameters`, or leave them out where there are none."""
     if isinstance(call.get("function"), dict):
@@ -345,7 +337,7 @@ def with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
 
 def _as_object(arguments: Any) -> Any:
     """Templates spell objects; OpenAI's format has them as JSON."""
-    found = _json(arguments) if isinstance(arguments, str) else None
+    found = _parsed(arguments)
     return found if isinstance(found, dict) else arguments
 
 

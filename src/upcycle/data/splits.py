@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -156,10 +155,10 @@ def most_samples_per_expert(num_rows: int, recipe: Recipe) -> int:
 
 def in_hash_order(part: Part, seed: int) -> Part:
     """Shuffled by a keyed hash of the question: independent of file order, questions that look equal side by side."""
-    spelt: dict[str, str] = {}
-    for seen, question in zip(part.seen, part.questions, strict=True):
-        spelt[seen] = min(spelt.get(seen, question), question)
-    keys = [hashlib.blake2b(f"{seed}\n{spelt[seen]}".encode()).digest() for seen in part.seen]
+    seen, spelt = part.seen, dict[str, str]()
+    for key, question in zip(seen, part.questions, strict=True):
+        spelt[key] = min(spelt.get(key, question), question)
+    keys = [hashlib.blake2b(f"{seed}\n{spelt[key]}".encode()).digest() for key in seen]
     return Part(part.rows, [part.numbers[place] for place in sorted(range(len(keys)), key=keys.__getitem__)])
 
 
@@ -241,9 +240,9 @@ def _fitting(table: Encoded, part: Part, data: DataSettings, limit: int, name: s
     if dropped := int((table.numbers("dropped")[places] > 0).sum()):
         where = counted(dropped, f"{name} row")
         say(f"data: the chat template leaves text of answers out of {where} (earlier thoughts, mostly)")
-    for what, count in Counter(table.table["ignored"].take(places).to_pylist()).items():
-        if what:
-            warn(f"the chat template does not show what {counted(count, f'{name} row')} have of: {what}")
+    for found in table.table["ignored"].take(places).value_counts().to_pylist():
+        if what := found["values"]:
+            warn(f"the chat template does not show what {counted(found['counts'], f'{name} row')} have of: {what}")
     return Samples(table, places)
 
 

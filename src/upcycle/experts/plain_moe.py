@@ -96,7 +96,7 @@ def storage_dtype(dtype: str, reader: ModelReader, mapping: Mapping) -> torch.dt
     """The dtype of a name; `source` is the widest of a model's FFN weights, and says what is rounded to it."""
     if dtype != "source":
         return DTYPE_NAMES[dtype]
-    stored = max((reader.spec(move.dense.tensor).dtype for move in mapping.ffn), key=lambda kind: kind.itemsize)
+    stored = mapping.widest(reader)
     names = dict.fromkeys(move.dense.tensor for move in mapping.shared)
     wider = [name for name in names if reader.spec(name).dtype.itemsize > stored.itemsize]
     if wider:

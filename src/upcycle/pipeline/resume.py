@@ -16,7 +16,7 @@ from pathlib import Path
 from upcycle.console import say
 from upcycle.disk import SCRATCH, check_folder, write_text
 from upcycle.distributed.world import check_shared, is_main, on_main, wait, world_size
-from upcycle.errors import UpcycleError, command_line
+from upcycle.errors import UpcycleError
 from upcycle.pipeline import stages
 from upcycle.pipeline.costs import measured
 from upcycle.pipeline.manifest import (
@@ -30,7 +30,7 @@ from upcycle.pipeline.manifest import (
     set_aside,
     verify,
 )
-from upcycle.pipeline.run import Run
+from upcycle.pipeline.run import Run, again
 from upcycle.pipeline.stage import Stage
 from upcycle.pipeline.stages import check_stage, stage_names
 from upcycle.reading import read_text
@@ -254,7 +254,7 @@ def _claim(run: Run, update: bool) -> None:
         listed = "\n".join(f"  {change}" for change in changes)
         raise UpcycleError(
             f"{run.folder} was made by a different recipe:\n{listed}\nRepeat the settings that it was made with "
-            f"(`{command_line('run', path, '--run', run.folder)}` has them), or use a different --run; --update "
+            f"(`{again(run.folder)}` has them), or use a different --run; --update "
             "accepts the change and rebuilds the stages that it affects"
         )
     if changes is None and path.exists() and not is_dump(read_text(path, MOST_BYTES)):

@@ -62,14 +62,15 @@ def open_run(folder: str | Path, needs: Iterable[str] = (POSTTRAIN,)) -> "Run":
         if verified(folder / stage) is None:
             raise UpcycleError(
                 f"{folder} is not finished: stage {stage} is not complete; continue with "
-                f"`{_again(folder)}`; `{command_line('report', folder, '--watch', 30)}` shows how far it is"
+                f"`{again(folder)}`; `{command_line('report', folder, '--watch', 30)}` shows how far it is"
             )
     run = Run(load_recipe(str(RECIPE.of(folder))), folder)
     _check_together(run)
     return run
 
 
-def _again(folder: Path, *more: str) -> str:
+def again(folder: Path, *more: str) -> str:
+    """The command that goes on with a run."""
     return command_line("run", RECIPE.of(folder), "--run", folder, *more)
 
 
@@ -88,7 +89,7 @@ def _check_together(run: "Run") -> None:
         if said:
             raise UpcycleError(
                 f"{run.folder}: stage {stage.name} was made {', '.join(said)}; make it again with "
-                f"`{_again(run.folder, '--update')}`"
+                f"`{again(run.folder, '--update')}`"
             )
 
 
@@ -319,7 +320,7 @@ class Run:
                 if manifest and name in manifest.inputs and manifest.inputs[name] != now[name]():
                     raise UpcycleError(
                         f"{self.folder}: stage {stage} was made from another {name} than is there now; put back what "
-                        f"it was made from, or make the stages again with `{_again(self.folder, '--update')}`"
+                        f"it was made from, or make the stages again with `{again(self.folder, '--update')}`"
                     )
 
     def inputs(self, stage: Stage) -> dict[str, str] | None:

@@ -11,11 +11,11 @@ from rich.tree import Tree
 from upcycle.console import console, table, tell
 from upcycle.errors import UpcycleError, command_line
 from upcycle.pipeline.manifest import read_manifest, verified
-from upcycle.pipeline.run import is_run
+from upcycle.pipeline.run import again, is_run
 from upcycle.pipeline.stages import stage_names
 from upcycle.reading import MAX_BYTES
 from upcycle.records.description import Description
-from upcycle.records.files import DELETED, EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, RECIPE, SCORES, RecordFile
+from upcycle.records.files import DELETED, EVALUATE, EXPAND, LINEAGE, LOG, PLAN, POSTTRAIN, SCORES, RecordFile
 from upcycle.records.plan import ExpansionPlan
 from upcycle.records.record import read_record
 from upcycle.reporting.figures import load_figure, routing_figure, similarity_figure
@@ -88,9 +88,8 @@ def find_plan(path: Path) -> ExpansionPlan:
             return plan
     if is_run(path):
         raise UpcycleError(
-            f"{path} has not come to the stage {EXPAND} yet; continue with "
-            f"`{command_line('run', RECIPE.of(path), '--run', path)}`; `{command_line('inspect', path, '--json')}` "
-            "says how far it is"
+            f"{path} has not come to the stage {EXPAND} yet; continue with `{again(path)}`; "
+            f"`{command_line('inspect', path, '--json')}` says how far it is"
         )
     what = "has no expansion plan" if path.exists() else "does not exist"
     raise UpcycleError(

@@ -8,11 +8,11 @@ from typing import Any
 
 from upcycle.console import say
 from upcycle.disk import write_text
-from upcycle.errors import UpcycleError, command_line
+from upcycle.errors import UpcycleError
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.manifest import partial_of, read_manifest
 from upcycle.pipeline.resume import is_worked_on
-from upcycle.pipeline.run import is_run
+from upcycle.pipeline.run import again, is_run
 from upcycle.pipeline.stages import stage_names
 from upcycle.records.files import RECIPE, TRAINER_STATE
 from upcycle.reporting.charts import line_chart
@@ -39,7 +39,7 @@ def watch(run: Path, seconds: int, out: Path) -> None:
             write_text(out, _page(run, states))
             raise UpcycleError(
                 f"no process works on {run} and it is not complete ({out} shows how far it is); continue with "
-                f"`{command_line('run', RECIPE.of(run), '--run', run)}`"
+                f"`{again(run)}`"
             )
         write_text(out, _page(run, states, seconds))
         time.sleep(seconds)

@@ -9,16 +9,16 @@ from pathlib import Path
 from upcycle.console import say
 from upcycle.disk import digest
 from upcycle.distributed.world import is_main, on_main, wait
-from upcycle.errors import UpcycleError, command_line
+from upcycle.errors import UpcycleError
 from upcycle.pipeline.costs import read_costs
 from upcycle.pipeline.looking import look
 from upcycle.pipeline.manifest import changed_inputs
 from upcycle.pipeline.resume import changes_of, run_stages
-from upcycle.pipeline.run import Run, is_run
+from upcycle.pipeline.run import Run, again, is_run
 from upcycle.pipeline.stages import stage_names, training_flops, training_tokens
 from upcycle.recipe import differences, load_recipe, parse_recipe
 from upcycle.records.comparison import Cell, Dense, Measures
-from upcycle.records.files import DELETED, MEASURES, RECIPE, SCORES, run_of
+from upcycle.records.files import DELETED, MEASURES, SCORES, run_of
 from upcycle.records.record import ByDomain, read_record, write_record
 from upcycle.records.scores import MOE, MOE_INIT, ModelScores
 from upcycle.studies.provenance import code_version, machine
@@ -191,8 +191,7 @@ def _cell(study: Study, run: Run, text: str, donors: list[Path]) -> Measures:
     except UpcycleError as error:
         if "--update" not in str(error):
             raise
-        again = command_line("run", RECIPE.of(run.folder), "--run", run.folder, "--update")
-        raise UpcycleError(f"{error} (here: `{again}`, then this command again)") from None
+        raise UpcycleError(f"{error} (here: `{again(run.folder, '--update')}`, then this command again)") from None
     donors.append(run.folder)
 
     def measured() -> Cell:

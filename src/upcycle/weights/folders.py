@@ -14,7 +14,7 @@ from upcycle.errors import UpcycleError
 from upcycle.reading import brief, hub_problem, read_json
 from upcycle.records.files import LINEAGE
 from upcycle.types import Config, Model
-from upcycle.weights.safetensors_io import COMPILED, ModelReader
+from upcycle.weights.safetensors_io import ADAPTER, COMPILED, ModelReader
 from upcycle.weights.wrappers import wrapper_in, wrapper_of
 
 BUILTIN_BASE = "builtin:tiny"
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> Config:
     """
     path = folder / "config.json"
     if not path.exists():
-        adapter = ", but an adapter: name the base that it was trained on" * (folder / "adapter_config.json").is_file()
+        adapter = ", but an adapter: name the base that it was trained on" * (folder / ADAPTER).is_file()
         raise UpcycleError(f"{folder} is not a model folder: it has no config.json{adapter}")
     try:
         config = _with_floats(read_json(path))
